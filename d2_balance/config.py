@@ -1,0 +1,88 @@
+"""The MODEL.BALANCE node, made from the constructors' signatures, so that a default lives once."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+
+from .losses import BOX_LOSSES, CLS_LOSSES
+from .reweight import REWEIGHTERS
+
+
+def _registered() -> Iterator[tuple[str, type]]:
+    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS):
+        yield from registry
+
+
+def constructor_node(cls: type) -> CfgNode:
+    """One key for each constructor argument that has a default; the others come from the data."""
+    parameters = inspect.signature(cls).parameters.values()
+    return CfgNode({p.name.upper(): p.default for p in parameters if p.default is not p.empty})
+
+
+def add_balance_config(cfg: CfgNode) -> None:
+    """Adds MODEL.BALANCE and DATASETS.REGISTER to a Detectron2 config.
+
+    Args:
+        cfg: config as `detectron2.config.get_cfg()` returns it; changed in place.
+    """
+    # Data sets to register: entries [name, annotation JSON, picture folder]; COCO or LVIS style
+    # is recognised.
+    cfg.DATASETS.REGISTER = []
+
+    _C = cfg.MODEL.BALANCE = CfgNode()
+    # Classification loss, a name of CLS_LOSSES; "" keeps the stock loss of the head.
+    _C.CLS_LOSS = ""
+    # Box loss, a name of BOX_LOSSES; "" keeps the stock loss of the head.
+    _C.BOX_LOSS = ""
+    # Reweighters, names of REWEIGHTERS; they need elementwise losses.
+    _C.REWEIGHT = []
+    # Factor of the classification loss.
+    _C.CLS_WEIGHT = 1.0
+    # Factor of the box loss; the GHM-R release uses 10.
+    _C.BOX_WEIGHT = 1.0
+    # Start probability of every class in sigmoid RoI heads; sets the bias of the classifier.
+    # RetinaNet has its own key, MODEL.RETINANET.PRIOR_PROB.
+    _C.PRIOR_PROB = 0.001
+    # Whether sigmoid RoI heads keep Detectron2's K + 1 outputs and ignore the last, so that
+    # model-zoo weights fit; False: K outputs, as the EQL authors' weights have.
+    _C.BACKGROUND_COLUMN = True
+    # JSON file with class counts (ClassStatistics.save); "" counts on DATASETS.TRAIN;
+    # "checkpoint" takes them from the loaded weights, for inference only.
+    _C.CLASS_STATISTICS = ""
+
+    # Schedule that lowers the beta of SmoothL1 from MODEL.BALANCE.SMOOTHL1.BETA (stock heads: from
+    # their own beta); with t the iteration:
+    _C.BETA_DECAY = CfgNode()
+    # Whether the schedule runs.
+    _C.BETA_DECAY.ENABLED = False
+    # "floor": beta - AMOUNT * floor(t / PERIOD); "sawtooth": beta - AMOUNT * (t mod PERIOD), the
+    # printed formula; "linear": beta - AMOUNT * t / PERIOD.
+    _C.BETA_DECAY.MODE = "floor"
+    # How much beta falls per step, at least 0.
+    _C.BETA_DECAY.AMOUNT = 0.01
+    # Iterations per step, at least 1.
+    _C.BETA_DECAY.PERIOD = 10000
+    # Beta never falls below this, at least 0.
+    _C.BETA_DECAY.MIN = 0.0
+
+    for name, cls in _registered():
+        node = constructor_node(cls)
+        if node:
+            _C[name.upper()] = node
+    _C.EQL.register_renamed_key("LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
+
+
+def argument_help(cls: type) -> dict[str, str]:
+    """The Args section of a class docstring: argument name to its text."""
+    doc = inspect.getdoc(cls) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", doc, re.MULTILINE)
+    entries = (
+        re.findall(r"^    (\w+): ((?:.*)(?:\n        .*)*)", section.group(1), re.M)
+        if section
+        else []
+    )
+    return {name: " ".join(text.split()) for name, text in entries}

@@ -1,0 +1,140 @@
+"""DR loss: distributional ranking.
+
+    P- = sum_j q-_j p_j,  q- = softmax(p / lambda_neg) over negative entries (row, class)
+    P+ = sum_j q+_j p_j,  q+ = softmax(-p / lambda_pos) over positive entries;  no positive: P+ = 1
+    L  = (tau / L) log(1 + exp(L (P- - P+ + margin))),   mean over images
+
+The hardest negatives are ranked below the hardest positives; all levels and classes of an image
+form one pool. Autograd goes through q, as in the paper's appendix.
+
+Source: Qian et al., DR Loss: Improving Object Detection by Distributional Ranking,
+arXiv:1907.10156v3, equations 7 to 11.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .samples import Samples
+
+NEGATIVE_H = 3.5  # the paper sets lambda by h: lambda_pos = 1 / ln e, lambda_neg = 0.1 / ln 3.5
+
+
+def softmax_mean(
+    values: Tensor, scores: Tensor, mask: Tensor, group: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Mean of values under the softmax of scores, within groups of rows.
+
+    Args:
+        values: (R, C).
+        scores: (R, C).
+        mask: (R, C) bool, True for entries that take part.
+        group: (R,) int64 in [0, groups).
+        groups: G.
+
+    Returns:
+        (G,) means, 0 for an empty group, and (G,) bool, True for groups with an entry.
+    """
+    scores = scores.masked_fill(~mask, -torch.inf)
+    with torch.no_grad():  # the softmax does not change with the peak
+        peak = scores.new_full((groups,), -torch.inf)
+        peak = peak.scatter_reduce(0, group, scores.amax(dim=1), "amax")
+        filled = peak > -torch.inf
+        peak = torch.where(filled, peak, torch.zeros_like(peak))
+    weight = (scores - peak[group].unsqueeze(1)).exp()  # masked entries: exp(-inf) = 0
+    total = weight.new_zeros(groups).index_add(0, group, weight.sum(dim=1))
+    mean = weight.new_zeros(groups).index_add(0, group, (weight * values).sum(dim=1))
+    return mean / total.clamp(min=1e-12), filled
+
+
+def dr_loss(
+    logits: Tensor,
+    onehot: Tensor,
+    group: Tensor,
+    groups: int,
+    *,
+    margin: float,
+    L: float,
+    tau: float,
+    lambda_pos: float,
+    lambda_neg: float,
+) -> Tensor:
+    """DR loss of each group of rows (an image, or the batch).
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        group: (R,) int64 in [0, groups).
+        groups: G.
+        margin, L, tau, lambda_pos, lambda_neg: see `DR`.
+
+    Returns:
+        (G,); 0 for a group without rows.
+    """
+    prob = logits.sigmoid()
+    positive = onehot > 0
+    neg, has_neg = softmax_mean(prob, prob / lambda_neg, ~positive, group, groups)
+    column = onehot.argmax(dim=1, keepdim=True)  # (R, 1)
+    own = prob.gather(1, column)  # (R, 1), a row has one positive entry at most
+    fg = positive.gather(1, column)
+    pos, has_pos = softmax_mean(own, -own / lambda_pos, fg, group, groups)
+    pos = torch.where(has_pos, pos, torch.ones_like(pos))
+    loss = tau / L * F.softplus(L * (neg - pos + margin))
+    return torch.where(has_neg | has_pos, loss, torch.zeros_like(loss))
+
+
+@CLS_LOSSES.register()
+class DR(ClassificationLoss):
+    """DR loss (arXiv:1907.10156v3) for sigmoid heads; set the prior probability to 0.5.
+
+    The loss starts near 2 whatever the prior, but with a prior of 0.01 its gradient is 25 times
+    smaller: MODEL.RETINANET.PRIOR_PROB 0.5 is part of the method.
+
+    Args:
+        margin: gamma of the paper, the gap wanted between positives and negatives.
+        L: sharpness of the logistic loss, above 0.
+        tau: weight of the loss, above 0.
+        lambda_pos: temperature of the positives' distribution, above 0 (paper: h = e).
+        lambda_neg: temperature of the negatives' distribution, above 0 (paper: 0.1 / ln 3.5).
+        scope: "image" ranks within each image (the paper); "batch" ranks the rows of all images
+            together (the released code).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = False
+    activation = "sigmoid"
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.5,
+        L: float = 6.0,
+        tau: float = 4.0,
+        lambda_pos: float = 1.0,
+        lambda_neg: float = 0.1 / math.log(NEGATIVE_H),
+        scope: Literal["image", "batch"] = "image",
+    ) -> None:
+        super().__init__()
+        positive = {"L": L, "tau": tau, "lambda_pos": lambda_pos, "lambda_neg": lambda_neg}
+        for name, value in positive.items():
+            check(self, name, value, value > 0, "a number above 0")
+        check(self, "margin", margin, 0 <= margin <= 1, "a number in [0, 1]")
+        check(self, "scope", scope, scope in ("image", "batch"), "one of image, batch")
+        self.scope = scope
+        self.arguments = {"margin": margin, **positive}
+
+    def compute(self, samples: Samples) -> Tensor:
+        if not len(samples.labels):
+            return samples.logits.sum() * 0
+        whole = self.scope == "batch" or samples.image is None
+        group = torch.zeros_like(samples.labels) if whole else samples.image
+        groups = 1 if whole else samples.images
+        return dr_loss(samples.logits, samples.onehot, group, groups, **self.arguments).mean()

@@ -1,0 +1,133 @@
+"""EQL: equalization loss.
+
+    w_ij = 1 - E_i T(f_j) (1 - y_ij) (1 - listed_ij)        E_i = 1 for a foreground row i
+    L    = sum_j w_ij BCE(z_ij, y_ij),  mean over rows
+
+A foreground row of one class does not push down the logits of tail classes; background rows do.
+Classes that annotators verified in the row's image (present or absent) keep weight 1.
+
+    step         T(f) = 1 if f < lambda else 0
+    exponential  T(f) = max(0, 1 - (a f)^n),               a = 400, n = 2
+    gompertz     T(f) = 1 - a exp(-b exp(-c f)),           a = 1, b = 80, c = 3000
+
+Source: Tan et al., Equalization Loss for Long-Tailed Object Recognition, arXiv:2003.05176,
+equations 3 to 6; image-level labels: section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .cross_entropy import sigmoid_ce_loss
+from .samples import Samples
+
+THRESHOLDS = ("step", "exponential", "gompertz")
+Threshold = Literal["step", "exponential", "gompertz"]
+
+
+def tail_weight(class_frequency: Tensor, lambda_: float, threshold: Threshold) -> Tensor:
+    """T(f), how much a class belongs to the tail.
+
+    Args:
+        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        lambda_: threshold of the step function; the smooth functions do not use it.
+        threshold: "step", "exponential" or "gompertz".
+
+    Returns:
+        (K,) in [0, 1].
+    """
+    f = class_frequency
+    if threshold == "step":
+        return (f < lambda_).to(f.dtype)
+    if threshold == "exponential":
+        return 1 - (400 * f).square().clamp(max=1)
+    return (1 - torch.exp(-80 * torch.exp(-3000 * f))).clamp(0, 1)
+
+
+def tail_ratio(tail: Tensor, image_count: Tensor) -> Tensor:
+    """TR = sum_j T_j N_j / sum_j N_j; 2 to 10 % is the useful range (section 4.3).
+
+    Args:
+        tail: (K,) in [0, 1].
+        image_count: (K,) training images of each class.
+
+    Returns:
+        0-d tensor in [0, 1].
+    """
+    count = image_count.to(tail.dtype)
+    return (tail * count).sum() / count.sum().clamp(min=1)
+
+
+def eql_loss(
+    logits: Tensor,
+    onehot: Tensor,
+    foreground: Tensor,
+    tail: Tensor,
+    listed: Tensor | None = None,
+) -> Tensor:
+    """Equalization loss of every class of every row.
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        foreground: (R,) bool.
+        tail: (K,) T(f) in [0, 1].
+        listed: (R, K) bool, classes verified in the row's image; None: no rule.
+
+    Returns:
+        (R, K).
+    """
+    free = onehot > 0 if listed is None else (onehot > 0) | listed
+    suppressed = foreground.unsqueeze(1) & ~free
+    return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
+
+
+@CLS_LOSSES.register()
+class EQL(ClassificationLoss):
+    """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
+
+    Args:
+        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
+            authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
+        threshold: "step", "exponential" or "gompertz".
+        image_labels: True keeps weight 1 for classes that are verified in the row's image.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "sigmoid"
+
+    def __init__(
+        self,
+        *,
+        class_frequency: Tensor | Sequence[float],
+        lambda_: float = 0.00177,
+        threshold: Threshold = "step",
+        image_labels: bool = True,
+    ) -> None:
+        super().__init__()
+        frequency = torch.as_tensor(class_frequency, dtype=torch.float64)
+        inside = frequency.dim() == 1 and bool(((frequency >= 0) & (frequency <= 1)).all())
+        check(self, "class_frequency", class_frequency, inside, "K numbers in [0, 1]")
+        check(self, "lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]")
+        names = f"one of {', '.join(THRESHOLDS)}"
+        check(self, "threshold", threshold, threshold in THRESHOLDS, names)
+        self.lambda_, self.threshold, self.image_labels = lambda_, threshold, image_labels
+        self.register_buffer("class_frequency", frequency)
+
+    @property
+    def tail(self) -> Tensor:
+        """(K,) T(f) of every class."""
+        return tail_weight(self.class_frequency, self.lambda_, self.threshold)
+
+    def compute(self, samples: Samples) -> Tensor:
+        listed = samples.row_listed if self.image_labels else None
+        return eql_loss(samples.logits, samples.onehot, samples.foreground, self.tail, listed)

@@ -1,0 +1,63 @@
+"""Focal loss.
+
+    FL(z) = -alpha_t (1 - p_t)^gamma log p_t,   p_t = p for positives, 1 - p for negatives
+
+With the margin x = z for positives and -z for negatives: p_t = sigmoid(x), -log p_t = ce(x), and
+1 - p_t = exp(-x - ce(x)), so that one logsigmoid serves all three and nothing overflows.
+
+Source: Lin et al., Focal Loss for Dense Object Detection, arXiv:1708.02002, equation 5.
+The mean is over the anchors assigned to an object; Detectron2 takes a moving average of their
+number, and so does `BalancedRetinaNet`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .samples import Samples
+
+
+def focal_loss(logits: Tensor, onehot: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of every class of every row.
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        alpha: weight of positives in [0, 1], negatives get `1 - alpha`; negative: no weights.
+        gamma: focusing exponent, at least 0.
+
+    Returns:
+        (R, K).
+    """
+    margin = logits * (2 * onehot - 1)
+    ce = -F.logsigmoid(margin)
+    loss = ce * torch.exp(-gamma * (margin + ce))
+    return loss if alpha < 0 else loss * (onehot * (2 * alpha - 1) + (1 - alpha))
+
+
+@CLS_LOSSES.register()
+class Focal(ClassificationLoss):
+    """Focal loss (arXiv:1708.02002, equation 5), RetinaNet's stock loss.
+
+    Args:
+        alpha: weight of positives in [0, 1], negatives get `1 - alpha`; -1: no weights.
+        gamma: focusing exponent, at least 0; 0 gives the balanced cross-entropy.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "sigmoid"
+
+    def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0) -> None:
+        super().__init__()
+        check(self, "alpha", alpha, alpha == -1 or 0 <= alpha <= 1, "a number in [0, 1], or -1")
+        check(self, "gamma", gamma, gamma >= 0, "a number of at least 0")
+        self.alpha, self.gamma = alpha, gamma
+
+    def compute(self, samples: Samples) -> Tensor:
+        return focal_loss(samples.logits, samples.onehot, self.alpha, self.gamma)

@@ -1,0 +1,131 @@
+"""The one argument that every classification loss and reweighter receives.
+
+Shapes used throughout the package:
+    R: rows of a batch that count (anchors or RoIs; ignored ones are dropped before)
+    K: foreground classes
+    P: positive rows, those with a label below K
+    N: images in the batch of this process
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Predictions and targets of one head for one batch.
+
+    `Samples(logits=..., labels=..., num_classes=K)` is enough for every loss that needs no boxes.
+
+    Args:
+        logits: (R, K) or, where the loss has a background column, (R, K + 1). Raw scores.
+        labels: (R,) int64 in [0, K]; K is background. No ignored rows.
+        num_classes: K.
+        image: (R,) int64, index of the row's image in [0, N). None: all rows from one image.
+        num_images: N. None: read from `listed` or `image` (the latter waits for the device).
+        level: (R,) int64, index of the row's feature level. None: one level.
+        num_levels: number of feature levels.
+        listed: (N, K) bool, True where the presence or the absence of the class in the image was
+            verified by annotators (LVIS image-level labels). None: unknown.
+        pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
+        boxes: (P, 4) their anchors or proposals, x0 y0 x1 y1 in pixels.
+        gt_boxes: (P, 4) their matched ground truth boxes, x0 y0 x1 y1 in pixels.
+        gt_index: (P,) int64, id of the matched object, unique over the batch.
+        box_transform: object with `get_deltas(boxes, gt_boxes)` and
+            `apply_deltas(deltas, boxes)`, such as Detectron2's Box2BoxTransform.
+
+    Raises:
+        ValueError: a shape does not fit the others.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    num_classes: int
+    image: Tensor | None = None
+    num_images: int | None = None
+    level: Tensor | None = None
+    num_levels: int = 1
+    listed: Tensor | None = None
+    pred_deltas: Tensor | None = None
+    boxes: Tensor | None = None
+    gt_boxes: Tensor | None = None
+    gt_index: Tensor | None = None
+    box_transform: Any = None
+
+    def __post_init__(self) -> None:
+        rows = tuple(self.labels.shape)
+        if self.logits.dim() != 2 or tuple(self.logits.shape[:1]) != rows:
+            raise ValueError(
+                f"Samples: logits must be (R, C) and labels (R,), not {tuple(self.logits.shape)} "
+                f"and {rows}."
+            )
+        for name in ("image", "level"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != rows:
+                raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")
+        if self.listed is not None and self.listed.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"Samples: listed must be (N, {self.num_classes}), not {tuple(self.listed.shape)}."
+            )
+
+    @cached_property
+    def foreground(self) -> Tensor:
+        """(R,) bool, True for positive rows."""
+        return self.labels < self.num_classes
+
+    @cached_property
+    def pos(self) -> Tensor:
+        """(P,) int64, indices of the positive rows, ascending."""
+        return self.foreground.nonzero().squeeze(1)
+
+    @cached_property
+    def onehot(self) -> Tensor:
+        """(R, K) in the type of the logits; background rows are all zero."""
+        column = self.labels.clamp(max=self.num_classes - 1).unsqueeze(1)  # (R, 1)
+        hit = self.foreground.to(self.logits.dtype).unsqueeze(1)  # (R, 1)
+        return self.logits.new_zeros(len(self.labels), self.num_classes).scatter_(1, column, hit)
+
+    @cached_property
+    def images(self) -> int:
+        """N, the number of images."""
+        if self.num_images is not None:
+            return self.num_images
+        if self.listed is not None:
+            return len(self.listed)
+        return 1 if self.image is None or not len(self.image) else int(self.image.max()) + 1
+
+    @cached_property
+    def row_listed(self) -> Tensor | None:
+        """(R, K) bool, `listed` of each row's image, or None."""
+        if self.listed is None:
+            return None
+        if self.image is None:
+            return self.listed[:1].expand(len(self.labels), -1)
+        return self.listed[self.image]
+
+    @cached_property
+    def target_deltas(self) -> Tensor:
+        """(P, 4) deltas that would move `boxes` onto `gt_boxes`."""
+        return self.box_transform.get_deltas(self.boxes, self.gt_boxes)
+
+    @cached_property
+    def pred_boxes(self) -> Tensor:
+        """(P, 4) decoded predictions of the positive rows, with gradient."""
+        return self.box_transform.apply_deltas(self.pred_deltas, self.boxes)
+
+    def upcast(self) -> Samples:
+        """The same samples with half and bfloat16 predictions raised to float32."""
+        half = (torch.float16, torch.bfloat16)
+        changed = {
+            name: value.float()
+            for name in ("logits", "pred_deltas")
+            if (value := getattr(self, name)) is not None and value.dtype in half
+        }
+        return dataclasses.replace(self, **changed) if changed else self

@@ -1,0 +1,169 @@
+"""From MODEL.BALANCE to loss objects, with every error raised before training starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from ..data.statistics import ClassStatistics
+from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
+from ..reweight import REWEIGHTERS, Reweighter
+
+FROM_CHECKPOINT = "checkpoint"
+
+# Constructor arguments without a default are quantities of the training set.
+DATA_ARGUMENTS = {
+    "class_frequency": lambda statistics: statistics.frequency,
+    "class_count": lambda statistics: statistics.image_count,
+    "instance_count": lambda statistics: statistics.instance_count,
+}
+
+
+def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
+    """A quantity of the training set for each class.
+
+    Args:
+        cfg: full config; MODEL.BALANCE.CLASS_STATISTICS names a file, or is empty (count on
+            DATASETS.TRAIN), or "checkpoint" (the values come with the weights: inference only).
+        name: one of `DATA_ARGUMENTS`.
+        num_classes: K.
+
+    Returns:
+        (K,) float64.
+
+    Raises:
+        ValueError: the statistics have another number of classes, or cannot be had.
+    """
+    if cfg.MODEL.BALANCE.CLASS_STATISTICS == FROM_CHECKPOINT:
+        return torch.zeros(num_classes, dtype=torch.float64)
+    values = torch.as_tensor(DATA_ARGUMENTS[name](ClassStatistics.from_config(cfg)))
+    if len(values) != num_classes:
+        raise ValueError(
+            f"{name} has {len(values)} entries, one for each class of the training set, but the "
+            f"model has {num_classes} classes; set MODEL.ROI_HEADS.NUM_CLASSES or "
+            f"MODEL.RETINANET.NUM_CLASSES, or give a fitting MODEL.BALANCE.CLASS_STATISTICS."
+        )
+    return values.double()
+
+
+def _lookup(registry: Registry, key: str, name: str) -> Any:
+    if name not in registry:
+        names = ", ".join(sorted(known for known, _ in registry))
+        raise ValueError(f"MODEL.BALANCE.{key}: {name!r} is unknown; allowed: {names}.")
+    return registry.get(name)
+
+
+def _construct(cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int) -> Any:
+    cls = _lookup(registry, key, name)
+    node = cfg.MODEL.BALANCE.get(name.upper(), {})
+    arguments = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.default is parameter.empty:
+            arguments[parameter.name] = class_quantity(cfg, parameter.name, num_classes)
+        else:
+            arguments[parameter.name] = node[parameter.name.upper()]
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"MODEL.BALANCE.{name.upper()}: {error}") from error
+
+
+def build_cls_loss(cfg: CfgNode, num_classes: int) -> ClassificationLoss | None:
+    """The loss that MODEL.BALANCE.CLS_LOSS names, or None where it is empty (stock loss).
+
+    Raises:
+        ValueError: the name is unknown or an argument out of range; the message names the key.
+    """
+    name = cfg.MODEL.BALANCE.CLS_LOSS
+    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes) if name else None
+
+
+def build_box_loss(cfg: CfgNode, num_classes: int) -> BoxLoss | None:
+    """The loss that MODEL.BALANCE.BOX_LOSS names, or None where it is empty (stock loss).
+
+    Raises:
+        ValueError: the name is unknown or an argument out of range; the message names the key.
+    """
+    name = cfg.MODEL.BALANCE.BOX_LOSS
+    return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes) if name else None
+
+
+def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
+    """The reweighters that MODEL.BALANCE.REWEIGHT lists, in order.
+
+    Raises:
+        ValueError: a name is unknown or an argument out of range; the message names the key.
+    """
+    names = cfg.MODEL.BALANCE.REWEIGHT
+    return nn.ModuleList(
+        _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes) for name in names
+    )
+
+
+def stock_box_loss(kind: str, beta: float) -> BoxLoss:
+    """Detectron2's BBOX_REG_LOSS_TYPE as one of ours.
+
+    Args:
+        kind: "smooth_l1" or "giou".
+        beta: beta of smooth L1.
+
+    Raises:
+        ValueError: no loss of ours stands for `kind`.
+    """
+    if kind == "smooth_l1":
+        return BOX_LOSSES.get("SmoothL1")(beta=beta)
+    names = {"giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
+    if names.get(kind) not in BOX_LOSSES:
+        allowed = ["smooth_l1", *(k for k, v in names.items() if v in BOX_LOSSES)]
+        raise ValueError(f"BBOX_REG_LOSS_TYPE {kind!r} is unknown; allowed: {', '.join(allowed)}.")
+    return BOX_LOSSES.get(names[kind])()
+
+
+def check_pairing(
+    head: str,
+    cls_loss: ClassificationLoss,
+    box_loss: BoxLoss,
+    reweighters: Sequence[Reweighter],
+    *,
+    softmax: bool,
+    levels: bool,
+) -> None:
+    """Refuses combinations that cannot work, when the model is built.
+
+    Args:
+        head: name of the head, for the message.
+        cls_loss, box_loss, reweighters: what the head would use.
+        softmax: whether the head has a background column, as softmax losses need.
+        levels: whether rows come from feature levels (dense heads).
+
+    Raises:
+        ValueError: names both sides and says what works.
+    """
+    name = type(cls_loss).__name__
+    if cls_loss.activation == "softmax" and not softmax:
+        works = sorted(known for known, cls in CLS_LOSSES if cls.activation == "sigmoid")
+        raise ValueError(
+            f"MODEL.BALANCE.CLS_LOSS {name} is a softmax loss and {head} has a sigmoid head; "
+            f"losses that work there: {', '.join(works)}."
+        )
+    if getattr(cls_loss, "per_level", False) and not levels:
+        raise ValueError(
+            f"MODEL.BALANCE.{name.upper()}.PER_LEVEL True needs feature levels and {head} has "
+            f"none; set it to False."
+        )
+    for reweighter in reweighters:
+        for loss, key in ((cls_loss, "CLS_LOSS"), (box_loss, "BOX_LOSS")):
+            if not loss.elementwise:
+                registry = CLS_LOSSES if key == "CLS_LOSS" else BOX_LOSSES
+                works = sorted(known for known, cls in registry if cls.elementwise)
+                raise ValueError(
+                    f"MODEL.BALANCE.REWEIGHT {type(reweighter).__name__} weights single rows and "
+                    f"{key} {type(loss).__name__} has no loss per row; {key} that work: "
+                    f"{', '.join(works)}."
+                )

@@ -1,0 +1,159 @@
+"""The one place that weights, sums and normalises the losses of a head.
+
+    loss_cls     = cls_weight * sum(row weight * elementwise loss) / normaliser
+    loss_box_reg = box_weight * sum(positive weight * elementwise loss) / normaliser
+
+A loss that ranks or normalises over a set is used as it is, times its weight. Normalisers count
+over all ranks and are divided by the number of ranks: Detectron2 averages gradients over ranks,
+and the average then equals one process on the joined batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import BoxLoss, ClassificationLoss, Samples
+from ..losses.distributed import sum_over_ranks, world_size
+from ..reweight import Reweighter
+
+
+class Normalizer(nn.Module):
+    """Denominator of elementwise losses, counted over all ranks.
+
+    Subclasses say what a batch adds in `statistics` and keep the sum of all ranks in `update`;
+    `value` is the denominator for one rank.
+    """
+
+    def statistics(self, samples: Samples) -> Tensor:
+        """0-d count of this rank's batch."""
+        raise NotImplementedError
+
+    def update(self, total: Tensor) -> None:
+        """Takes the count summed over ranks."""
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        """0-d denominator for this rank, above 0."""
+        raise NotImplementedError
+
+
+class RowNormalizer(Normalizer):
+    """Number of rows R: Fast R-CNN's denominator (see Detectron2's `box_reg_loss` for why)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.ones((), dtype=torch.float64), persistent=False)
+
+    def statistics(self, samples: Samples) -> Tensor:
+        return torch.full_like(self.rows, len(samples.labels))
+
+    def update(self, total: Tensor) -> None:
+        self.rows.copy_(total.clamp(min=1))
+
+    def value(self) -> Tensor:
+        return self.rows / world_size()
+
+
+class PositiveEMA(Normalizer):
+    """Moving average of the number of positives: RetinaNet's denominator.
+
+    Detectron2 keeps it as a float of each rank that a resumed run forgets; here it is a buffer,
+    counted over all ranks.
+
+    Args:
+        initial: value before the first batch.
+        momentum: share of the old value, in [0, 1).
+    """
+
+    def __init__(self, initial: float = 100.0, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("loss_normalizer", torch.tensor(initial, dtype=torch.float64))
+
+    def statistics(self, samples: Samples) -> Tensor:
+        return samples.foreground.sum()
+
+    def update(self, total: Tensor) -> None:
+        self.loss_normalizer.mul_(self.momentum).add_(total.clamp(min=1), alpha=1 - self.momentum)
+
+    def value(self) -> Tensor:
+        return self.loss_normalizer / world_size()
+
+
+def _box_inputs(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of the positives in the space of the loss, both (P, 4)."""
+    if loss.space == "boxes":
+        return samples.pred_boxes, samples.gt_boxes
+    pred, target = samples.pred_deltas, samples.target_deltas
+    weights = samples.box_transform.weights
+    if loss.unit_weights and any(weight != 1 for weight in weights):
+        return _unit(pred, weights), _unit(target, weights)
+    return pred, target
+
+
+def _unit(deltas: Tensor, weights: Sequence[float]) -> Tensor:
+    """(P, 4) deltas without the box coder's weights; by columns, which needs no host copy."""
+    return torch.stack([d / w for d, w in zip(deltas.unbind(1), weights, strict=True)], dim=1)
+
+
+def _total(loss: Tensor, weight: Tensor | None, elementwise: bool, denominator: Tensor) -> Tensor:
+    if not elementwise:
+        return loss
+    if weight is not None:
+        loss = loss * (weight.unsqueeze(1) if loss.dim() > weight.dim() else weight)
+    return loss.sum() / denominator.to(loss.dtype)
+
+
+def detection_losses(
+    samples: Samples,
+    cls_loss: ClassificationLoss,
+    box_loss: BoxLoss,
+    reweighters: Sequence[Reweighter],
+    normalizer: Normalizer,
+    *,
+    cls_weight: float = 1.0,
+    box_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """The losses of one head for one batch.
+
+    In training mode the state of both losses and of the normaliser is updated from one all-reduce.
+
+    Args:
+        samples: rows of the batch, with the box fields filled.
+        cls_loss: classification loss.
+        box_loss: box loss, given the positives only.
+        reweighters: applied in order; their weights multiply.
+        normalizer: denominator of the elementwise losses.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+
+    Returns:
+        "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any row.
+    """
+    samples = samples.upcast()
+    boxes = _box_inputs(samples, box_loss)
+    if normalizer.training:
+        parts = [
+            cls_loss.statistics(samples),
+            box_loss.statistics(*boxes),
+            normalizer.statistics(samples),
+        ]
+        for_cls, for_box, count = sum_over_ranks(parts)
+        normalizer.update(count)
+        cls = cls_loss.step(for_cls, samples)
+        box = box_loss.step(for_box, *boxes)
+    else:
+        cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
+
+    cls_rows = box_rows = None
+    for reweighter in reweighters:
+        on_cls, on_box = reweighter(samples, cls, box)
+        cls_rows = on_cls if cls_rows is None else cls_rows if on_cls is None else cls_rows * on_cls
+        box_rows = on_box if box_rows is None else box_rows if on_box is None else box_rows * on_box
+    denominator = normalizer.value()
+    cls = _total(cls, cls_rows, cls_loss.elementwise, denominator) * cls_weight
+    box = _total(box, box_rows, box_loss.elementwise, denominator) * box_weight
+    return {"loss_cls": cls, "loss_box_reg": box}

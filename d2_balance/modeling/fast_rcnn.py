@@ -1,0 +1,182 @@
+"""Fast R-CNN's output layers with any classification and box loss of the package."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, _log_classification_stats
+from detectron2.structures import Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
+from .build import (
+    build_box_loss,
+    build_cls_loss,
+    build_reweighters,
+    check_pairing,
+    stock_box_loss,
+)
+from .criterion import RowNormalizer, detection_losses
+
+
+class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """Output layers whose losses come from MODEL.BALANCE; stock where the names are empty.
+
+    Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
+    K log 2 per RoI, 834 for the 1203 classes of LVIS v1.
+
+    Args:
+        input_shape: shape of the RoI features.
+        cls_loss: classification loss; None: softmax cross-entropy.
+        box_loss: box loss; None: the stock `box_reg_loss_type`.
+        reweighters: modules that weight rows.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+        prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
+        background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
+            which is not used; False has K outputs.
+        **kwargs: as Detectron2's FastRCNNOutputLayers.
+
+    Raises:
+        ValueError: the parts cannot work together, or prior_prob is out of range.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        cls_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        reweighters: nn.ModuleList | None = None,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        prior_prob: float = 0.001,
+        background_column: bool = True,
+        **kwargs,
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        if self.use_sigmoid_ce or self.use_fed_loss:
+            raise ValueError(
+                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE and USE_FED_LOSS choose a loss of Detectron2; "
+                "set both to False and name the loss in MODEL.BALANCE.CLS_LOSS (SigmoidCE)."
+            )
+        self.cls_loss = cls_loss or SoftmaxCE()
+        self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
+        self.reweighters = reweighters or nn.ModuleList()
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
+        self.normalizer = RowNormalizer()
+        self.listed: Tensor | None = None  # image-level labels of the batch, set by the RoI heads
+        sigmoid = self.cls_loss.activation == "sigmoid"
+        check_pairing(
+            "the RoI head",
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            softmax=True,
+            levels=False,
+        )
+        outputs = self.cls_loss.num_outputs(self.num_classes)
+        if outputs != self.num_classes + 1 and not (sigmoid and background_column):
+            self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
+            nn.init.normal_(self.cls_score.weight, std=0.01)
+            nn.init.zeros_(self.cls_score.bias)
+        if sigmoid:
+            if not 0 < prior_prob < 1:
+                raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
+            nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        ret["cls_loss"] = build_cls_loss(cfg, num_classes)
+        ret["box_loss"] = build_box_loss(cfg, num_classes)
+        ret["reweighters"] = build_reweighters(cfg, num_classes)
+        ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_WEIGHT
+        ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
+        ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
+        ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
+        return ret
+
+    def class_logits(self, scores: Tensor) -> Tensor:
+        """The columns of (R, C) scores that the loss uses."""
+        return scores[:, : self.cls_loss.num_outputs(self.num_classes)]
+
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Same arguments and result as Detectron2's FastRCNNOutputLayers."""
+        samples = self.samples(predictions, proposals)
+        if self.cls_loss.activation == "sigmoid":
+            # a logit of 0 for background: the row counts as background if all classes are below
+            guess = F.pad(samples.logits[:, : self.num_classes], (0, 1))
+        else:
+            guess = self.cls_loss.probabilities(samples.logits)
+        _log_classification_stats(guess.detach(), samples.labels)
+        return detection_losses(
+            samples,
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            self.normalizer,
+            cls_weight=self.cls_weight,
+            box_weight=self.box_weight,
+        )
+
+    def samples(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> Samples:
+        """Gathers the sampled proposals of a batch.
+
+        Args:
+            predictions: scores (R, C) and deltas (R, 4) or (R, K * 4).
+            proposals: per image, with `proposal_boxes`, `gt_classes` and, where the image has
+                objects, `gt_boxes`; `gt_index` if the heads set it.
+
+        Returns:
+            Samples with R rows, image by image.
+        """
+        scores, deltas = predictions
+        device = scores.device
+        if not len(proposals):
+            proposals = [Instances((0, 0), gt_classes=torch.empty(0, device=device).long())]
+            boxes = gt_boxes = deltas.new_empty((0, 4))
+        else:
+            boxes = cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
+            # an image without objects has no gt_boxes, and no positives that would need them
+            gt_boxes = cat(
+                [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+            )
+        labels = cat([p.gt_classes for p in proposals])  # (R,)
+        image = cat([labels.new_full((len(p),), i) for i, p in enumerate(proposals)])
+        pos = (labels < self.num_classes).nonzero().squeeze(1)  # (P,)
+        deltas = deltas.view(len(deltas), -1, 4)  # (R, 1 or K, 4)
+        column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
+        ids = None
+        if any(p.has("gt_index") for p in proposals):
+            parts = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
+            ids = cat(parts)[pos]
+        return Samples(
+            logits=self.class_logits(scores),
+            labels=labels,
+            num_classes=self.num_classes,
+            image=image,
+            num_images=len(proposals),
+            listed=self.listed,
+            pred_deltas=deltas[pos, column],
+            boxes=boxes[pos],
+            gt_boxes=gt_boxes[pos],
+            gt_index=ids,
+            box_transform=self.box2box_transform,
+        )
+
+    def predict_probs(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> list[Tensor]:
+        """Class probabilities, (R_i, K + 1) for each image, the last column background."""
+        probs = self.cls_loss.probabilities(self.class_logits(predictions[0]))
+        return list(probs.split([len(p) for p in proposals]))

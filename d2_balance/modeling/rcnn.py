@@ -1,0 +1,37 @@
+"""GeneralizedRCNN that hands LVIS image-level labels to its RoI heads."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detectron2.structures import ImageList
+
+from ..data.image_labels import ImageLabels
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedRCNN(GeneralizedRCNN):
+    """GeneralizedRCNN; the labels ride on the ImageList that the RoI heads receive.
+
+    Args:
+        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        **kwargs: as Detectron2's GeneralizedRCNN.
+    """
+
+    @configurable
+    def __init__(self, *, image_labels: ImageLabels | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.image_labels = image_labels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        ret = super().from_config(cfg)
+        ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        return ret
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        images = super().preprocess_image(batched_inputs)
+        if self.training and self.image_labels is not None:
+            images.listed = self.image_labels.listed(batched_inputs, self.device)
+        return images

@@ -1,0 +1,30 @@
+"""Reweighters: which rows count, and how much."""
+
+from __future__ import annotations
+
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from ..losses import Samples
+
+REWEIGHTERS = Registry("REWEIGHTERS")
+REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHT accepts."
+
+
+class Reweighter(nn.Module):
+    """Base of all reweighters. They multiply elementwise losses before the criterion sums them."""
+
+    def forward(
+        self, samples: Samples, cls: Tensor, box: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of a batch.
+
+        Args:
+            samples: see `Samples`.
+            cls: (R, C) or (R,) elementwise classification loss.
+            box: (P, 4) or (P,) elementwise box loss.
+
+        Returns:
+            Weights for rows (R,) and for positives (P,); None leaves that part alone.
+        """
+        raise NotImplementedError
