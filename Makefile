@@ -1,0 +1,73 @@
+# demo and test set up what they need; a second call starts at once.
+#   make setup PYTHON=python3.11              another interpreter (3.10 to 3.12 are tested)
+#   make setup TORCH="torch==2.4.1 torchvision==0.19.1"      another pair
+#   make test PYTEST_ARGS="tests/losses -k ghm"
+# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CERT, ...) are respected.
+
+# The first interpreter that the project is tested with, else python3.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo $$p && exit; done; echo python3)
+# Named in one pip command, since every torchvision asks for exactly one torch.
+TORCH ?= torch torchvision
+DEMO_CONFIG ?= configs/quick_schedules/mask_rcnn_R_18_eql_mini_lvis_demo.yaml
+DEMO_OUTPUT ?= output/demo
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+CHECK_VERSION := import sys; v = sys.version_info[:2]; \
+	v < (3, 10) and sys.exit("Python %d.%d is too old, 3.10 to 3.12 are tested: PYTHON=..." % v)
+CHECK_PAIR := import torch, torchvision; \
+	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
+	@echo "make test    set up, run the tests"
+	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make bench   run benchmarks/bm_*.py"
+	@echo "make clean   remove $(VENV) and caches; output/ and datasets/ stay"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml scripts/install_detectron2.py scripts/detectron2-864913f.sha1
+	@if [ ! -e $(VENV) ]; then \
+		$(PYTHON) -c '$(CHECK_VERSION)' && $(PYTHON) -m venv $(VENV); fi
+	@$(BIN)/python -c '$(CHECK_VERSION)' || { \
+		echo "$(VENV) cannot be used. make clean removes it; the next call makes a new one."; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(TORCH) -e '.[detectron2,test]'
+	@# opencv-python needs libGL, which a machine without a desktop may lack.
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || \
+		$(BIN)/python -m pip install --force-reinstall --no-deps opencv-python-headless
+	@$(BIN)/python -c '$(CHECK_PAIR)' || { \
+		echo "This torch and torchvision do not work together. Name a pair, for example"; \
+		echo "  make setup TORCH=\"torch==2.4.1 torchvision==0.19.1\""; exit 1; }
+	$(BIN)/python scripts/install_detectron2.py
+	@touch $@
+	@echo "Set up in $(VENV). $(BIN)/d2-balance doctor shows what is there."
+
+demo: $(STAMP)
+	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	@ls benchmarks/bm_*.py >/dev/null 2>&1 || echo "benchmarks/ holds no bm_*.py yet."
+	@for file in $(wildcard benchmarks/bm_*.py); do \
+		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

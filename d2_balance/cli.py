@@ -1,0 +1,41 @@
+"""The command `d2-balance`: one sub-command per module, listed in `COMMANDS`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module, one line of help). A module offers `add_arguments(parser) -> None` and
+# `run(args) -> int`, the exit status; its docstring is the sub-command's description. Only the
+# module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
+COMMANDS = {
+    "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser; only `command`, where it is one of COMMANDS, has its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="d2-balance", description="Remedies for class imbalance in Detectron2."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module_name, line) in COMMANDS.items():
+        if name != command:
+            commands.add_parser(name, help=line)
+            continue
+        module = importlib.import_module(module_name)
+        chosen = commands.add_parser(name, help=line, description=module.__doc__)
+        module.add_arguments(chosen)
+        chosen.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit status; argparse exits by itself on bad usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
