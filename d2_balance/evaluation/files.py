@@ -1,0 +1,98 @@
+"""Files of an evaluation: atomic output, and predictions that every rank writes for itself."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Yield a temporary path in the folder of `path`; move it to `path` when the block succeeds.
+
+    The folder is made where it is missing. On an exception the temporary file is removed and
+    whatever was at `path` stays as it was.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def file_name_of(dataset_name: str) -> str:
+    """The data set's name with every character that a file name cannot carry as `_`."""
+    return re.sub(r"[^\w.+-]", "_", dataset_name)
+
+
+class RankPredictions:
+    """Detections of one data set, one file per rank, one line per picture.
+
+    Memory does not grow with the data set, and rank 0 reads the files instead of gathering
+    pickled objects. A line is a JSON head and the JSON list of detections, parted by a tab
+    (JSON text never holds a bare tab), so that merging moves text without parsing it.
+
+    Args:
+        folder: folder that all ranks share; made where it is missing.
+        rank: rank whose file this object writes. A file left there by a killed run is emptied.
+    """
+
+    def __init__(self, folder: str, rank: int):
+        self.folder = folder
+        self._own = self._path(rank)
+        os.makedirs(folder, exist_ok=True)
+        with open(self._own, "w"):
+            pass
+
+    def append(self, image_id: int | str, detections: list[dict], has_masks: bool) -> None:
+        """Add one picture. `detections` are COCO results; `has_masks` is kept for empty lists."""
+        head = json.dumps({"image_id": image_id, "masks": has_masks})
+        with open(self._own, "a") as f:
+            f.write(f"{head}\t{json.dumps(detections)}\n")
+
+    def read(self, ranks: list[int]) -> Iterator[tuple[int | str, bool, list[dict]]]:
+        """Yield (image id, whether the model gives masks, detections) of the given ranks."""
+        for head, body in self._lines(ranks):
+            head = json.loads(head)
+            yield head["image_id"], head["masks"], json.loads(body)
+
+    def write_results(self, ranks: list[int], path: str) -> None:
+        """Write all detections as one COCO result list to `path`, atomically."""
+        with atomic_path(path) as temporary, open(temporary, "w") as f:
+            f.write("[")
+            separator = ""
+            for _, body in self._lines(ranks):
+                detections = body.strip()[1:-1]
+                if detections:
+                    f.write(f"{separator}\n{detections}")
+                    separator = ","
+            f.write("\n]\n")
+
+    def remove(self, ranks: list[int]) -> None:
+        """Delete the files of the given ranks, and the folder when nothing else is in it."""
+        for rank in ranks:
+            if os.path.exists(self._path(rank)):
+                os.remove(self._path(rank))
+        if os.path.isdir(self.folder) and not os.listdir(self.folder):
+            os.rmdir(self.folder)
+
+    def _path(self, rank: int) -> str:
+        return os.path.join(self.folder, f"predictions_rank{rank}")
+
+    def _lines(self, ranks: list[int]) -> Iterator[tuple[str, str]]:
+        for rank in ranks:
+            path = self._path(rank)
+            if not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{path}: the predictions of rank {rank} are missing; "
+                    "the evaluator's output_dir must be on a file system that all ranks share"
+                )
+            with open(path) as f:
+                for line in f:
+                    head, body = line.split("\t", 1)
+                    yield head, body

@@ -1,0 +1,135 @@
+"""Frequency groups of classes and the averages of AP over them."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from d2_balance.evaluation.average_precision import SIZES, APTable
+
+GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
+"""Frequency groups of LVIS, by training images: up to 10, up to 100, and above."""
+
+TrainCounts = Mapping[str, int] | Callable[[], Mapping[str, int] | None] | None
+
+logger = logging.getLogger(__name__)
+
+
+def groups_from_counts(counts: Sequence[int], cuts: tuple[int, int] = (10, 100)) -> list[str]:
+    """Frequency group of each class.
+
+    Args:
+        counts: (K,) training images that hold the class.
+        cuts: highest count of a rare and of a common class (LVIS paper, 1908.03195).
+
+    Raises:
+        ValueError: cut points that fall or are negative.
+    """
+    rare, common = cuts
+    if not 0 <= rare <= common:
+        raise ValueError(f"cuts must be (a, b) with 0 <= a <= b, got {tuple(cuts)}")
+    return ["r" if n <= rare else "c" if n <= common else "f" for n in counts]
+
+
+def check_groups(groups: Mapping[str, str] | None) -> None:
+    """Check groups given by class name.
+
+    Raises:
+        ValueError: naming the first class whose group is not r, c or f.
+    """
+    for name, group in (groups or {}).items():
+        if group not in GROUPS:
+            raise ValueError(f"groups: class {name!r} is in {group!r}; allowed are r, c, f")
+
+
+def training_counts(
+    names: Sequence[str],
+    given: TrainCounts,
+    categories: Sequence[Mapping],
+    dataset_name: str,
+) -> list[int | None]:
+    """Training images that hold each class, None where unknown.
+
+    A mapping comes first, then `image_count` of the file (LVIS files give the training set's), then
+    a function. Classes that training never saw count 0.
+
+    Args:
+        names: (K,) class names.
+        given: counts by class name, a function that returns them (or None), or None.
+        categories: (K,) entries of an LVIS-style file; empty for other files.
+        dataset_name: for messages.
+    """
+    if not isinstance(given, Mapping):
+        if categories and all("image_count" in c for c in categories):
+            return [c["image_count"] for c in categories]
+        given = None if given is None else given()
+    if given is None:
+        return [None] * len(names)
+    unseen = [name for name in names if name not in given]
+    if unseen and len(unseen) == len(names):
+        logger.warning(f"no class of {dataset_name} is in the training set")
+        return [None] * len(names)
+    if unseen:
+        shown = ", ".join(unseen[:10]) + (", ..." if len(unseen) > 10 else "")
+        logger.warning(f"{len(unseen)} classes of {dataset_name} not in the training set: {shown}")
+    return [given.get(name, 0) for name in names]
+
+
+def resolve_groups(
+    names: Sequence[str],
+    given: Mapping[str, str] | None,
+    categories: Sequence[Mapping],
+    counts: Sequence[int | None],
+    cuts: tuple[int, int],
+) -> list[str | None]:
+    """Frequency group of each class: `given` first, then the file's, then by training counts.
+
+    Args:
+        names: (K,) class names, the keys of `given`.
+        given: group by class name, or None.
+        categories: (K,) entries of an LVIS-style file, whose `frequency` is used where all have
+            it; empty for other files.
+        counts: (K,) training images by class, None where unknown.
+        cuts: as in `groups_from_counts`.
+    """
+    if given is not None:
+        return [given.get(name) for name in names]
+    if categories and all(c.get("frequency") in GROUPS for c in categories):
+        return [c["frequency"] for c in categories]
+    return [None if n is None else groups_from_counts([n], cuts)[0] for n in counts]
+
+
+def group_metrics(
+    table: APTable, groups: Sequence[str | None], dataset_name: str
+) -> tuple[dict[str, float], list[str]]:
+    """Averages over classes in percent, and one sentence for each that is NaN.
+
+    Classes without ground truth do not count in an average. An average over no class is NaN.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, APr, APc, APf; and the reasons.
+    """
+    ap = table.by_class()
+    parts = {
+        "AP": (ap, "no ground truth"),
+        "AP50": (table.by_class(iou=0.5), "no ground truth"),
+        "AP75": (table.by_class(iou=0.75), "no ground truth"),
+    }
+    for size in SIZES[1:]:
+        reason = f"no {size} ground truth"
+        parts["AP" + size[0]] = (table.by_class(size=size), reason)
+    for letter, name in GROUPS.items():
+        member = np.array([g == letter for g in groups], dtype=bool)
+        reason = f"no ground truth of {name} classes"
+        if not any(groups):
+            reason = "no frequency groups: neither the file nor the training set gives image counts"
+            reason += " for the classes"
+        parts["AP" + letter] = (ap[member], reason)
+
+    metrics, reasons = {}, []
+    for key, (values, reason) in parts.items():
+        values = values[~np.isnan(values)]
+        metrics[key] = float(values.mean() * 100) if len(values) else float("nan")
+        if not len(values):
+            reasons.append(f"{key} is NaN: {reason} in {dataset_name}")
+    return metrics, reasons
