@@ -73,7 +73,7 @@ def add_balance_config(cfg: CfgNode) -> None:
         node = constructor_node(cls)
         if node:
             _C[name.upper()] = node
-    _C.EQL.register_renamed_key("LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
+    cfg.register_renamed_key("MODEL.BALANCE.EQL.LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
 
 
 def argument_help(cls: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Losses: tensors in, tensor out; one paper, one file. Imports torch and fvcore only."""
+"""Losses: tensors in, tensor out; one paper, one file. No import of Detectron2."""
 
 from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from .cross_entropy import BalancedCE, SigmoidCE, SoftmaxCE

@@ -36,6 +36,9 @@ class _Loss(nn.Module):
     update_after: bool = False
     """True: `update` runs after the loss, which then sees the state of earlier batches."""
 
+    def __init__(self) -> None:  # the signature that the config is made from: no arguments
+        super().__init__()
+
     def statistics(self, *inputs) -> Tensor | None:
         """What `update` needs from this rank's batch, to be summed over ranks; None: nothing."""
         return None

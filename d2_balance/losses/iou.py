@@ -7,8 +7,8 @@ Source: Rezatofighi et al., Generalized Intersection over Union, arXiv:1902.0963
 
 from __future__ import annotations
 
-from fvcore.nn import giou_loss
 from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
 
 from .base import BOX_LOSSES, BoxLoss
 
@@ -21,4 +21,4 @@ class GIoU(BoxLoss):
     space = "boxes"
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        return giou_loss(pred, target, reduction="none")
+        return generalized_box_iou_loss(pred, target)

@@ -86,8 +86,8 @@ class PositiveEMA(Normalizer):
 def _box_inputs(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
     """Predictions and targets of the positives in the space of the loss, both (P, 4)."""
     if loss.space == "boxes":
-        return samples.pred_boxes, samples.gt_boxes
-    pred, target = samples.pred_deltas, samples.target_deltas
+        return samples.pred_boxes, samples.gt_boxes.to(samples.pred_boxes.dtype)
+    pred, target = samples.pred_deltas, samples.target_deltas.to(samples.pred_deltas.dtype)
     weights = samples.box_transform.weights
     if loss.unit_weights and any(weight != 1 for weight in weights):
         return _unit(pred, weights), _unit(target, weights)

@@ -1,0 +1,59 @@
+"""Smooth L1 and GIoU: equal to fvcore and torchvision, beta as state."""
+
+import pytest
+import torch
+from fvcore.nn import smooth_l1_loss
+from torchvision.ops import generalized_box_iou_loss
+
+from d2_balance.losses import GIoU, SmoothL1
+
+
+def deltas(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pred = torch.randn(25, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    return pred, torch.randn(25, 4, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.11, 1.0])
+def test_smooth_l1_equals_fvcore(beta):
+    pred, target = deltas()
+    ours, theirs = SmoothL1(beta=beta)(pred, target), smooth_l1_loss(pred, target, beta)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    (mine,) = torch.autograd.grad(ours.sum(), pred)
+    (other,) = torch.autograd.grad(theirs.sum(), pred)
+    torch.testing.assert_close(mine, other)
+
+
+def test_a_changed_beta_is_used_and_saved():
+    pred, target = deltas()
+    loss = SmoothL1(beta=1.0)
+    loss.beta.fill_(0.5)
+    torch.testing.assert_close(loss(pred, target), SmoothL1(beta=0.5)(pred, target))
+    other = SmoothL1(beta=1.0)
+    other.load_state_dict(loss.state_dict())
+    assert other.beta == 0.5 and other.initial_beta == 1.0
+
+
+def test_gradient_at_zero_difference_is_finite_without_beta():
+    pred = torch.zeros(2, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(SmoothL1(beta=0.0)(pred, torch.zeros(2, 4)).sum(), pred)
+    assert grad.isfinite().all()
+
+
+def test_negative_beta_is_refused():
+    with pytest.raises(
+        ValueError, match="SmoothL1: beta=-1 is not allowed; a number of at least 0"
+    ):
+        SmoothL1(beta=-1)
+
+
+def test_giou_equals_torchvision_and_a_value_by_hand():
+    pred, _ = deltas()
+    boxes = torch.cat([pred[:, :2], pred[:, :2] + pred[:, 2:].abs() + 0.1], dim=1).detach()
+    shifted = boxes + 0.3
+    torch.testing.assert_close(
+        GIoU()(boxes, shifted), generalized_box_iou_loss(boxes, shifted), rtol=1e-6, atol=1e-6
+    )
+    # unit squares one apart: IoU 0, hull 3, union 2: 1 - 0 + (3 - 2) / 3
+    value = GIoU()(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[2.0, 0, 3, 1]]))
+    assert value.item() == pytest.approx(4 / 3, abs=1e-5)

@@ -1,0 +1,262 @@
+"""What every registered loss must do; a new loss is checked here without a line of its own."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+from d2_balance.config import add_balance_config, argument_help
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
+from d2_balance.modeling.build import DATA_ARGUMENTS
+
+K = 7
+FREQUENCY = [0.5, 0.2, 0.1, 0.05, 0.001, 0.0005, 0.0]
+DATA = {
+    "class_frequency": FREQUENCY,
+    "class_count": [1000 * f for f in FREQUENCY],
+    "instance_count": [3000 * f for f in FREQUENCY],
+}
+CLS = sorted(name for name, _ in CLS_LOSSES)
+BOX = sorted(name for name, _ in BOX_LOSSES)
+
+
+class Deltas:
+    """Box transform of unit weights, enough for losses that decode."""
+
+    weights = (1.0, 1.0, 1.0, 1.0)
+
+    def __init__(self):
+        from detectron2.modeling.box_regression import Box2BoxTransform
+
+        self.coder = Box2BoxTransform(weights=self.weights)
+
+    def get_deltas(self, boxes, gt_boxes):
+        return self.coder.get_deltas(boxes, gt_boxes)
+
+    def apply_deltas(self, deltas, boxes):
+        return self.coder.apply_deltas(deltas, boxes)
+
+
+def build(registry, name, num_classes=K):
+    """A loss with its defaults and, where it needs them, class counts."""
+    cls = registry.get(name)
+    parameters = inspect.signature(cls).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty]
+    return cls(**{argument: DATA[argument][:num_classes] for argument in missing})
+
+
+def make(loss, rows=60, positives=9, scale=2.0, dtype=torch.float32, seed=0, num_classes=K):
+    """Samples of two images; labels of the first `positives` rows are foreground."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = loss.num_outputs(num_classes)
+    logits = torch.randn(rows, columns, generator=generator) * scale
+    labels = torch.full((rows,), num_classes)
+    labels[:positives] = torch.randint(0, num_classes, (positives,), generator=generator)
+    order = torch.randperm(rows, generator=generator)
+    labels = labels[order]
+    boxes = torch.rand(positives, 4, generator=generator) * 40
+    boxes[:, 2:] += boxes[:, :2] + 8
+    return Samples(
+        logits=logits.to(dtype).requires_grad_(),
+        labels=labels,
+        num_classes=num_classes,
+        image=torch.arange(rows) * 2 // max(rows, 1),
+        num_images=2,
+        listed=torch.rand(2, num_classes, generator=generator) > 0.7,
+        pred_deltas=(torch.randn(positives, 4, generator=generator) * 0.1).to(dtype),
+        boxes=boxes,
+        gt_boxes=boxes + torch.randn(positives, 4, generator=generator),
+        gt_index=torch.arange(positives) // 2,
+        box_transform=Deltas(),
+    )
+
+
+def gradient(loss, samples):
+    value = loss(samples).sum()
+    assert value.requires_grad, "the loss has lost its graph"
+    (grad,) = torch.autograd.grad(value, samples.logits)
+    return value.detach(), grad
+
+
+@pytest.fixture(params=CLS)
+def cls_loss(request):
+    torch.manual_seed(0)
+    return build(CLS_LOSSES, request.param)
+
+
+@pytest.fixture(params=BOX)
+def box_loss(request):
+    return build(BOX_LOSSES, request.param)
+
+
+def test_shape_is_as_declared(cls_loss):
+    samples = make(cls_loss)
+    value = cls_loss(samples)
+    if cls_loss.elementwise:
+        assert value.shape[0] == 60 and value.dim() in (1, 2)
+    else:
+        assert value.dim() == 0
+    assert cls_loss.activation in ("sigmoid", "softmax")
+
+
+def test_logits_and_labels_alone_are_enough(cls_loss):
+    full = make(cls_loss)
+    samples = Samples(logits=full.logits, labels=full.labels, num_classes=K)
+    value, grad = gradient(cls_loss, samples)
+    assert value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("extreme", [100.0, -100.0, 1000.0])
+def test_finite_at_extreme_logits(cls_loss, extreme):
+    samples = make(cls_loss)
+    with torch.no_grad():
+        samples.logits.fill_(extreme)
+        samples.logits[::2] *= -1
+    value, grad = gradient(cls_loss, samples)
+    assert value.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "positives"), [(0, 0), (30, 0), (12, 12)])
+def test_empty_batches_keep_value_finite_and_graph_alive(cls_loss, rows, positives):
+    samples = make(cls_loss, rows=rows, positives=positives)
+    value, grad = gradient(cls_loss, samples)
+    assert value.isfinite() and grad.isfinite().all()
+    if rows == 0:
+        assert value == 0
+
+
+def test_one_class(cls_loss):
+    loss = build(CLS_LOSSES, type(cls_loss).__name__, num_classes=1)
+    value, grad = gradient(loss, make(loss, num_classes=1))
+    assert value.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(cls_loss, dtype):
+    samples = make(cls_loss, dtype=dtype)
+    other = copy.deepcopy(cls_loss)
+    torch.manual_seed(0)
+    value, grad = gradient(cls_loss, samples)
+    raised = make(cls_loss, dtype=dtype)
+    raised = Samples(
+        **{**raised.__dict__, "logits": raised.logits.detach().float().requires_grad_()}
+    )
+    torch.manual_seed(0)
+    full, full_grad = gradient(other, raised)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, full)
+    torch.testing.assert_close(grad.float(), full_grad, rtol=1e-2, atol=1e-6)
+
+
+def test_inputs_are_not_modified(cls_loss):
+    samples = make(cls_loss)
+    before = {k: v.clone() for k, v in vars(samples).items() if isinstance(v, torch.Tensor)}
+    gradient(cls_loss, samples)
+    for name, value in before.items():
+        assert torch.equal(getattr(samples, name), value), name
+
+
+def test_evaluation_leaves_buffers_alone(cls_loss):
+    gradient(cls_loss, make(cls_loss))
+    before = copy.deepcopy(cls_loss.state_dict())
+    cls_loss.eval()
+    value, grad = gradient(cls_loss, make(cls_loss, seed=1))
+    assert value.isfinite() and grad.isfinite().all()
+    for name, tensor in cls_loss.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_state_dict_round_trip_continues_equally(cls_loss):
+    for seed in range(3):
+        gradient(cls_loss, make(cls_loss, seed=seed))
+    other = build(CLS_LOSSES, type(cls_loss).__name__)
+    other.load_state_dict(cls_loss.state_dict())
+    torch.manual_seed(5)
+    first = gradient(cls_loss, make(cls_loss, seed=9))
+    torch.manual_seed(5)
+    second = gradient(other, make(other, seed=9))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_probabilities_have_k_plus_one_columns(cls_loss):
+    samples = make(cls_loss)
+    probs = cls_loss.probabilities(samples.logits)
+    assert probs.shape == (60, K + 1)
+    assert ((probs >= 0) & (probs <= 1)).all()
+
+
+def test_statistics_for_logging_are_tensors(cls_loss):
+    gradient(cls_loss, make(cls_loss))
+    assert all(isinstance(value, torch.Tensor) for value in cls_loss.stats().values())
+
+
+@pytest.mark.parametrize("registry", [CLS_LOSSES, BOX_LOSSES], ids=["cls", "box"])
+def test_constructors_are_keyword_only_documented_and_configurable(registry):
+    cfg = get_cfg()
+    add_balance_config(cfg)
+    for name, cls in registry:
+        texts = argument_help(cls)
+        for parameter in inspect.signature(cls).parameters.values():
+            assert parameter.kind == parameter.KEYWORD_ONLY, f"{name}: {parameter.name}"
+            assert texts.get(parameter.name), f"{name}: {parameter.name} has no docstring"
+            if parameter.default is parameter.empty:
+                assert parameter.name in DATA_ARGUMENTS, f"{name}: {parameter.name}"
+            else:
+                node = cfg.MODEL.BALANCE[name.upper()]
+                assert node[parameter.name.upper()] == parameter.default
+
+
+def boxes_for(loss, count, dtype=torch.float32):
+    """Predictions and targets in the space of the loss."""
+    generator = torch.Generator().manual_seed(count)
+    pred = torch.randn(count, 4, generator=generator) * 0.3
+    target = torch.randn(count, 4, generator=generator) * 0.3
+    if loss.space == "boxes":
+        pred, target = pred + torch.tensor([0, 0, 5.0, 5.0]), target + torch.tensor([0, 0, 5.0, 5])
+    return pred.to(dtype).requires_grad_(), target
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_box_loss_is_finite_and_has_a_gradient(box_loss, count):
+    pred, target = boxes_for(box_loss, count)
+    value = box_loss(pred, target)
+    if box_loss.elementwise:
+        assert value.shape[0] == count and value.dim() in (1, 2)
+    else:
+        assert value.dim() == 0
+    (grad,) = torch.autograd.grad(value.sum(), pred)
+    assert value.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_box_loss_raises_half_precision(box_loss, dtype):
+    pred, target = boxes_for(box_loss, 20, dtype)
+    value = box_loss(pred, target)
+    assert value.dtype == torch.float32 and value.isfinite().all()
+
+
+def test_box_loss_is_smallest_at_the_target(box_loss):
+    _, target = boxes_for(box_loss, 20)
+    exact = box_loss(target.clone().requires_grad_(), target).sum()
+    off = box_loss((target + 0.3).requires_grad_(), target).sum()
+    assert exact.abs() < 1e-5 < off
+
+
+def test_box_loss_state_dict_round_trip(box_loss):
+    for count in (10, 20):
+        box_loss(*boxes_for(box_loss, count))
+    other = build(BOX_LOSSES, type(box_loss).__name__)
+    other.load_state_dict(box_loss.state_dict())
+    pred, target = boxes_for(box_loss, 30)
+    assert torch.equal(box_loss(pred, target), other(pred, target))
+
+
+def test_box_loss_evaluation_leaves_buffers_alone(box_loss):
+    box_loss(*boxes_for(box_loss, 10))
+    before = copy.deepcopy(box_loss.state_dict())
+    box_loss.eval()
+    assert box_loss(*boxes_for(box_loss, 30)).isfinite().all()
+    for name, tensor in box_loss.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

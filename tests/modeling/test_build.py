@@ -1,0 +1,167 @@
+"""Bad configuration is refused when the model is built, with a message that names the key."""
+
+import json
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from d2_balance.losses import CLS_LOSSES
+from d2_balance.reweight import REWEIGHTERS, Reweighter
+from tests.conftest import CLASSES, small_cfg
+
+
+def refuse(match, kind, *overrides, error=ValueError):
+    with pytest.raises(error, match=match):
+        build_model(small_cfg(kind, *overrides))
+
+
+@pytest.mark.parametrize("key", ["CLS_LOSS", "BOX_LOSS"])
+@pytest.mark.parametrize("kind", ["retinanet", "faster"])
+def test_unknown_loss_lists_the_known_ones(kind, key):
+    known = {"CLS_LOSS": "DR, EQL", "BOX_LOSS": "GHMR, GIoU"}[key]
+    refuse(
+        rf"MODEL\.BALANCE\.{key}: 'Fokal' is unknown; allowed: .*{known}",
+        kind,
+        f"MODEL.BALANCE.{key}",
+        "Fokal",
+    )
+
+
+def test_unknown_reweighter_is_named():
+    refuse(
+        r"MODEL\.BALANCE\.REWEIGHT: 'Nobody' is unknown; allowed: ",
+        "faster",
+        "MODEL.BALANCE.REWEIGHT",
+        ["Nobody"],
+    )
+
+
+@pytest.mark.parametrize("key", ["MODEL.BALANCE.CLSLOSS", "MODEL.BALANCE.GHMC.BIN", "MODEL.BALANS"])
+def test_unknown_key_is_named(key):
+    with pytest.raises((KeyError, AssertionError), match=key.split(".")[-1]):
+        small_cfg("faster", key, "1")
+
+
+def test_lambda_without_underscore_says_the_right_name():
+    with pytest.raises(KeyError, match="LAMBDA_"):
+        small_cfg("faster", "MODEL.BALANCE.EQL.LAMBDA", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("GHMC.BINS", 0, "bins=0 is not allowed; a whole number of at least 1"),
+        ("GHMC.MOMENTUM", 1.5, r"momentum=1.5 is not allowed; a number in \[0, 1\)"),
+        ("GHMC.EMA_MODE", "fast", "ema_mode='fast' is not allowed; one of official"),
+        ("DR.TAU", -1.0, "tau=-1.0 is not allowed; a number above 0"),
+        ("DR.SCOPE", "gpu", "scope='gpu' is not allowed; one of image, batch"),
+        ("EQL.LAMBDA_", 2.0, r"lambda_=2.0 is not allowed; a number in \[0, 1\]"),
+        ("EQL.THRESHOLD", "hard", "threshold='hard' is not allowed; one of step"),
+        ("FOCAL.GAMMA", -1.0, "gamma=-1.0 is not allowed; a number of at least 0"),
+    ],
+)
+def test_values_out_of_range_name_the_node(key, value, rule, statistics_file):
+    node = key.split(".")[0]
+    name = {cls.upper(): cls for cls, _ in CLS_LOSSES}[node]
+    overrides = ["MODEL.BALANCE.CLS_LOSS", name, f"MODEL.BALANCE.{key}", value]
+    overrides += ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+    refuse(rf"MODEL\.BALANCE\.{node}: {name}: {rule}", "retinanet", *overrides)
+
+
+def test_softmax_loss_on_a_sigmoid_head():
+    refuse(
+        r"CLS_LOSS SoftmaxCE is a softmax loss and RetinaNet has a sigmoid head; losses that work "
+        r"there: .*Focal",
+        "retinanet",
+        "MODEL.BALANCE.CLS_LOSS",
+        "SoftmaxCE",
+    )
+
+
+def test_levels_on_a_head_without_levels():
+    refuse(
+        r"GHMC\.PER_LEVEL True needs feature levels and the RoI head has none; set it to False",
+        "faster",
+        "MODEL.BALANCE.CLS_LOSS",
+        "GHMC",
+        "MODEL.BALANCE.GHMC.PER_LEVEL",
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "works"), [("CLS_LOSS", "DR", "Focal"), ("BOX_LOSS", "GHMR", "SmoothL1")]
+)
+def test_row_weights_on_a_loss_without_rows(monkeypatch, key, name, works):
+    class Halve(Reweighter):
+        def forward(self, samples, cls, box):
+            return torch.full_like(samples.labels, 0.5, dtype=cls.dtype), None
+
+    monkeypatch.setitem(REWEIGHTERS._obj_map, "Halve", Halve)
+    refuse(
+        rf"REWEIGHT Halve weights single rows and {key} {name} has no loss per row; {key} that "
+        rf"work: .*{works}",
+        "retinanet",
+        "MODEL.BALANCE.REWEIGHT",
+        ["Halve"],
+        f"MODEL.BALANCE.{key}",
+        name,
+    )
+    model = build_model(small_cfg("retinanet", "MODEL.BALANCE.REWEIGHT", ["Halve"]))
+    assert len(model.reweighters) == 1
+
+
+def test_class_statistics_of_another_length(tmp_path):
+    path = tmp_path / "counts.json"
+    row = {"name": "a", "image_count": 1, "instance_count": 1}
+    rows = [{**row, "name": f"c{i}"} for i in range(4)]
+    path.write_text(json.dumps({"num_images": 10, "classes": rows}))
+    refuse(
+        r"CLASS_STATISTICS: .*counts.json has 4 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 6",
+        "faster",
+        "MODEL.BALANCE.CLS_LOSS",
+        "EQL",
+        "MODEL.BALANCE.CLASS_STATISTICS",
+        str(path),
+    )
+
+
+def test_eql_without_counts_says_what_to_give():
+    refuse(
+        r"class statistics need DATASETS.TRAIN, which is empty: give "
+        r"MODEL.BALANCE.CLASS_STATISTICS",
+        "faster",
+        "MODEL.BALANCE.CLS_LOSS",
+        "EQL",
+    )
+
+
+def test_statistics_from_the_checkpoint_need_no_data():
+    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.CLASS_STATISTICS", "checkpoint"]
+    model = build_model(small_cfg("faster", *keys))
+    assert model.roi_heads.box_predictor.cls_loss.class_frequency.shape == (CLASSES,)
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1])
+def test_prior_out_of_range(prior):
+    refuse(
+        r"MODEL\.BALANCE\.PRIOR_PROB: .* is not in \(0, 1\)",
+        "faster",
+        "MODEL.BALANCE.CLS_LOSS",
+        "SigmoidCE",
+        "MODEL.BALANCE.PRIOR_PROB",
+        prior,
+    )
+
+
+@pytest.mark.parametrize("key", ["USE_SIGMOID_CE", "USE_FED_LOSS"])
+def test_detectron2_switches_for_other_losses_are_refused(key, monkeypatch):
+    overrides = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
+    if key == "USE_FED_LOSS":
+        monkeypatch.setattr(
+            "detectron2.modeling.roi_heads.fast_rcnn.get_fed_loss_cls_weights",
+            lambda dataset_names, freq_weight_power: torch.ones(CLASSES),
+        )
+        overrides += ["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True]
+    refuse("name the loss in MODEL.BALANCE.CLS_LOSS", "faster", *overrides)

@@ -1,0 +1,88 @@
+"""With stock settings the balanced models are Detectron2's: losses and parameter gradients."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from tests.conftest import STOCK, make_inputs, small_cfg
+
+
+def step(model, inputs):
+    """Losses and gradients of one training step with fixed proposal sampling."""
+    torch.manual_seed(3)
+    with EventStorage(0):
+        losses = model(inputs)
+        sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("empty", [(), (0,), (0, 1)], ids=["objects", "one empty", "all empty"])
+@pytest.mark.parametrize("kind", sorted(STOCK))
+def test_losses_and_gradients_equal_stock(kind, empty):
+    stock = build_model(small_cfg(kind, balanced=False))
+    ours = build_model(small_cfg(kind))
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    inputs = make_inputs(empty=empty)
+    expected, expected_grads = step(stock, inputs)
+    losses, grads = step(ours, inputs)
+    assert list(losses) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-6)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        assert (grad is None) == (grads[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", sorted(STOCK))
+def test_stock_losses_named_explicitly_equal_stock(kind):
+    names = ("Focal", 0.1) if kind == "retinanet" else ("SoftmaxCE", 0.0)
+    overrides = ["MODEL.BALANCE.CLS_LOSS", names[0], "MODEL.BALANCE.BOX_LOSS", "SmoothL1"]
+    overrides += ["MODEL.BALANCE.SMOOTHL1.BETA", names[1]]
+    stock = build_model(small_cfg(kind, balanced=False))
+    ours = build_model(small_cfg(kind, *overrides))
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    expected, _ = step(stock, make_inputs())
+    losses, _ = step(ours, make_inputs())
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(STOCK))
+def test_giou_equals_stock(kind):
+    keys = ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"]
+    keys += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"]
+    stock = build_model(small_cfg(kind, *keys, balanced=False))
+    weights = {name: value.clone() for name, value in stock.state_dict().items()}
+    expected, _ = step(stock, make_inputs())
+    for ours in (
+        build_model(small_cfg(kind, *keys)),
+        build_model(small_cfg(kind, "MODEL.BALANCE.BOX_LOSS", "GIoU")),
+    ):
+        ours.load_state_dict(weights, strict=False)
+        losses, _ = step(ours, make_inputs())
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(STOCK))
+def test_inference_equals_stock(kind):
+    stock = build_model(small_cfg(kind, balanced=False)).eval()
+    ours = build_model(small_cfg(kind)).eval()
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    with torch.no_grad():
+        for one, other in zip(stock(make_inputs()), ours(make_inputs()), strict=True):
+            one, other = one["instances"], other["instances"]
+            torch.testing.assert_close(other.scores, one.scores)
+            torch.testing.assert_close(other.pred_boxes.tensor, one.pred_boxes.tensor)
+
+
+def test_normaliser_follows_stock_over_steps():
+    stock = build_model(small_cfg("retinanet", balanced=False))
+    ours = build_model(small_cfg("retinanet"))
+    for seed in range(3):
+        step(stock, make_inputs(seed=seed))
+        step(ours, make_inputs(seed=seed))
+        assert ours.loss_normalizer.item() == pytest.approx(stock.loss_normalizer)

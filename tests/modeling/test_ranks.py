@@ -1,0 +1,109 @@
+"""Two gloo ranks keep the state and the gradients of one process on the joined batch."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
+from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
+from tests.losses.test_contract import Deltas, build
+
+K, ROWS, STEPS = 5, 40, 3
+PAIRS = sorted(
+    [(cls, "SmoothL1", norm) for cls, _ in CLS_LOSSES for norm in ("PositiveEMA", "RowNormalizer")]
+    + [("Focal", box, "PositiveEMA") for box, _ in BOX_LOSSES]
+)
+NORMALIZERS = {"PositiveEMA": PositiveEMA, "RowNormalizer": RowNormalizer}
+
+
+def rows_of(step, rank, columns):
+    """Logits, labels and boxes of one rank's image; in the last step rank 1 has no positives."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    logits = torch.randn(ROWS, columns, generator=generator, dtype=torch.float64) * 2
+    labels = torch.randint(0, K + 4, (ROWS,), generator=generator).clamp(max=K)
+    if step == STEPS - 1 and rank == 1:
+        labels.fill_(K)
+    deltas = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64) * 0.2
+    boxes = torch.rand(ROWS, 4, generator=generator, dtype=torch.float64) * 30
+    boxes[:, 2:] += boxes[:, :2] + 5
+    return logits, labels, deltas, boxes
+
+
+def samples_of(step, ranks, columns):
+    parts = [rows_of(step, rank, columns) for rank in ranks]
+    logits, labels, deltas, boxes = (torch.cat(x) for x in zip(*parts, strict=True))
+    pos = labels < K
+    logits, deltas = logits.requires_grad_(), deltas.requires_grad_()
+    image = torch.arange(len(ranks)).repeat_interleave(ROWS)
+    samples = Samples(
+        logits=logits,
+        labels=labels,
+        num_classes=K,
+        image=image,
+        num_images=len(ranks),
+        pred_deltas=deltas[pos],
+        boxes=boxes[pos],
+        gt_boxes=boxes[pos] + 1,
+        gt_index=torch.arange(int(pos.sum())),
+        box_transform=Deltas(),
+    )
+    return samples, logits, deltas
+
+
+def train(pair, ranks):
+    """Gradients of every step, and the state at the end."""
+    cls_name, box_name, norm = pair
+    torch.manual_seed(0)
+    cls, box = build(CLS_LOSSES, cls_name, K).double(), build(BOX_LOSSES, box_name, K).double()
+    normalizer = NORMALIZERS[norm]()
+    grads = []
+    for step in range(STEPS):
+        samples, logits, deltas = samples_of(step, ranks, cls.num_outputs(K))
+        losses = detection_losses(samples, cls, box, [], normalizer)
+        grads.append(torch.autograd.grad(sum(losses.values()), (logits, deltas)))
+    state = {
+        f"{part}.{name}": value
+        for part, module in (("cls", cls), ("box", box), ("normalizer", normalizer))
+        for name, value in module.state_dict().items()
+    }
+    return grads, state
+
+
+def worker(rank, address, folder):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    results = [train(pair, [rank]) for pair in PAIRS]
+    torch.save(results, os.path.join(folder, f"{rank}.pth"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (f"file://{folder}/store", str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+
+
+def equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
+def test_state_and_gradients_equal_one_process_on_the_joined_batch(index, two_ranks):
+    if random_within_a_step(PAIRS[index][0]):
+        pytest.skip("draws random numbers per row; its own test file compares expectations")
+    (first, first_state), (second, second_state) = two_ranks[0][index], two_ranks[1][index]
+    joined, state = train(PAIRS[index], [0, 1])
+    for name, value in state.items():
+        equal(first_state[name], value)
+        assert torch.equal(first_state[name], second_state[name]), name
+    for ours, (logits, deltas) in zip(zip(first, second, strict=True), joined, strict=True):
+        # DDP averages: half of each rank's gradient reaches the weights
+        equal(torch.cat([ours[0][0], ours[1][0]]) / 2, logits)
+        equal(torch.cat([ours[0][1], ours[1][1]]) / 2, deltas)
+
+
+def random_within_a_step(name):
+    return getattr(CLS_LOSSES.get(name), "random", False)
