@@ -155,7 +155,7 @@ def _build(root: str, num_images: dict[str, int], force: bool = False) -> dict[s
                 # Another process may have finished while this one waited for the lock.
                 if force or not os.path.isdir(folder):
                     _render_and_move(folder, num_images)
-        except PermissionError as e:
+        except OSError as e:
             raise OSError(
                 f"mini_lvis cannot be rendered into {root}: {e}. Set the environment variable "
                 "DETECTRON2_DATASETS to a folder that can be written"

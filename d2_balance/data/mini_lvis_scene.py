@@ -145,10 +145,7 @@ def render_image(
     for j in rng.permutation(extra)[: MAX_OBJECTS_PER_IMAGE - len(class_indices)]:
         scene.add(int(j), required=False)
 
-    annotations = [
-        _annotation(scene.owner == i, image_id, obj.class_index)
-        for i, obj in enumerate(scene.objects)
-    ]
+    annotations = [_annotation(scene, index, image_id) for index in range(len(scene.objects))]
     omitted = _choose_omitted([obj.class_index for obj in scene.objects], may_omit, rng)
     not_exhaustive = [] if omitted is None else [annotations.pop(omitted)["category_id"]]
 
@@ -176,13 +173,16 @@ def _choose_omitted(
     return several[int(rng.integers(len(several)))]
 
 
-def _annotation(visible: np.ndarray, image_id: int, class_index: int) -> dict:
-    polygons = mask_to_polygons(visible)
-    polygons = [p for p in polygons if polygon_area(p) >= MIN_PART_AREA]
+def _annotation(scene: Scene, index: int, image_id: int) -> dict:
+    """Outlines what is visible of one object, as a LVIS annotation without id."""
+    obj = scene.objects[index]
+    visible = scene.owner[obj.rows, obj.columns] == index
+    corner = (obj.columns.start, obj.rows.start)
+    polygons = [p + corner for p in mask_to_polygons(visible) if polygon_area(p) >= MIN_PART_AREA]
     (x0, y0), (x1, y1) = (f(np.concatenate(polygons), axis=0).tolist() for f in (np.min, np.max))
     return {
         "image_id": image_id,
-        "category_id": class_index + 1,
+        "category_id": obj.class_index + 1,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": sum(polygon_area(p) for p in polygons),
         "segmentation": [p.ravel().tolist() for p in polygons],
@@ -205,7 +205,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     polygons = []
     for points, offsets in zip(*contours.filled(0.5, 2.0), strict=True):
         if len(offsets) > 2:  # an outer contour and at least one hole
-            column = int((points[offsets[1] : offsets[2], 0] - 0.5).mean())
+            hole = points[offsets[1] : offsets[2], 0] - 0.5
+            column = int((hole.min() + hole.max()) / 2)
             left, right = mask.copy(), mask.copy()
             left[:, column:] = False
             right[:, :column] = False
