@@ -3,7 +3,6 @@
 T: IoU thresholds, K: classes, A: size ranges, G: ground truths, D: detections.
 """
 
-import logging
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -15,11 +14,11 @@ from tqdm import tqdm
 SIZES = ("all", "small", "medium", "large")
 """Size ranges of COCO and LVIS: areas below 32*32, up to 96*96, and above, in square pixels."""
 
-_PAIR_LIMIT = 1_000_000
-"""(image, class) pairs evaluated at once. The engine holds several objects per pair, empty ones
-too: the 24 million pairs of LVIS validation at once would take gigabytes."""
-
-logger = logging.getLogger(__name__)
+_PAIR_LIMIT = 50_000
+"""(image, class) pairs evaluated at once. The engine spends memory and time on empty pairs too: the
+24 million pairs of LVIS validation at once would take gigabytes. Few classes at a time leave out
+the images that show none of them. On 5,000 images and 1,203 classes: 14 s with 1,000,000, 4 s with
+50,000, 10,000 or 1."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def average_precision(
     step = max(1, pair_limit // max(1, len(truth.images)))
     chunks = [truth.class_ids[i : i + step] for i in range(0, len(truth.class_ids), step)]
     parts = []
-    for ids in tqdm(chunks, desc=f"evaluating {iou_type}", disable=len(chunks) < 2 or None):
+    for ids in tqdm(chunks, desc=f"evaluating {iou_type}", delay=2, disable=None):
         parts.append(_evaluate_classes(truth, by_class, ids, iou_type, max_dets))
     thresholds = COCOeval_faster(iouType=iou_type).params.iouThrs
     values = np.concatenate(parts, axis=1) if parts else np.zeros((len(thresholds), 0, len(SIZES)))
@@ -194,7 +193,7 @@ def _evaluate_classes(
     gt = COCO({"images": images, "annotations": gts, "categories": categories})
     dt = COCO({"images": images, "annotations": dts, "categories": categories})
     evaluator = COCOeval_faster(
-        gt, dt, iou_type, print_function=logger.debug, lvis_style=truth.federated
+        gt, dt, iou_type, print_function=lambda *_: None, lvis_style=truth.federated
     )
     evaluator.params.maxDets = [max_dets]
     evaluator.evaluate()

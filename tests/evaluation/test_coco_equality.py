@@ -16,7 +16,7 @@ from d2_balance.evaluation import COCOGroupEvaluator
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 
-def pycocotools_result(json_file, results, task):
+def pycocotools_result(json_file, results, task, max_dets=100):
     results = copy.deepcopy(results)
     if task == "segm":
         for result in results:
@@ -24,6 +24,7 @@ def pycocotools_result(json_file, results, task):
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO(str(json_file))
         evaluator = COCOeval(gt, gt.loadRes(results), task)
+        evaluator.params.maxDets[-1] = max_dets
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -52,6 +53,23 @@ def test_metrics_equal_pycocotools(sets, rng, tmp_path, masks):
         ours = [record["AP" + suffix] for record in evaluator.per_class.values()]
         per_class = precision[:, :, :, 0, -1].mean(axis=(0, 1)) * 100
         np.testing.assert_allclose(ours, np.where(per_class < 0, np.nan, per_class), atol=1e-6)
+
+
+def test_the_limit_of_detections_is_per_image_and_class(sets, rng, tmp_path):
+    dataset = sets.make_dataset(rng, 8, 20, lvis=False)
+    crowded = dataset["images"][2]["id"]
+    detections = sets.make_detections(rng, dataset, crowded_image=crowded)
+    name = sets.register(dataset, "coco")
+    ap = []
+    for max_dets in (11, 12, 100):
+        evaluator = COCOGroupEvaluator(name, output_dir=str(tmp_path), max_dets=max_dets)
+        ap.append(sets.feed(evaluator, dataset, detections)["bbox"]["AP"])
+        saved = json.loads((tmp_path / f"predictions_{name}.json").read_text())
+        assert len(saved) > 450
+        _, precision = pycocotools_result(tmp_path / f"{name}.json", saved, "bbox", max_dets)
+        precision = precision[:, :, :, 0, -1]  # all sizes, the highest limit
+        assert ap[-1] == pytest.approx(precision[precision > -1].mean() * 100, abs=1e-6)
+    assert abs(ap[0] - ap[2]) > 1e-3  # the limit cuts something that counts
 
 
 def test_metrics_equal_detectron2s_evaluator(sets, rng):
