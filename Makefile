@@ -8,7 +8,7 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$p && exit; done; echo python3)
-# Named in one pip command, since every torchvision asks for exactly one torch.
+# Named in one pip command: a torchvision says which torch it works with, torch does not.
 TORCH ?= torch torchvision
 DEMO_CONFIG ?= configs/quick_schedules/mask_rcnn_R_18_eql_mini_lvis_demo.yaml
 DEMO_OUTPUT ?= output/demo

@@ -138,7 +138,7 @@ def check_detectron2(usable: bool) -> list[Finding]:
     if not usable and _version("detectron2"):
         return [Finding("Detectron2", _not_tried("detectron2"))]
     package = _load("detectron2")
-    if _is_absent("detectron2", package):
+    if _missing(package) == "detectron2":
         remedy = f"{sys.executable} scripts/install_detectron2.py, or compile it: {UPSTREAM}"
         return [Finding("Detectron2", "not installed", remedy, True)]
     # The package itself imports little; the other two reach what a training needs.
@@ -155,11 +155,10 @@ def _check_compiled() -> Finding:
     compiled = _load("detectron2._C")
     if not isinstance(compiled, Exception):
         return Finding("detectron2._C", "there")
-    absent = _is_absent("_C", compiled)
+    state = "absent" if isinstance(compiled, ModuleNotFoundError) else _say(compiled)
     return Finding(
         "detectron2._C",
-        f"{'absent' if absent else _say(compiled)}; rotated boxes and Detectron2's own "
-        "deformable convolution fail, all else works",
+        f"{state}; rotated boxes and Detectron2's own deformable convolution fail, all else works",
         f"only for rotated boxes or deformable convolution, compile Detectron2: {UPSTREAM}",
     )
 
@@ -243,10 +242,12 @@ def _load(name: str) -> ModuleType | Exception:
         return error
 
 
-def _is_absent(name: str, module: ModuleType | Exception) -> bool:
-    """Whether it is `name` itself that is not there, and not something that it imports."""
-    missing = isinstance(module, ModuleNotFoundError) and module.name or ""
-    return missing.rpartition(".")[2] == name
+def _missing(outcome: ModuleType | Exception) -> str | None:
+    """Return pip's name of the package whose absence ended an import, None for another outcome."""
+    if not isinstance(outcome, ModuleNotFoundError) or not outcome.name:
+        return None
+    package = outcome.name.partition(".")[0]
+    return PIP_NAMES.get(package, package)
 
 
 def _version(distribution: str) -> str | None:
@@ -263,7 +264,7 @@ def _not_tried(distribution: str) -> str:
 
 def _failure(distribution: str, error: Exception) -> str:
     version = _version(distribution)
-    if version is None and isinstance(error, ModuleNotFoundError):
+    if version is None and _missing(error) == distribution:
         return "not installed"
     return f"{version or 'version unknown'}, broken: {_say(error)}"
 
@@ -274,10 +275,10 @@ def _say(error: Exception) -> str:
 
 def _remedy(distribution: str, error: Exception) -> str:
     """Return the command that helps where importing a package ended with `error`."""
-    module = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and module:
-        return _pip(_requirement(PIP_NAMES.get(module, module)))
-    if module == "cv2":  # libGL is not there; this build does without it
+    missing = _missing(error)
+    if missing and missing != "detectron2":
+        return _pip(_requirement(missing))
+    if getattr(error, "name", None) == "cv2":  # libGL is not there; this build does without it
         return _pip("--force-reinstall", "--no-deps", "opencv-python-headless")
     if distribution == "detectron2":  # the registry knows it under another name
         return f"{_pip(distribution, command='uninstall')}, then make setup"
