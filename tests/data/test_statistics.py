@@ -137,12 +137,13 @@ def test_config_counts_once_per_process_and_anew_for_a_new_loader(cfg, names):
     assert ClassStatistics.from_config(cfg).instance_count.tolist() == [0, 2]
 
 
-def test_config_joins_several_training_sets(cfg, write, names):
+@pytest.mark.parametrize("swap", [False, True])
+def test_config_joins_several_training_sets(cfg, write, names, swap):
     first, second = names(), names()
     register_json(first, *write(coco_data(), "1.json"))
     register_json(second, *write(lvis_data(), "2.json"))
     _set(cfg, first, 2)
-    cfg.DATASETS.TRAIN = (first, second)
+    cfg.DATASETS.TRAIN = (second, first) if swap else (first, second)
     statistics = ClassStatistics.from_config(cfg)
     assert statistics.image_count.tolist() == [2, 4] and statistics.num_images == 4
     assert statistics.file_groups is None  # the groups of one file do not hold for both
