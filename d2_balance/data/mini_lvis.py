@@ -70,7 +70,7 @@ def register_mini_lvis(root: str | None = None) -> None:
     for name, split in NAMES.items():
         json_file = _json_file(folder, split)
         if name in DatasetCatalog:
-            if MetadataCatalog.get(name).json_file == json_file:
+            if MetadataCatalog.get(name).get("json_file") == json_file:
                 continue
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
