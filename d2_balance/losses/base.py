@@ -36,6 +36,10 @@ class _Loss(nn.Module):
     update_after: bool = False
     """True: `update` runs after the loss, which then sees the state of earlier batches."""
 
+    joins_ranks: bool = True
+    """False: each rank works on its own rows (it ranks or draws them), and k ranks differ from one
+    process on the joined batch; state that is kept is summed over ranks all the same."""
+
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 

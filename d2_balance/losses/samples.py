@@ -120,6 +120,13 @@ class Samples:
         """(P, 4) decoded predictions of the positive rows, with gradient."""
         return self.box_transform.apply_deltas(self.pred_deltas, self.boxes)
 
+    @cached_property
+    def iou(self) -> Tensor:
+        """(P,) IoU of the decoded predictions with their objects, detached; 1 without boxes."""
+        if self.pred_deltas is None or self.gt_boxes is None:
+            return self.logits.new_ones(len(self.pos))
+        return paired_iou(self.pred_boxes.detach(), self.gt_boxes)
+
     def upcast(self) -> Samples:
         """The same samples with half and bfloat16 predictions raised to float32."""
         half = (torch.float16, torch.bfloat16)
@@ -129,3 +136,20 @@ class Samples:
             if (value := getattr(self, name)) is not None and value.dtype in half
         }
         return dataclasses.replace(self, **changed) if changed else self
+
+
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of row i of one set with row i of the other.
+
+    Args:
+        boxes: (P, 4) x0 y0 x1 y1.
+        others: (P, 4).
+
+    Returns:
+        (P,) in [0, 1].
+    """
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    inter = (high - low).clamp(min=0).prod(dim=1)
+    area, other = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(dim=1) for b in (boxes, others))
+    return inter / (area + other - inter).clamp(min=1e-12)

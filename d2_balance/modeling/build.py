@@ -23,6 +23,7 @@ DATA_ARGUMENTS = {
     "class_count": lambda statistics: statistics.image_count,
     "instance_count": lambda statistics: statistics.instance_count,
 }
+NUM_CLASSES = "num_classes"  # the one argument without a default that the model knows itself
 
 
 def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
@@ -64,7 +65,9 @@ def _construct(cfg: CfgNode, key: str, registry: Registry, name: str, num_classe
     node = cfg.MODEL.BALANCE.get(name.upper(), {})
     arguments = {}
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.default is parameter.empty:
+        if parameter.name == NUM_CLASSES:
+            arguments[parameter.name] = num_classes
+        elif parameter.default is parameter.empty:
             arguments[parameter.name] = class_quantity(cfg, parameter.name, num_classes)
         else:
             arguments[parameter.name] = node[parameter.name.upper()]

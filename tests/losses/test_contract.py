@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 from d2_balance.config import add_balance_config, argument_help
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
-from d2_balance.modeling.build import DATA_ARGUMENTS
+from d2_balance.modeling.build import DATA_ARGUMENTS, NUM_CLASSES
 
 K = 7
 FREQUENCY = [0.5, 0.2, 0.1, 0.05, 0.001, 0.0005, 0.0]
@@ -43,8 +43,9 @@ def build(registry, name, num_classes=K):
     """A loss with its defaults and, where it needs them, class counts."""
     cls = registry.get(name)
     parameters = inspect.signature(cls).parameters.values()
-    missing = [p.name for p in parameters if p.default is p.empty]
-    return cls(**{argument: DATA[argument][:num_classes] for argument in missing})
+    data = {name: values[:num_classes] for name, values in DATA.items()}
+    data[NUM_CLASSES] = num_classes
+    return cls(**{p.name: data[p.name] for p in parameters if p.default is p.empty})
 
 
 def make(loss, rows=60, positives=9, scale=2.0, dtype=torch.float32, seed=0, num_classes=K):
@@ -202,7 +203,7 @@ def test_constructors_are_keyword_only_documented_and_configurable(registry):
             assert parameter.kind == parameter.KEYWORD_ONLY, f"{name}: {parameter.name}"
             assert texts.get(parameter.name), f"{name}: {parameter.name} has no docstring"
             if parameter.default is parameter.empty:
-                assert parameter.name in DATA_ARGUMENTS, f"{name}: {parameter.name}"
+                assert parameter.name in {*DATA_ARGUMENTS, NUM_CLASSES}, f"{name}: {parameter.name}"
             else:
                 node = cfg.MODEL.BALANCE[name.upper()]
                 assert node[parameter.name.upper()] == parameter.default

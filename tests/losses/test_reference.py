@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2_balance.losses import DR, EQL, GHMC, GHMR, Samples
+from d2_balance.losses import AP, DR, EQL, GHMC, GHMR, EQLv2, Samples
+from d2_balance.losses.rank_sort import rank_sort_and_gradient
+from d2_balance.losses.seesaw import seesaw_ce_loss
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 
@@ -97,3 +99,57 @@ def test_eql_equals_the_authors_release():
     )
     assert_close(value, ref["loss"])
     assert_close(grad, ref["grad"])
+
+
+def test_eqlv2_equals_mmdet_over_four_steps():
+    ref = load("eqlv2")
+    loss = EQLv2(
+        num_classes=int(ref["num_classes"]),
+        gamma=float(ref["gamma"]),
+        mu=float(ref["mu"]),
+        alpha=float(ref["alpha"]),
+    )
+    for step in range(4):
+        value, grad = run(
+            loss,
+            ref["logits"][step],
+            ref["labels"][step],
+            int(ref["num_classes"]),
+            reduce=lambda loss: loss.sum(dim=1).mean(),
+        )
+        assert_close(value, ref["loss"][step])
+        assert_close(grad, ref["grad"][step])
+    assert_close(loss.pos_grad, ref["pos_grad"])
+    assert_close(loss.neg_grad, ref["neg_grad"])
+
+
+def test_seesaw_class_part_equals_mmdet():
+    ref = load("seesaw_ce")
+    logits = torch.tensor(ref["logits"]).requires_grad_()
+    counts = torch.tensor(ref["class_counts"])
+    arguments = (float(ref["p"]), float(ref["q"]), float(ref["eps"]))
+    value = seesaw_ce_loss(logits, torch.tensor(ref["labels"]), counts, *arguments).mean()
+    (grad,) = torch.autograd.grad(value, logits)
+    assert_close(value, ref["loss"])
+    assert_close(grad, ref["grad"])
+
+
+def test_ap_equals_the_authors_release():
+    ref = load("ap")
+    value, grad = run(AP(), ref["logits"], ref["labels"], int(ref["num_classes"]))
+    assert_close(value, ref["loss"].squeeze(), rel=1e-6)
+    assert_close(grad, ref["grad"], rel=1e-6)
+
+
+def test_rank_and_sort_equals_the_authors_release():
+    ref = load("rank_sort")
+    logits, targets = torch.tensor(ref["logits"]), torch.tensor(ref["iou_targets"])
+    keep = (targets >= 0).all(dim=1)  # -1 is ignored
+    scores, targets = logits[keep].flatten(), targets[keep].flatten()
+    positive = targets.nonzero().squeeze(1)
+    ranking, sorting, grad = rank_sort_and_gradient(
+        scores, positive, targets[positive], float(ref["delta"])
+    )
+    assert_close(ranking, ref["ranking"])
+    assert_close(sorting, ref["sorting"])
+    assert_close(grad, ref["grad"][keep].reshape(-1), rel=1e-6)

@@ -1,0 +1,115 @@
+"""EFL: equalized focal loss, with a focusing exponent of its own for each class.
+
+    g_j = clamp(G+_j / G-_j, 0, 1),   gamma_j = gamma_b + s (1 - g_j)
+    EFL = -alpha_t (gamma_j / gamma_b) (1 - p_t)^gamma_j log p_t
+
+G+ and G- add up |dL/dz| of positives and negatives over batches and ranks, in closed form: with
+w = alpha_t gamma_j / gamma_b,
+
+    |dL/dz| = w (1 - p_t)^gamma_j |gamma_j p_t log p_t - (1 - p_t)|
+
+Source: Li et al., Equalized Focal Loss for Dense Long-Tailed Object Detection, arXiv:2201.02593,
+equations 4 to 7. The mean is over positives; each batch enters G divided by its positives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .samples import Samples
+
+
+def equalized_focal_loss(
+    logits: Tensor, onehot: Tensor, gamma: Tensor, alpha: float, base: float
+) -> Tensor:
+    """Focal loss with an exponent for each class.
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        gamma: (K,) exponents, at least `base`.
+        alpha: weight of positives in [0, 1], negatives get `1 - alpha`.
+        base: gamma_b, above 0.
+
+    Returns:
+        (R, K).
+    """
+    margin = logits * (2 * onehot - 1)
+    ce = -F.logsigmoid(margin)  # -log p_t, stable where p_t rounds to 0
+    weight = (onehot * (2 * alpha - 1) + (1 - alpha)) * (gamma / base)
+    return weight * torch.exp(-gamma * (margin + ce)) * ce
+
+
+@torch.no_grad()
+def gradient_norm(logits: Tensor, onehot: Tensor, gamma: Tensor, alpha: float, base: float):
+    """(R, K) absolute gradient of `equalized_focal_loss` with respect to the logits."""
+    margin = logits * (2 * onehot - 1)
+    ce = -F.logsigmoid(margin)
+    p_t = torch.exp(-ce)
+    miss = torch.exp(-(margin + ce))  # 1 - p_t
+    weight = (onehot * (2 * alpha - 1) + (1 - alpha)) * (gamma / base)
+    return weight * miss.pow(gamma) * (gamma * p_t * ce + miss)
+
+
+@CLS_LOSSES.register()
+class EFL(ClassificationLoss):
+    """Equalized focal loss (arXiv:2201.02593) for dense sigmoid heads.
+
+    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed over ranks and batches, and their
+    ratio `ratio` (K,). A batch is weighted with the ratio of the batches before it.
+
+    Args:
+        num_classes: K.
+        gamma: gamma_b, exponent of balanced classes, above 0.
+        alpha: weight of positives in [0, 1], negatives get `1 - alpha`.
+        scale: s, how much the exponent of starved classes grows, at least 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "sigmoid"
+    update_after = True
+
+    def __init__(
+        self, *, num_classes: int, gamma: float = 2.0, alpha: float = 0.25, scale: float = 8.0
+    ) -> None:
+        super().__init__()
+        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "gamma", gamma, gamma > 0, "a number above 0")
+        check(self, "alpha", alpha, 0 <= alpha <= 1, "a number in [0, 1]")
+        check(self, "scale", scale, scale >= 0, "a number of at least 0")
+        self.gamma, self.alpha, self.scale = gamma, alpha, scale
+        self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("ratio", torch.ones(num_classes, dtype=torch.float64))
+
+    def class_gamma(self) -> Tensor:
+        """(K,) exponents gamma_j."""
+        return self.gamma + self.scale * (1 - self.ratio)
+
+    @torch.no_grad()
+    def statistics(self, samples: Samples) -> Tensor:
+        gamma = self.class_gamma().to(samples.logits.dtype)
+        grad = gradient_norm(samples.logits, samples.onehot, gamma, self.alpha, self.gamma)
+        positive = (grad * samples.onehot).sum(dim=0)
+        count = samples.foreground.sum().expand_as(positive)
+        return torch.stack([positive, grad.sum(dim=0) - positive, count.to(grad.dtype)])
+
+    def update(self, total: Tensor) -> None:
+        count = total[2].clamp(min=1)
+        self.pos_grad += total[0] / count
+        self.neg_grad += total[1] / count
+        ratio = self.pos_grad / self.neg_grad.clamp(min=1e-10)
+        self.ratio.copy_(torch.where(self.neg_grad > 0, ratio, 1.0).clamp(0, 1))
+
+    def compute(self, samples: Samples) -> Tensor:
+        gamma = self.class_gamma().to(samples.logits.dtype)
+        return equalized_focal_loss(samples.logits, samples.onehot, gamma, self.alpha, self.gamma)
+
+    def stats(self) -> dict[str, Tensor]:
+        return {"gamma": self.class_gamma()}

@@ -1,0 +1,98 @@
+"""EQLv2: equalization loss driven by the gradients each class has received.
+
+    g_j = G+_j / G-_j,    f(x) = 1 / (1 + exp(-gamma (x - mu)))
+    w   = 1 + alpha (1 - f(g_j)) for positives of class j,   f(g_j) for negatives
+    L   = (1/R) sum_i sum_j w_ij BCE(z_ij, y_ij)
+
+G+ and G- add up the weighted gradients |p - 1| and p of all batches and ranks. Column K is an
+objectness task of weight 1 whose target is 1 for background; at test p_j is multiplied by
+1 - p_background.
+
+Source: Tan et al., Equalization Loss v2, arXiv:2012.08548, equations 5 to 9. Mean over rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .cross_entropy import sigmoid_ce_loss
+from .samples import Samples
+
+BALANCED = 100.0  # ratio g before the first batch: all weights are 1
+
+
+@CLS_LOSSES.register()
+class EQLv2(ClassificationLoss):
+    """Equalization loss v2 (arXiv:2012.08548) for sigmoid RoI heads.
+
+    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed over ranks and batches, and their
+    ratio `pos_neg` (K,). A batch is weighted with the ratio of the batches before it.
+
+    Args:
+        num_classes: K.
+        gamma: steepness of the map f.
+        mu: where f is one half.
+        alpha: how much positives of starved classes gain, at least 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "sigmoid"
+    update_after = True
+
+    def __init__(
+        self, *, num_classes: int, gamma: float = 12.0, mu: float = 0.8, alpha: float = 4.0
+    ) -> None:
+        super().__init__()
+        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "gamma", gamma, gamma > 0, "a number above 0")
+        check(self, "alpha", alpha, alpha >= 0, "a number of at least 0")
+        self.gamma, self.mu, self.alpha = gamma, mu, alpha
+        self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("pos_neg", torch.full((num_classes,), BALANCED, dtype=torch.float64))
+
+    def num_outputs(self, num_classes: int) -> int:
+        return num_classes + 1
+
+    def class_weights(self) -> tuple[Tensor, Tensor]:
+        """(K,) weights of positives and of negatives."""
+        mapped = torch.sigmoid(self.gamma * (self.pos_neg - self.mu))
+        return 1 + self.alpha * (1 - mapped), mapped
+
+    def weights(self, onehot: Tensor) -> Tensor:
+        """(R, K) weights of the class columns."""
+        positive, negative = (w.to(onehot.dtype) for w in self.class_weights())
+        return torch.where(onehot > 0, positive, negative)
+
+    @torch.no_grad()
+    def statistics(self, samples: Samples) -> Tensor:
+        onehot = samples.onehot
+        prob = samples.logits[:, :-1].sigmoid()
+        grad = self.weights(onehot) * (prob - onehot).abs()
+        positive = (grad * onehot).sum(dim=0)
+        return torch.stack([positive, grad.sum(dim=0) - positive])  # (2, K)
+
+    def update(self, total: Tensor) -> None:
+        self.pos_grad += total[0]
+        self.neg_grad += total[1]
+        self.pos_neg.copy_(self.pos_grad / (self.neg_grad + 1e-10))
+
+    def compute(self, samples: Samples) -> Tensor:
+        target = F.pad(samples.onehot, (0, 1))
+        target[:, -1] = (~samples.foreground).to(target.dtype)
+        weights = F.pad(self.weights(samples.onehot), (0, 1), value=1.0)
+        return sigmoid_ce_loss(samples.logits, target) * weights
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        prob = logits.sigmoid()
+        return torch.cat([prob[:, :-1] * (1 - prob[:, -1:]), prob[:, -1:]], dim=1)
+
+    def stats(self) -> dict[str, Tensor]:
+        positive, negative = self.class_weights()
+        return {"positive_weight": positive, "negative_weight": negative}

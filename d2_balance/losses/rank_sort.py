@@ -1,0 +1,127 @@
+"""Rank & Sort loss: rank positives above negatives, and sort positives by their IoU.
+
+For a positive i with target y_i = IoU of its decoded box, H the step of `ranking`:
+
+    rank+_i = sum_{k in P} H(s_k - s_i),   FP_i = sum_{j in Neg} H(s_j - s_i)
+    l_R(i)  = FP_i / (rank+_i + FP_i)
+    l_S(i)  = sum_k H(s_k - s_i) (1 - y_k) / rank+_i
+    l_S*(i) = sum_k H(s_k - s_i) [y_k >= y_i] (1 - y_k) / sum_k H(s_k - s_i) [y_k >= y_i]
+    L = mean_i l_R(i) + mean_i (l_S(i) - l_S*(i))
+
+The gradient is the paper's identity update: a positive moves up by its own error, negatives and
+worse positives above it move down by their share of that error.
+
+Source: Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation,
+arXiv:2107.11669, equations 6 to 12. One ranking over all images of the process.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .ranking import StepBuckets, positive_scores
+from .samples import Samples
+
+MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
+CHUNK = 1024  # rows of the P x P sorting part at a time
+
+
+def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """The sorting part.
+
+    Args:
+        scores: (P,) logits of the positives, float64.
+        targets: (P,) in (0, 1], float64.
+        delta: half width of the step.
+
+    Returns:
+        (P,) errors l_S - l_S*, and (P,) gradient of their sum.
+    """
+    error = torch.zeros_like(scores)
+    pushed = torch.zeros_like(scores)
+    for start in range(0, len(scores), CHUNK):  # bounds the memory at P x CHUNK
+        rows = slice(start, start + CHUNK)
+        step = ((scores - scores[rows, None]) / (2 * delta) + 0.5).clamp_(0, 1)  # (C, P)
+        better = step * (targets >= targets[rows, None])
+        current = (step @ (1 - targets)) / step.sum(1)
+        best = (better @ (1 - targets)) / better.sum(1)
+        error[rows] = current - best
+        worse = step - better
+        share = error[rows] / worse.sum(1).clamp(min=1e-12)
+        share = torch.where(worse.sum(1) > 0, share, torch.zeros_like(share))
+        pushed += share @ worse
+        error_moves = torch.where(worse.sum(1) > 0, error[rows], torch.zeros_like(share))
+        pushed[rows] -= error_moves
+    return error, pushed
+
+
+def rank_sort_and_gradient(
+    scores: Tensor, positive: Tensor, targets: Tensor, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both parts and the gradient of their sum.
+
+    Args:
+        scores: (n,) logits of all (row, class) entries.
+        positive: (P,) int64, indices of the positive entries.
+        targets: (P,) IoU of the decoded boxes, in [0, 1].
+        delta: half width of the step, above 0.
+
+    Returns:
+        0-d ranking part, 0-d sorting part, and (n,) gradient, float64.
+    """
+    count = max(len(positive), 1)
+    targets = targets.double().clamp(min=MIN_TARGET)
+    buckets = StepBuckets.build(scores, scores[positive], delta)
+    own = StepBuckets.build(buckets.centers, buckets.centers, delta)
+    ranked = own.sum_over_values()  # the entry itself counts one half, as in the release
+    below = (buckets.sum_over_values() - ranked).clamp(min=0)
+    ranking = below / (ranked + below)
+    grad = buckets.sum_over_centers(
+        torch.where(below > 0, ranking / below.clamp(min=1e-12), torch.zeros_like(below))
+    )
+    error, moved = sorting(buckets.centers, targets, delta)
+    grad[positive] = moved - ranking
+    return ranking.sum() / count, error.sum() / count, grad / count
+
+
+class _RankSort(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, positive: Tensor, targets: Tensor, delta: float) -> Tensor:
+        scores = logits.detach().flatten()
+        ranking, sort, grad = rank_sort_and_gradient(scores, positive, targets, delta)
+        ctx.save_for_backward(grad.to(logits.dtype).view_as(logits))
+        return (ranking + sort).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_output, None, None, None
+
+
+@CLS_LOSSES.register()
+class RankSort(ClassificationLoss):
+    """Rank & Sort loss (arXiv:2107.11669) for sigmoid heads, used with a GIoU box loss.
+
+    Without boxes all targets are 1, which leaves the ranking part.
+
+    Args:
+        delta: half width of the smoothed step, in logits, above 0.
+
+    Raises:
+        ValueError: delta is not above 0.
+    """
+
+    elementwise = False
+    activation = "sigmoid"
+    joins_ranks = False
+
+    def __init__(self, *, delta: float = 0.5) -> None:
+        super().__init__()
+        check(self, "delta", delta, delta > 0, "a number above 0")
+        self.delta = delta
+
+    def compute(self, samples: Samples) -> Tensor:
+        positive = positive_scores(samples)
+        return _RankSort.apply(samples.logits, positive, samples.iou, self.delta)

@@ -1,0 +1,83 @@
+"""Sums over pairs of scores without a matrix of pairs, shared by the ranking losses.
+
+    H(x) = clamp(x / (2 delta) + 1/2, 0, 1)
+
+is piecewise linear, so that for fixed centres q_i the sum F(s) = sum_i w_i H(s - q_i) is linear
+between the sorted break points q_i - delta and q_i + delta. With P centres and n values, both the
+sums over centres and the sums over values cost O(n log P) time and O(n + P) memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .samples import Samples
+
+
+@dataclass(frozen=True)
+class StepBuckets:
+    """The break points of P centres, and the bucket of each of n values.
+
+    Attributes:
+        centers: (P,) float64.
+        edges: (2 P,) float64, the break points in ascending order.
+        values: (n,) float64.
+        bucket: (n,) int64 in [0, 2 P], the number of break points at or below a value.
+        delta: half width of the step.
+    """
+
+    centers: Tensor
+    edges: Tensor
+    values: Tensor
+    bucket: Tensor
+    delta: float
+
+    @classmethod
+    def build(cls, values: Tensor, centers: Tensor, delta: float) -> StepBuckets:
+        """Sorts the break points of (P,) centres and places (n,) values between them."""
+        centers, wide = centers.double(), values.double()
+        edges = torch.cat([centers - delta, centers + delta]).sort().values
+        return cls(centers, edges, wide, torch.searchsorted(edges, wide, right=True), delta)
+
+    def sum_over_values(self, weights: Tensor | None = None) -> Tensor:
+        """(P,) sum_j w_j H(s_j - q_i) for every centre.
+
+        Args:
+            weights: (n,) float64; None: ones.
+        """
+        size = len(self.edges) + 1
+        weights = torch.ones_like(self.values) if weights is None else weights
+        count = weights.new_zeros(size).index_add_(0, self.bucket, weights)
+        total = weights.new_zeros(size).index_add_(0, self.bucket, weights * self.values)
+        # sums over all values at or above the lower end of a bucket
+        count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
+        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
+        high = torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+        inside, moment = count[low] - count[high], total[low] - total[high]
+        ramp = (moment - self.centers * inside) / (2 * self.delta) + inside / 2
+        return ramp + count[high]
+
+    def sum_over_centers(self, weights: Tensor) -> Tensor:
+        """(n,) sum_i w_i H(s_j - q_i) for every value.
+
+        Args:
+            weights: (P,) float64.
+        """
+        size = len(self.edges) + 1
+        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
+        high = torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+        slope = weights / (2 * self.delta)
+        offset = weights / 2 - slope * self.centers
+        slopes = slope.new_zeros(size).index_add_(0, low, slope).index_add_(0, high, -slope)
+        offsets = offset.new_zeros(size).index_add_(0, low, offset)
+        offsets.index_add_(0, high, weights - offset)
+        slopes, offsets = slopes.cumsum(0), offsets.cumsum(0)
+        return slopes[self.bucket] * self.values + offsets[self.bucket]
+
+
+def positive_scores(samples: Samples) -> Tensor:
+    """(P,) int64, indices of the positive entries in the flattened (R * K,) logits."""
+    return samples.pos * samples.logits.shape[1] + samples.labels[samples.pos]

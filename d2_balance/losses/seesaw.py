@@ -1,0 +1,103 @@
+"""Seesaw loss: rare classes are pushed down less, and more only where they are mistaken.
+
+For a foreground row of class i and j != i:
+
+    S_ij = M_ij C_ij,  M_ij = (N_j / N_i)^p if N_j < N_i else 1     (mitigation, counts so far)
+                       C_ij = (s_j / s_i)^q if s_j > s_i else 1     (compensation, scores)
+    L_cls = -log( e^{z_i} / (e^{z_i} + sum_{j != i} S_ij e^{z_j}) )
+
+plus a two-way objectness cross-entropy on all rows; the score is p_object * softmax_j.
+
+Source: Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, arXiv:2008.10032,
+equations 4 to 8. Both parts are means over all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .samples import Samples
+
+
+def seesaw_ce_loss(
+    logits: Tensor, labels: Tensor, counts: Tensor, p: float, q: float, eps: float
+) -> Tensor:
+    """Class part of the seesaw loss.
+
+    Args:
+        logits: (R, K).
+        labels: (R,) int64 in [0, K); rows of other labels must be masked by the caller.
+        counts: (K,) objects of each class seen so far.
+        p: exponent of the mitigation, at least 0.
+        q: exponent of the compensation, at least 0.
+        eps: least score of the own class, above 0.
+
+    Returns:
+        (R,).
+    """
+    own = labels.unsqueeze(1)  # (R, 1)
+    log_count = counts.clamp(min=1).log().to(logits.dtype)
+    fewer = (log_count - log_count[own]).clamp(max=0)  # (R, K)
+    score = F.log_softmax(logits.detach(), dim=1)
+    higher = (score - score.gather(1, own).clamp(min=torch.tensor(eps).log().item())).clamp(min=0)
+    factor = (p * fewer + q * higher).scatter(1, own, 0.0)  # log S_ij, S_ii = 1
+    return F.cross_entropy(logits + factor, labels, reduction="none")
+
+
+@CLS_LOSSES.register()
+class Seesaw(ClassificationLoss):
+    """Seesaw loss (arXiv:2008.10032) for RoI heads; K class outputs and two of objectness.
+
+    Buffer `counts` (K,) float64: foreground rows of each class so far, summed over ranks; a batch
+    is counted before its loss.
+
+    Args:
+        num_classes: K.
+        p: exponent of the mitigation factor, at least 0.
+        q: exponent of the compensation factor, at least 0.
+        eps: least score of the own class in the compensation, in (0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "softmax"
+
+    def __init__(
+        self, *, num_classes: int, p: float = 0.8, q: float = 2.0, eps: float = 0.01
+    ) -> None:
+        super().__init__()
+        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "p", p, p >= 0, "a number of at least 0")
+        check(self, "q", q, q >= 0, "a number of at least 0")
+        check(self, "eps", eps, 0 < eps < 1, "a number in (0, 1)")
+        self.p, self.q, self.eps = p, q, eps
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
+
+    def num_outputs(self, num_classes: int) -> int:
+        return num_classes + 2
+
+    def statistics(self, samples: Samples) -> Tensor:
+        return samples.onehot.sum(dim=0, dtype=torch.float64)
+
+    def update(self, total: Tensor) -> None:
+        self.counts += total
+
+    def compute(self, samples: Samples) -> Tensor:
+        fg = samples.foreground
+        classes, objectness = samples.logits[:, :-2], samples.logits[:, -2:]
+        labels = samples.labels.clamp(max=samples.num_classes - 1)
+        loss = seesaw_ce_loss(classes, labels, self.counts, self.p, self.q, self.eps)
+        two_way = F.cross_entropy(objectness, (~fg).long(), reduction="none")
+        return loss.masked_fill(~fg, 0.0) + two_way
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        objectness = logits[:, -2:].softmax(dim=1)  # (R, 2), object and background
+        return torch.cat([logits[:, :-2].softmax(dim=1) * objectness[:, :1], objectness[:, 1:]], 1)
+
+    def stats(self) -> dict[str, Tensor]:
+        return {"counts": self.counts}
