@@ -1,0 +1,24 @@
+"""Trainer, hooks, the checks before a run and the summary after it."""
+
+from .hooks import BetaDecay, LossStats, SeedSteps, decayed_beta
+from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
+from .summary import write_summary
+from .train_stream import TrainStream, build_train_stream
+from .trainer import BalancedTrainer
+from .validate import validate
+
+__all__ = [
+    "BalancedTrainer",
+    "BetaDecay",
+    "LossStats",
+    "SeedSteps",
+    "TrainStream",
+    "build_train_stream",
+    "decayed_beta",
+    "prepare_run",
+    "read_config",
+    "short_messages",
+    "use_cpu_without_cuda",
+    "validate",
+    "write_summary",
+]

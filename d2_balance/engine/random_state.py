@@ -1,0 +1,38 @@
+"""Random generators as a function of where a run is, so that nothing of them need be saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds Python, numpy and torch from a few numbers of at least 0, for example (seed, rank)."""
+    # SeedSequence mixes the numbers, so that neighbouring keys give unrelated streams.
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seeds from `key` inside of the block; afterwards the generators are as they were before.
+
+    Generators of accelerators are left alone: only data loading uses this.
+    """
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

@@ -1,0 +1,282 @@
+"""OUTPUT_DIR/summary.md: what was run, the table of results, the data, and plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from .. import __version__
+from ..data import ClassStatistics, bad_annotations
+from ..evaluation import read_per_class
+from ..evaluation.files import atomic_path, file_name_of
+from ..evaluation.groups import GROUPS
+from ..evaluation.plots import plot_ap_by_count
+from .hooks import LOSS_STATS_FILE
+from .plots import plot_density, plot_losses
+
+TASKS = {"bbox": "box", "segm": "mask"}
+METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
+
+logger = logging.getLogger(__name__)
+
+
+def write_summary(
+    cfg: CfgNode, results: Mapping[str, Any], *, config_file: str = "", eval_only: bool = False
+) -> str:
+    """Writes summary.md and its plots into OUTPUT_DIR, from the files that the run left there.
+
+    Args:
+        cfg: config of the run.
+        results: as `BalancedTrainer.test` returns them: task to metric to percent, by data set
+            where DATASETS.TEST has several.
+        config_file: what the user gave, for the heading.
+        eval_only: True where nothing was trained.
+
+    Returns:
+        Path of summary.md.
+    """
+    folder = cfg.OUTPUT_DIR
+    by_set = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+    per_class = {name: _per_class(folder, name) for name in by_set}
+    stem = os.path.splitext(os.path.basename(config_file))[0]
+    title = stem or os.path.basename(os.path.normpath(folder))
+    metrics = [] if eval_only else read_metrics(os.path.join(folder, "metrics.json"))
+
+    parts = [f"# {title}" + (" (evaluation only)" if eval_only else "")]
+    for name, found in by_set.items():
+        parts += [f"## Results on {name}", results_table(found, per_class[name], name)]
+    parts += ["## Run", _run_table(cfg, config_file, metrics, eval_only)]
+    parts += ["## Data", _data(cfg, eval_only)]
+    plots = _draw_plots(folder, title, metrics, per_class, eval_only)
+    if plots:
+        parts += ["## Plots", *(f"![{caption}]({file})" for file, caption in plots.items())]
+    path = os.path.join(folder, "summary.md")
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("\n\n".join(parts) + "\n")
+    logger.info(f"Summary: {path}")
+    return path
+
+
+def read_metrics(path: str) -> list[dict[str, float]]:
+    """Records of a metrics.json, by ascending iteration.
+
+    A killed run has logged iterations that its resumption runs again; what was logged last counts.
+    A line that was cut off is left out.
+    """
+    records: dict[int, dict[str, float]] = {}
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            records.setdefault(record["iteration"], {}).update(record)
+    return [records[iteration] for iteration in sorted(records)]
+
+
+def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: str) -> str:
+    """A Markdown table of AP in percent, "-" for NaN, and below it the reasons for each "-".
+
+    Args:
+        results: task to metric to percent.
+        records: AP by class, as the evaluator writes it; {} where it writes none.
+        name: the data set.
+    """
+    tasks = [task for task in TASKS if task in results]
+    if not tasks:
+        return _other_results(results, name)
+    rows = [[TASKS[task], *(_percent(results[task].get(m)) for m in METRICS)] for task in tasks]
+    table = _table(["", *METRICS], rows)
+    missing = [m for m in METRICS if _is_missing(results[tasks[0]].get(m))]
+    reasons: dict[str, list[str]] = {}
+    for metric in missing:
+        reason = _reason(metric, metric in results[tasks[0]], records, name)
+        reasons.setdefault(reason, []).append(metric)
+    notes = [f"- {', '.join(keys)}: {reason}." for reason, keys in reasons.items()]
+    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+
+
+def _reason(metric: str, measured: bool, records: Mapping[str, Any], name: str) -> str:
+    if not measured:
+        return f"the evaluator of {name} does not measure it"
+    group = GROUPS.get(metric.removeprefix("AP"))
+    if group is None:
+        return f"{name} has no ground truth"
+    if records and not any(record.get("group") for record in records.values()):
+        return (
+            f"the classes of {name} have no frequency groups: neither its file nor the training "
+            "set gives image counts"
+        )
+    return f"{name} has no ground truth of {group} classes"
+
+
+def _other_results(results: Mapping[str, Any], name: str) -> str:
+    rows = [
+        [task, metric, _percent(value)]
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+    ]
+    if not rows:
+        return f"{name} gave no results: it has no annotations, or its evaluator measures nothing."
+    return _table(["task", "metric", "value"], rows)
+
+
+def _run_table(
+    cfg: CfgNode, config_file: str, metrics: list[dict[str, float]], eval_only: bool
+) -> str:
+    balance = cfg.MODEL.BALANCE
+    rows = [
+        ("config", config_file or "-"),
+        ("model", _model(cfg)),
+        ("classification loss", _loss(cfg, balance.CLS_LOSS)),
+        ("box loss", _loss(cfg, balance.BOX_LOSS)),
+    ]
+    rows += [("reweighting", _loss(cfg, name)) for name in balance.REWEIGHT]
+    if balance.BETA_DECAY.ENABLED:
+        rows.append(("beta decay", _arguments(balance.BETA_DECAY, skip=("ENABLED",))))
+    if not eval_only:
+        rows += [
+            ("trained on", ", ".join(cfg.DATASETS.TRAIN)),
+            ("iterations", f"{cfg.SOLVER.MAX_ITER:,}, batch {cfg.SOLVER.IMS_PER_BATCH}"),
+            ("sampler", cfg.DATALOADER.SAMPLER_TRAIN),
+            ("training time", _training_time(metrics)),
+        ]
+    rows += [
+        ("evaluated on", ", ".join(cfg.DATASETS.TEST)),
+        ("weights at the start" if not eval_only else "weights", cfg.MODEL.WEIGHTS or "random"),
+        ("seed", str(cfg.SEED)),
+        ("device", _device(cfg)),
+        (
+            "versions",
+            f"d2_balance {__version__}, Detectron2 {detectron2.__version__}, torch "
+            f"{torch.__version__}, Python {platform.python_version()}",
+        ),
+    ]
+    return _table(["", ""], rows)
+
+
+def _model(cfg: CfgNode) -> str:
+    parts = [cfg.MODEL.META_ARCHITECTURE]
+    if "RCNN" in parts[0]:
+        parts.append(cfg.MODEL.ROI_HEADS.NAME)
+    depth = f", ResNet-{cfg.MODEL.RESNETS.DEPTH}" if "resnet" in cfg.MODEL.BACKBONE.NAME else ""
+    return f"{', '.join(parts)}{depth}" + (", masks" if cfg.MODEL.MASK_ON else "")
+
+
+def _loss(cfg: CfgNode, name: str) -> str:
+    if not name:
+        return "Detectron2's"
+    arguments = _arguments(cfg.MODEL.BALANCE.get(name.upper(), {}))
+    return f"{name} ({arguments})" if arguments else name
+
+
+def _arguments(node: Mapping[str, Any], skip: tuple[str, ...] = ()) -> str:
+    return ", ".join(f"{key} {value}" for key, value in node.items() if key not in skip)
+
+
+def _device(cfg: CfgNode) -> str:
+    if cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return cfg.MODEL.DEVICE
+
+
+def _training_time(metrics: list[dict[str, float]]) -> str:
+    """Time in training steps, evaluation not counted, from the median times of the log."""
+    seconds, before = 0.0, -1
+    for record in metrics:
+        if "time" in record:
+            seconds += record["time"] * (record["iteration"] - before)
+            before = record["iteration"]
+    if before < 0:
+        return "not measured"
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _data(cfg: CfgNode, eval_only: bool) -> str:
+    parts = []
+    if not eval_only:
+        counting = cfg.clone()
+        counting.defrost()
+        counting.MODEL.BALANCE.CLASS_STATISTICS = ""  # what was trained on, not a file's counts
+        try:
+            counts = ClassStatistics.from_config(counting)
+            parts.append(
+                f"Training: {counts.num_images:,} pictures, "
+                f"{int(counts.instance_count.sum()):,} annotations of {counts.num_classes:,} "
+                "classes, as the loader sees them (crowds not counted)."
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            # for example a torch data set in place of dicts; the results must not be lost for it
+            parts.append(f"Training: not counted ({error}).")
+    for name in dict.fromkeys((() if eval_only else cfg.DATASETS.TRAIN) + cfg.DATASETS.TEST):
+        report = bad_annotations(name)
+        if report:
+            parts.append(f"{name}:\n\n```\n{report.describe()}\n```")
+        elif report is not None:
+            parts.append(f"{name}: no bad annotations.")
+    return "\n\n".join(parts) or "Nothing was counted."
+
+
+def _draw_plots(
+    folder: str,
+    title: str,
+    metrics: list[dict[str, float]],
+    per_class: Mapping[str, Mapping[str, Any]],
+    eval_only: bool,
+) -> dict[str, str]:
+    """Draws what the run has data for; returns file name to caption."""
+    plots = {}
+    if any("total_loss" in record for record in metrics):
+        plot_losses(metrics, os.path.join(folder, "losses.png"), f"{title}: training losses")
+        plots["losses.png"] = "Training losses"
+    for name, records in per_class.items():
+        for metric, task in (("AP", "box"), ("AP_segm", "mask")):
+            drawn = [
+                r
+                for r in records.values()
+                if r.get("train_image_count") is not None and not _is_missing(r.get(metric))
+            ]
+            if drawn:
+                file = f"ap_by_count_{file_name_of(name)}_{task}.png"
+                caption = f"{task} AP of each class of {name} by training images"
+                plot_ap_by_count(records, os.path.join(folder, file), metric, caption)
+                plots[file] = caption
+    stats = os.path.join(folder, LOSS_STATS_FILE)
+    if not eval_only and os.path.isfile(stats):
+        with open(stats, encoding="utf-8") as file:
+            records = json.load(file)
+        for source, vectors in records[-1]["stats"].items():
+            if {"density", "weight"} <= vectors.keys():
+                plot_density(records, source, os.path.join(folder, f"density_{source}.png"))
+                plots[f"density_{source}.png"] = f"Gradient density of {source}"
+    return plots
+
+
+def _per_class(folder: str, name: str) -> dict[str, dict]:
+    path = os.path.join(folder, "inference", f"per_class_ap_{file_name_of(name)}.json")
+    return read_per_class(path) if os.path.isfile(path) else {}
+
+
+def _table(headers: list[str], rows: list) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _is_missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if _is_missing(value) else f"{value:.1f}"

@@ -1,0 +1,136 @@
+"""The trainer: Detectron2's, with the state of the losses treated as part of the run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..evaluation import build_evaluator
+from ..losses import BoxLoss, ClassificationLoss
+from ..modeling.criterion import Normalizer
+from ..reweight import Reweighter
+from .hooks import BetaDecay, LossStats, SeedSteps
+from .train_stream import TrainStream, build_train_stream
+
+_STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter)
+
+logger = logging.getLogger(__name__)
+
+
+class BalancedTrainer(DefaultTrainer):
+    """DefaultTrainer for the models of this package.
+
+    - The evaluator is chosen by data set, see `build_evaluator`.
+    - A resumed run sees the same pictures, augmentations, random numbers and beta as an
+      uninterrupted one, and continues with the buffers of the losses.
+    - A run that starts from the weights of another one takes over what was learned, and no
+      densities, counters or class counts: those belong to the other run and its data.
+    - Several ranks work without a GPU, over gloo.
+
+    Args:
+        cfg: config with MODEL.BALANCE. With SEED below 0 a resumed run is not exact; `train_net.py`
+            draws a seed and writes it into the run's config.yaml.
+
+    Raises:
+        ValueError: the config asks for what cannot work; the message names the key.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        with _ddp_on_cpu(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, and ours behind the learning rate scheduler.
+
+        The main process has hooks that the others lack (checkpoints, writers), so places are
+        counted from the front, where all ranks agree.
+        """
+        found = super().build_hooks()
+        place = 1 + next(i for i, h in enumerate(found) if isinstance(h, hooks.LRScheduler))
+        found[place:place] = [
+            SeedSteps(self.cfg.SEED) if self.cfg.SEED >= 0 else None,
+            BetaDecay.from_config(self.cfg, self.model),
+            LossStats(self.model, self.cfg.OUTPUT_DIR),
+        ]
+        return found
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        """See `build_train_stream`."""
+        return build_train_stream(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See `d2_balance.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Loads the last checkpoint of OUTPUT_DIR, or MODEL.WEIGHTS where there is none.
+
+        Args:
+            resume: False starts from MODEL.WEIGHTS in any case.
+        """
+        resumes = resume and self.checkpointer.has_checkpoint()
+        state = None if resumes else _loss_state(self.model)
+        super().resume_or_load(resume)
+        if state is not None:
+            _restore(self.model, state)
+
+    def train(self) -> dict:
+        """Trains from the present iteration on; a finished run is evaluated once more.
+
+        Returns:
+            Results of the evaluation after the last iteration, as `test` returns them; on other
+            ranks than the first, {}.
+        """
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                f"The run in {self.cfg.OUTPUT_DIR} has all of its {self.max_iter} iterations; "
+                "it is evaluated again. A larger SOLVER.MAX_ITER would continue it."
+            )
+            self._last_eval_results = self.test(self.cfg, self.model)
+        else:
+            if isinstance(self.data_loader, TrainStream):
+                self.data_loader.start = self.start_iter
+            super().train()
+        return self._last_eval_results if comm.is_main_process() else {}
+
+
+def _loss_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of losses, normalisers and reweighters, by name in the model."""
+    return {
+        f"{prefix}.{name}": buffer.clone()
+        for prefix, module in model.named_modules()
+        if isinstance(module, _STATEFUL)
+        for name, buffer in module.named_buffers()
+    }
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    buffers = dict(model.named_buffers())
+    for name, value in state.items():
+        buffers[name].copy_(value)
+
+
+@contextmanager
+def _ddp_on_cpu(device: str) -> Iterator[None]:
+    """Lets DefaultTrainer wrap a model on the CPU; it names a GPU to DDP otherwise."""
+    if device != "cpu":
+        yield
+        return
+    wrap = defaults.create_ddp_model
+    defaults.create_ddp_model = functools.partial(wrap, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = wrap

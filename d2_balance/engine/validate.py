@@ -1,0 +1,256 @@
+"""Checks of a configuration and its data before anything is built.
+
+Every message names the key or the file and says what is allowed. What is quick comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.utils.file_io import PathManager
+
+from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
+from ..data.validation import configured_num_classes
+from ..modeling.build import (
+    FROM_CHECKPOINT,
+    build_box_loss,
+    build_cls_loss,
+    build_reweighters,
+)
+from .hooks import check_beta_decay
+
+BALANCED_META_ARCHITECTURES = {
+    "RetinaNet": "BalancedRetinaNet",
+    "GeneralizedRCNN": "BalancedRCNN",
+}
+BALANCED_ROI_HEADS = {
+    "StandardROIHeads": "BalancedStandardROIHeads",
+    "CascadeROIHeads": "BalancedCascadeROIHeads",
+}
+
+
+def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
+    """Checks everything that can be checked before the model and the loaders are built.
+
+    Loads the data sets, as the run will.
+
+    Args:
+        cfg: the full config; DATASETS.REGISTER is registered already.
+        eval_only: True leaves the training sets alone, which may not be on this machine.
+        resume: True does not ask for MODEL.WEIGHTS where OUTPUT_DIR holds a checkpoint.
+
+    Raises:
+        ValueError: naming the key or file and what is allowed.
+    """
+    check_registered_names(cfg)
+    check_losses_are_used(cfg)
+    check_losses(cfg)
+    check_beta_decay(cfg)
+    check_dataset_names(cfg, eval_only)
+    check_weights(cfg, eval_only, resume)
+    check_data(cfg, eval_only)
+
+
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """The end of a message: names that look like `name`, or all that are allowed if few."""
+    allowed = sorted(allowed)
+    similar = get_close_matches(name, allowed, n=3, cutoff=0.6)
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
+    return f"allowed: {', '.join(allowed)}." if len(allowed) <= 30 else ""
+
+
+def check_registered_names(cfg: CfgNode) -> None:
+    """Checks the names of the parts that the model is made of.
+
+    Raises:
+        ValueError: a name is not registered with Detectron2.
+    """
+    names = [
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+    ]
+    for key, name, registry in names:
+        if name not in registry:
+            hint = closest(name, (known for known, _ in registry))
+            raise ValueError(f"{key}: {name!r} is unknown; {hint}")
+
+
+def check_losses_are_used(cfg: CfgNode) -> None:
+    """Refuses losses that a stock model would leave unused without a word.
+
+    Raises:
+        ValueError: saying which model or heads to set.
+    """
+    balance = cfg.MODEL.BALANCE
+    wanted = [
+        f"MODEL.BALANCE.{key}" for key in ("CLS_LOSS", "BOX_LOSS", "REWEIGHT") if balance[key]
+    ]
+    if balance.BETA_DECAY.ENABLED:
+        wanted.append("MODEL.BALANCE.BETA_DECAY.ENABLED")
+    if not wanted:
+        return
+    arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    parts = [("MODEL.META_ARCHITECTURE", arch, BALANCED_META_ARCHITECTURES)]
+    if issubclass(arch, GeneralizedRCNN):
+        heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        parts.append(("MODEL.ROI_HEADS.NAME", heads, BALANCED_ROI_HEADS))
+    changes = []
+    for key, cls, balanced in parts:
+        if not cls.__module__.startswith("detectron2."):
+            continue  # ours, or a user's own
+        if cls.__name__ in balanced:
+            changes.append(f"{key} {balanced[cls.__name__]} in place of {cls.__name__}")
+        else:
+            allowed = ", ".join(balanced.values())
+            changes.append(f"{key} to one of {allowed}; {cls.__name__} has no balanced form")
+    if changes:
+        verb, them = ("is", "it") if len(wanted) == 1 else ("are", "them")
+        raise ValueError(
+            f"{', '.join(wanted)} {verb} set, but the model would not use {them}: set "
+            f"{' and '.join(changes)}."
+        )
+
+
+def check_losses(cfg: CfgNode) -> None:
+    """Checks names and arguments of the losses, without the quantities that come from the data.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    bare = cfg.clone()
+    bare.defrost()
+    bare.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+    num_classes = configured_num_classes(cfg)
+    for build in (build_cls_loss, build_box_loss, build_reweighters):
+        build(bare, num_classes)
+
+
+def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Checks that there are data sets and that their names are registered.
+
+    Raises:
+        ValueError: with the names that look alike.
+    """
+    needed = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(
+            f"DATASETS.{needed} is empty; it must name at least one data set "
+            "(--config-file, or DATASETS.REGISTER for your own files)."
+        )
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise ValueError(
+                    f"DATASETS.{key}: the data set {name!r} is not registered; "
+                    f"{closest(name, DatasetCatalog.list())} DATASETS.REGISTER takes your own "
+                    "files."
+                )
+
+
+def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
+    """Checks that MODEL.WEIGHTS can be read; a file of the model zoo is downloaded.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
+        return
+    if not weights:
+        if eval_only:
+            raise ValueError(
+                "--eval-only needs MODEL.WEIGHTS, or --resume for the last checkpoint in "
+                "OUTPUT_DIR; both are missing."
+            )
+        return
+    path = weights.split("?")[0]
+    if "://" not in path:
+        if not PathManager.isfile(path):
+            raise ValueError(
+                f"MODEL.WEIGHTS: the file {path!r} does not exist; allowed is a file, an address "
+                'of the model zoo (detectron2://...), or "" for random weights.'
+            )
+        return
+    try:
+        PathManager.get_local_path(path)
+    except Exception as error:  # of any network library
+        raise ValueError(
+            f"MODEL.WEIGHTS: {path} cannot be downloaded ({type(error).__name__}: {error}); "
+            'name a file that lies on this machine, or "" for random weights.'
+        ) from error
+
+
+def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Loads the data sets and checks them against the model and against each other.
+
+    Raises:
+        ValueError: naming the data set or file, and the key to set.
+    """
+    train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
+    test = tuple(cfg.DATASETS.TEST)
+    for name in train:
+        dataset_dicts = load_dataset(name)
+        check_train_set(cfg, dataset_dicts, name)
+    for name in test:
+        load_dataset(name)
+    if _is_a(cfg, GeneralizedRCNN, RetinaNet):  # other models have keys of their own
+        check_num_classes(cfg, (*train, *test))
+    described = [name for name in (*train, *test) if _has_classes(name)]
+    if len(described) == len(train) + len(test):
+        check_categories_match(train, test)
+
+
+def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name: str) -> None:
+    """Checks one training set against what the model and the loss need.
+
+    Raises:
+        ValueError: naming the data set and the key to set.
+    """
+    if not isinstance(dataset_dicts, list):
+        return  # a torch data set of the user's own, which is not looked through here
+    if not any(record.get("annotations") for record in dataset_dicts):
+        raise ValueError(
+            f"the data set {name!r} has {len(dataset_dicts)} pictures and no annotation; a "
+            "training set needs at least one (DATASETS.TRAIN)."
+        )
+    loss = cfg.MODEL.BALANCE.CLS_LOSS
+    if loss and cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False):
+        require_image_labels(dataset_dicts, name)
+    if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
+        check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT)
+
+
+def load_dataset(name: str) -> Any:
+    """A registered data set as its loader gives it.
+
+    Raises:
+        ValueError: the loader failed; names the data set and its file.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except ValueError:
+        raise  # of our own loader: names the file and what is wrong in it
+    except Exception as error:  # loaders of others may raise anything
+        json_file = MetadataCatalog.get(name).get("json_file", "its annotation file")
+        raise ValueError(
+            f"the data set {name!r} cannot be loaded from {json_file} "
+            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the folder "
+            "that holds Detectron2's data sets, see datasets/README.md."
+        ) from error
+
+
+def _has_classes(name: str) -> bool:
+    return MetadataCatalog.get(name).get("thing_classes") is not None
+
+
+def _is_a(cfg: CfgNode, *models: type) -> bool:
+    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), models)

@@ -1,0 +1,76 @@
+"""A data set of twelve small random pictures, and a config that trains on it in seconds."""
+
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from d2_balance.data import register_json
+from tests.conftest import CLASSES, small_cfg
+
+TRAIN, TEST = "engine_train", "engine_test"
+
+
+def write_dataset(folder, images=12, seed=0):
+    """LVIS style: wide and high pictures, two objects each, image-level labels, polygons."""
+    rng = np.random.default_rng(seed)
+    (folder / "pictures").mkdir(parents=True)
+    data = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k + 1, "name": f"class{k}"} for k in range(CLASSES)],
+    }
+    for index in range(images):
+        width, height = (64, 48) if index % 3 else (48, 64)
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"{index}.png")
+        record = {"id": index + 1, "file_name": f"{index}.png", "width": width, "height": height}
+        # the classes of the image's objects are index % 3 and index % 3 + 1
+        record |= {"neg_category_ids": [CLASSES], "not_exhaustive_category_ids": []}
+        data["images"].append(record)
+        for k in range(2):
+            x, y, w, h = 4 + 20 * k, 6 + 10 * k, 18, 22
+            annotation = {
+                "id": len(data["annotations"]) + 1,
+                "image_id": index + 1,
+                "category_id": index % 3 + k + 1,
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+            }
+            data["annotations"].append(annotation)
+    (folder / "data.json").write_text(json.dumps(data))
+    return str(folder / "data.json"), str(folder / "pictures")
+
+
+@pytest.fixture(scope="session")
+def dataset_files(tmp_path_factory):
+    """(annotation file, picture folder)."""
+    return write_dataset(tmp_path_factory.mktemp("engine") / "data")
+
+
+@pytest.fixture
+def dataset(dataset_files):
+    """The files under the names TRAIN and TEST; taken off the catalogs again."""
+    for name in (TRAIN, TEST):
+        register_json(name, *dataset_files)
+    yield
+    for name in (TRAIN, TEST):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def run_cfg(output_dir, *overrides, kind="retinanet"):
+    """A small config that trains for six iterations on the small pictures."""
+    cfg = small_cfg(kind)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), (TEST,)
+    cfg.OUTPUT_DIR, cfg.SEED = str(output_dir), 7
+    cfg.MODEL.WEIGHTS = ""
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (48, 64), 48
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 6, ()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.01, 2
+    cfg.merge_from_list(list(overrides))
+    return cfg

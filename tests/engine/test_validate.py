@@ -1,0 +1,228 @@
+"""Bad input: one message that names the key or file and says what is allowed."""
+
+import json
+import re
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from d2_balance.data import register_json
+from d2_balance.engine import validate
+
+from .conftest import TRAIN, run_cfg, write_dataset
+
+BALANCE = "MODEL.BALANCE."
+CLS = [BALANCE + "CLS_LOSS", "SigmoidCE"]
+
+
+def message(cfg, **arguments):
+    with pytest.raises(ValueError) as error:
+        validate(cfg, **arguments)
+    return str(error.value)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Registers a changed copy of the small data set; returns its name."""
+    names = []
+
+    def make(change):
+        name = f"changed_{len(names)}"
+        json_file, pictures = write_dataset(tmp_path / name)
+        with open(json_file) as file:
+            data = json.load(file)
+        change(data)
+        with open(json_file, "w") as file:
+            json.dump(data, file)
+        names.append(name)
+        register_json(name, json_file, pictures)
+        return name
+
+    yield make
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster", "mask", "cascade"])
+def test_a_good_config_passes(dataset, tmp_path, kind):
+    validate(run_cfg(tmp_path, *CLS, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stock", "expected"),
+    [
+        (
+            "retinanet",
+            ["MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "set MODEL.META_ARCHITECTURE BalancedRetinaNet in place of RetinaNet",
+        ),
+        (
+            "faster",
+            ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"],
+            "set MODEL.META_ARCHITECTURE BalancedRCNN in place of GeneralizedRCNN",
+        ),
+        (
+            "faster",
+            ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
+            "set MODEL.ROI_HEADS.NAME BalancedStandardROIHeads in place of StandardROIHeads",
+        ),
+        (
+            "cascade",
+            ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"],
+            "set MODEL.ROI_HEADS.NAME BalancedCascadeROIHeads in place of CascadeROIHeads",
+        ),
+        (
+            "faster",
+            ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
+            "BalancedStandardROIHeads, BalancedCascadeROIHeads; Res5ROIHeads has no balanced form",
+        ),
+        (
+            "faster",
+            ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME"]
+            + ["StandardROIHeads"],
+            "BalancedRCNN in place of GeneralizedRCNN and MODEL.ROI_HEADS.NAME BalancedStandard",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CLS,
+        [BALANCE + "BOX_LOSS", "GIoU"],
+        [BALANCE + "BETA_DECAY.ENABLED", "True"],
+    ],
+)
+def test_a_stock_model_that_would_ignore_the_loss_is_refused(
+    dataset, tmp_path, kind, stock, expected, loss
+):
+    text = message(run_cfg(tmp_path, *stock, *loss, kind=kind))
+    assert text.startswith(loss[0]) and expected in text
+    validate(run_cfg(tmp_path, *stock, kind=kind))  # without a loss it is Detectron2 as ever
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["MODEL.META_ARCHITECTURE", "BalancedRetina"], r"did you mean BalancedRetinaNet"),
+        (["MODEL.ROI_HEADS.NAME", "BalancedROIHeads"], r"ROI_HEADS.NAME.*did you mean Balanced"),
+        (["MODEL.BACKBONE.NAME", "x"], r"MODEL.BACKBONE.NAME: 'x' is unknown; allowed: build_"),
+        ([BALANCE + "CLS_LOSS", "Fokal"], r"MODEL.BALANCE.CLS_LOSS: 'Fokal' is unknown"),
+        ([BALANCE + "BOX_LOSS", "L3"], r"MODEL.BALANCE.BOX_LOSS: 'L3' is unknown; allowed:.*GIoU"),
+        ([BALANCE + "REWEIGHT", "['X']"], r"MODEL.BALANCE.REWEIGHT: 'X' is unknown"),
+        (
+            [BALANCE + "CLS_LOSS", "GHMC", BALANCE + "GHMC.BINS", "0"],
+            r"MODEL.BALANCE.GHMC: .*bins=0 is not allowed; a whole number of at least 1",
+        ),
+        (
+            [BALANCE + "CLS_LOSS", "EQL", BALANCE + "EQL.LAMBDA_", "2.0"],
+            r"MODEL.BALANCE.EQL: .*lambda_=2.0 is not allowed",
+        ),
+        (
+            [BALANCE + "BETA_DECAY.ENABLED", "True", BALANCE + "BETA_DECAY.PERIOD", "0"],
+            r"MODEL.BALANCE.BETA_DECAY.PERIOD is 0",
+        ),
+        (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
+        (
+            ["DATASETS.TRAIN", "('engine_trian',)"],
+            r"DATASETS.TRAIN: the data set 'engine_trian' is not registered; did you mean "
+            r"engine_train.*DATASETS.REGISTER",
+        ),
+        (["DATASETS.TEST", "('coco_2017_vall',)"], r"DATASETS.TEST: .*coco_2017_val"),
+        (
+            ["MODEL.WEIGHTS", "nowhere/model.pth"],
+            r"MODEL.WEIGHTS: the file 'nowhere/model.pth' does not exist; allowed",
+        ),
+        (
+            ["MODEL.RETINANET.NUM_CLASSES", "80"],
+            r"'engine_train' has 6 classes, but MODEL.RETINANET.NUM_CLASSES is 80: set "
+            r"MODEL.RETINANET.NUM_CLASSES to 6",
+        ),
+    ],
+)
+def test_the_key_and_what_is_allowed_are_named(dataset, tmp_path, overrides, expected):
+    assert re.search(expected, message(run_cfg(tmp_path, *overrides)))
+
+
+def test_a_data_set_whose_file_is_not_there_is_named(dataset, tmp_path, monkeypatch):
+    text = message(run_cfg(tmp_path, "DATASETS.TRAIN", "('coco_2014_train',)"))
+    assert "'coco_2014_train' cannot be loaded from" in text and "$DETECTRON2_DATASETS" in text
+    assert "instances_train2014.json" in text
+
+
+def test_unreadable_json_is_named(dataset, tmp_path, register):
+    name = register(lambda data: None)
+    path = MetadataCatalog.get(name).json_file
+    with open(path, "w") as file:
+        file.write('{"images": [')
+    text = message(run_cfg(tmp_path, "DATASETS.TEST", f"('{name}',)"))
+    assert path in text and "not valid JSON" in text
+
+
+def test_missing_pictures_are_named(dataset, tmp_path, register):
+    name = register(lambda data: data["images"][0].update(file_name="lost.png"))
+    text = message(run_cfg(tmp_path, "DATASETS.TRAIN", f"('{name}',)"))
+    assert "1 of 12 pictures are missing" in text and "lost.png" in text
+
+
+def test_eql_needs_image_level_labels_in_every_training_set(dataset, tmp_path, register):
+    def strip(data):
+        for image in data["images"]:
+            image["neg_category_ids"] = []
+
+    name = register(strip)
+    overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", "EQL"]
+    text = message(run_cfg(tmp_path, *overrides))
+    assert repr(name) in text and "MODEL.BALANCE.EQL.IMAGE_LABELS False" in text
+    validate(run_cfg(tmp_path, *overrides, BALANCE + "EQL.IMAGE_LABELS", "False"))
+
+
+def test_categories_of_training_and_test_must_agree(dataset, tmp_path, register):
+    name = register(lambda data: data["categories"][2].update(name="zebra"))
+    text = message(run_cfg(tmp_path, "DATASETS.TEST", f"('{name}',)"))
+    assert repr(name) in text and "'zebra'" in text and "'engine_train'" in text
+
+
+def test_a_training_set_without_annotations_is_named(dataset, tmp_path, register):
+    name = register(lambda data: data["annotations"].clear())
+    text = message(run_cfg(tmp_path, "DATASETS.TRAIN", f"('{name}',)"))
+    assert f"{name!r} has 12 pictures and no annotation" in text
+
+
+def test_mask_heads_need_masks(dataset, tmp_path, register):
+    def strip(data):
+        for annotation in data["annotations"]:
+            del annotation["segmentation"]
+
+    train = ["DATASETS.TRAIN", f"('{register(strip)}',)"]
+    assert "MODEL.MASK_ON False" in message(run_cfg(tmp_path, *train, kind="mask"))
+    validate(run_cfg(tmp_path, *train, kind="faster"))
+    validate(run_cfg(tmp_path, *train, "MODEL.MASK_ON", "True"))  # RetinaNet has no masks
+
+
+def test_evaluation_needs_weights_and_no_training_set(dataset, tmp_path):
+    cfg = run_cfg(tmp_path, "DATASETS.TRAIN", "('gone',)")
+    assert "--eval-only needs MODEL.WEIGHTS" in message(cfg, eval_only=True)
+    (tmp_path / "w.pth").touch()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "w.pth")
+    validate(cfg, eval_only=True)
+    cfg.DATASETS.TEST = ()
+    assert "DATASETS.TEST is empty" in message(cfg, eval_only=True)
+
+
+def test_a_checkpoint_to_resume_from_makes_weights_needless(dataset, tmp_path):
+    cfg = run_cfg(tmp_path, "MODEL.WEIGHTS", "nowhere.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    validate(cfg, resume=True)
+    assert "MODEL.WEIGHTS" in message(cfg)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(dataset, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(PathManager, "get_local_path", fail)
+    text = message(run_cfg(tmp_path, "MODEL.WEIGHTS", "https://example.org/model.pkl"))
+    assert "MODEL.WEIGHTS: https://example.org/model.pkl cannot be downloaded" in text
+    assert "no route to host" in text

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Trains or evaluates a detector with the losses, data sets and evaluators of d2_balance.
+
+    train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
+    train_net.py --config-file FILE --eval-only MODEL.WEIGHTS FILE
+
+Everything goes to OUTPUT_DIR: log.txt, metrics.json, checkpoints, TensorBoard, and summary.md with
+the results and plots. A stopped run continues with --resume.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+# Detectron2 is older than these deprecations; a user can do nothing about them.
+warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+
+# ruff: noqa: E402  the filters must stand before the imports that warn
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
+
+import d2_balance  # noqa: F401  registers models, heads and data sets
+from d2_balance.data import register_from_config
+from d2_balance.engine import (
+    BalancedTrainer,
+    prepare_run,
+    read_config,
+    short_messages,
+    use_cpu_without_cuda,
+    validate,
+    write_summary,
+)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The checked config of the run; OUTPUT_DIR and the loggers are there afterwards."""
+    cfg = read_config(args.config_file, args.opts)
+    without_cuda = use_cpu_without_cuda(cfg)
+    prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="d2_balance")
+    if without_cuda:
+        logging.getLogger("d2_balance").info("No CUDA device was found: MODEL.DEVICE is cpu.")
+    register_from_config(cfg)
+    validate(cfg, eval_only=args.eval_only, resume=args.resume)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict:
+    """One rank: trains and evaluates, or evaluates only. Returns the results on the first rank."""
+    with short_messages(os.path.basename(sys.argv[0])):
+        cfg = setup(args)
+        if args.eval_only:
+            model = BalancedTrainer.build_model(cfg)
+            DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        else:
+            trainer = BalancedTrainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    if args.eval_only:
+        results = BalancedTrainer.test(cfg, model)
+        if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
+            verify_results(cfg, results)
+    else:
+        results = trainer.train()
+    if comm.is_main_process():
+        write_summary(cfg, results, config_file=args.config_file, eval_only=args.eval_only)
+    return results
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        launch(
+            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
+        )
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the rank has printed why
