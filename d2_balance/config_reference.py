@@ -1,0 +1,150 @@
+"""The page docs/config.md: every key of this package with its default and its meaning.
+
+    python -m d2_balance.config_reference docs/config.md
+
+Comments above the keys in `config.py` and the docstrings of the losses are the only source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_balance_config, argument_help
+from .losses import BOX_LOSSES, CLS_LOSSES
+from .modeling.build import DATA_ARGUMENTS
+from .reweight import REWEIGHTERS
+
+HEAD = """# Configuration
+
+Keys that this package adds to Detectron2's configuration. Set them in a YAML file or on the
+command line: `train_net.py --config-file FILE MODEL.BALANCE.CLS_LOSS DR MODEL.BALANCE.DR.TAU 2.0`.
+The losses are used by `MODEL.META_ARCHITECTURE: BalancedRetinaNet`, and by `BalancedRCNN` with
+`MODEL.ROI_HEADS.NAME: BalancedStandardROIHeads` or `BalancedCascadeROIHeads`.
+
+This page is made by `python -m d2_balance.config_reference docs/config.md`; do not edit it.
+"""
+SECTIONS = {
+    "Classification losses (`CLS_LOSS`)": CLS_LOSSES,
+    "Box losses (`BOX_LOSS`)": BOX_LOSSES,
+    "Reweighters (`REWEIGHT`)": REWEIGHTERS,
+}
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full names and values of all keys below a node that are no nodes themselves."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def key_comments() -> dict[str, str]:
+    """The comments above the assignments in `add_balance_config`, by full name of the key."""
+    comments: dict[str, str] = {}
+    block: list[str] = []
+    for line in inspect.getsource(add_balance_config).splitlines():
+        comment = re.match(r"\s*# (.*)", line)
+        key = re.match(r"\s*(_C|cfg)\.([A-Z_.0-9]+) = ", line)
+        if comment:
+            block.append(comment.group(1).strip())
+            continue
+        if key:
+            place = "MODEL.BALANCE." if key.group(1) == "_C" else ""
+            comments[place + key.group(2)] = " ".join(block)
+        block = []
+    return comments
+
+
+def reference_page() -> str:
+    """The text of docs/config.md.
+
+    Raises:
+        ValueError: a key has no comment, or a constructor argument no line in its docstring.
+    """
+    cfg = get_cfg()
+    add_balance_config(cfg)
+    comments = key_comments()
+    balance = cfg.MODEL.BALANCE
+    nodes = {key for key, value in balance.items() if isinstance(value, CfgNode)}
+    own = {key: value for key, value in balance.items() if key not in nodes}
+    named = {name.upper() for registry in SECTIONS.values() for name, _ in registry}
+    registered = {"REGISTER": cfg.DATASETS.REGISTER}
+    parts = [HEAD, "## DATASETS\n", _table("DATASETS", registered, comments)]
+    parts += ["## MODEL.BALANCE\n", _table("MODEL.BALANCE", own, comments)]
+    for key in balance:
+        if key in nodes - named:
+            place = f"MODEL.BALANCE.{key}"
+            about = _text(comments, place).rstrip(":.")
+            parts += [f"### {place}\n", f"{about}.\n", _table(place, balance[key], comments)]
+    for title, registry in SECTIONS.items():
+        entries = [_entry(name, cls, balance.get(name.upper())) for name, cls in registry]
+        parts += [f"## {title}\n", *entries] if entries else []
+    return "\n".join(parts)
+
+
+def _entry(name: str, cls: type, node: CfgNode | None) -> str:
+    """Heading, first line of the docstring, quantities from the data, and keys of one class."""
+    parts = [f"### {name}\n", f"{inspect.getdoc(cls).splitlines()[0]}\n"]
+    data = [f"`{name}`" for name in inspect.signature(cls).parameters if name in DATA_ARGUMENTS]
+    if data:
+        parts.append(
+            f"Counted on the training set: {', '.join(data)}; see "
+            "`MODEL.BALANCE.CLASS_STATISTICS`.\n"
+        )
+    if node is None:
+        parts.append("No keys.\n")
+    else:
+        place = f"MODEL.BALANCE.{name.upper()}"
+        texts = {f"{place}.{key.upper()}": text for key, text in argument_help(cls).items()}
+        parts.append(_table(place, node, texts))
+    return "\n".join(parts)
+
+
+def _table(place: str, values: dict[str, Any], texts: dict[str, str]) -> str:
+    """Markdown table of the keys below `place`, their defaults and meanings."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for key, value in values.items():
+        name = f"{place}.{key}"
+        text = _text(texts, name).replace("|", "\\|")
+        rows.append(f"| `{name}` | `{_shown(value)}` | {text[0].upper()}{text[1:]} |")
+    return "\n".join(rows) + "\n"
+
+
+def _text(texts: dict[str, str], name: str) -> str:
+    if not texts.get(name):
+        raise ValueError(f"{name} has no comment in config.py and no line under Args.")
+    return texts[name]
+
+
+def _shown(value: Any) -> str:
+    """A default as one types it; long floats are shortened, nothing else reads them from here."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"{value:.6g}" if isinstance(value, float) and len(repr(value)) > 8 else repr(value)
+
+
+def main() -> None:
+    """Writes the page to the file named on the command line."""
+    parser = argparse.ArgumentParser(description="Writes the reference of all configuration keys.")
+    parser.add_argument("file", help="the page to write, replaced if it is there")
+    path = parser.parse_args().file
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(reference_page())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+if __name__ == "__main__":
+    main()

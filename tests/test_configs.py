@@ -1,0 +1,244 @@
+"""Every file of configs/ builds its model at full width and takes one training step on the CPU."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+from d2_balance.config_reference import leaves
+from d2_balance.data.statistics import ClassStatistics
+from d2_balance.engine import BalancedTrainer, read_config
+from d2_balance.engine.hooks import BetaDecay
+from d2_balance.engine.validate import check_losses_are_used, check_registered_names
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
+from d2_balance.reweight import REWEIGHTERS
+from tests.conftest import BALANCED
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+QUICK = [file for file in FILES if file.startswith("quick_schedules/")]
+# The demo trains until it has learned something.
+DEMO = [file for file in QUICK if file.endswith("_demo.yaml") or "Base-mini_lvis" in file]
+SMOKE = [f for f in QUICK if f not in DEMO and "Base-" not in f]
+LVIS = [file for file in FILES if file.startswith("LVIS")]
+HEIGHT, WIDTH = 96, 128
+MAX_LINES, MAX_QUICK_ITERATIONS = 15, 40
+
+
+@functools.cache
+def _read(file):
+    return read_config(str(CONFIGS / file))
+
+
+def read(file):
+    return _read(file).clone()
+
+
+def num_classes(cfg):
+    dense = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
+    return (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+
+
+def cpu_cfg(file, folder):
+    """The config of a file without weights and data, with few proposals."""
+    cfg = read(file)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.RETINANET):
+        node.NORM = node.NORM.replace("SyncBN", "BN")  # SyncBN runs on GPUs only
+    for phase in ("TRAIN", "TEST"):
+        cfg.MODEL.RPN[f"PRE_NMS_TOPK_{phase}"] = cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"] = 20
+    cfg.TEST.DETECTIONS_PER_IMAGE = 5
+    classes = num_classes(cfg)
+    counts = torch.linspace(1000, 1, classes).long()
+    names = tuple(f"class{i}" for i in range(classes))
+    path = str(folder / "statistics.json")
+    ClassStatistics(counts, counts * 2, 100_000, names).save(path)
+    cfg.MODEL.BALANCE.CLASS_STATISTICS = path
+    return cfg
+
+
+def make_batch(cfg):
+    """Two pictures of noise with three objects each, as the dataset mapper gives them."""
+    corner = torch.tensor([[4.0, 4.0], [30.0, 20.0], [70.0, 40.0]])
+    boxes = torch.cat(
+        [corner, corner + torch.tensor([[24.0, 20.0], [36.0, 60.0], [48.0, 48.0]])], 1
+    )
+    batch = []
+    for index in range(2):
+        objects = Instances(
+            (HEIGHT, WIDTH),
+            gt_boxes=Boxes(boxes + index),
+            gt_classes=torch.randint(num_classes(cfg), (3,)),
+        )
+        if cfg.MODEL.MASK_ON:
+            objects.gt_masks = make_masks(objects.gt_boxes.tensor, cfg.INPUT.MASK_FORMAT)
+        batch.append(
+            {
+                "image": torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8),
+                "instances": objects,
+                "neg_category_ids": [1],
+                "not_exhaustive_category_ids": [2],
+            }
+        )
+    return batch
+
+
+def make_masks(boxes, mask_format):
+    if mask_format == "polygon":
+        corners = [[x0, y0, x1, y0, x1, y1, x0, y1] for x0, y0, x1, y1 in boxes.tolist()]
+        return PolygonMasks([[corner] for corner in corners])
+    masks = torch.zeros(len(boxes), HEIGHT, WIDTH, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return BitMasks(masks)
+
+
+def tame(model):
+    """Gives frozen batch norms scales as trained weights have them.
+
+    Untrained ones pass on what they get: pictures in [0, 255], and residual blocks that double the
+    variance 33 times in R-101.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            if name.endswith("stem.conv1.norm"):
+                module.weight.fill_(model.pixel_std.mean() / 57)
+            elif name.endswith("conv3.norm"):
+                module.weight.fill_(0.2)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_file_builds_takes_one_training_step_and_predicts(file, tmp_path):
+    torch.manual_seed(0)
+    cfg = cpu_cfg(file, tmp_path)
+    model = build_model(cfg).train()
+    tame(model)
+    BetaDecay.from_config(cfg, model)
+    optimizer = BalancedTrainer.build_optimizer(cfg, model)
+    BalancedTrainer.build_lr_scheduler(cfg, optimizer)  # the first step is one of the warm-up
+    batch = make_batch(cfg)
+    with EventStorage():
+        losses = model(batch)
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
+    found = [key for key in losses if key.startswith(("loss_cls", "loss_box_reg", "loss_mask"))]
+    assert any(key.startswith("loss_mask") for key in found) == cfg.MODEL.MASK_ON
+    assert all(losses[key] > 0 for key in found), losses  # an object was matched everywhere
+    sum(losses.values()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    assert [name for name, p in trained.items() if not p.grad.isfinite().all()] == []
+    optimizer.step()
+    assert [name for name, p in trained.items() if not p.isfinite().all()] == []
+    with torch.no_grad():
+        found = model.eval()(batch[:1])[0]["instances"]
+    assert len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+    assert ((found.scores >= 0) & (found.scores <= 1)).all()
+    assert found.has("pred_masks") == cfg.MODEL.MASK_ON
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_names_are_registered_and_the_schedule_is_in_order(file):
+    cfg = read(file)
+    check_registered_names(cfg)
+    check_losses_are_used(cfg)
+    own = {
+        entry["name"] if isinstance(entry, dict) else entry[0] for entry in cfg.DATASETS.REGISTER
+    }
+    unknown = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} - own - set(DatasetCatalog.list())
+    assert not unknown
+    times = [0, *cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER]
+    assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not Path(f).name.startswith("Base-")])
+def test_file_is_a_short_difference_over_a_base(file):
+    lines = (CONFIGS / file).read_text().splitlines()
+    assert len(lines) <= MAX_LINES
+    assert any(line.startswith("_BASE_: ") for line in lines)
+
+
+@pytest.mark.parametrize("file", [f for f in QUICK if f not in DEMO])
+def test_quick_schedule_takes_forty_iterations_at_most(file):
+    assert read(file).SOLVER.MAX_ITER <= MAX_QUICK_ITERATIONS
+    assert read(file).TEST.EVAL_PERIOD == 0  # once, at the end
+
+
+def test_quick_schedules_write_to_folders_of_their_own():
+    assert [read(file).OUTPUT_DIR for file in SMOKE] == [f"output/{Path(f).stem}" for f in SMOKE]
+
+
+def test_every_registered_method_has_a_quick_schedule():
+    nodes = [read(file).MODEL.BALANCE for file in SMOKE]
+    used = {name for n in nodes for name in (n.CLS_LOSS, n.BOX_LOSS, *n.REWEIGHT)}
+    registered = {name for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS) for name, _ in part}
+    assert registered - used == set()
+
+
+RESAMPLING = {"DATALOADER.SAMPLER_TRAIN", "DATALOADER.REPEAT_THRESHOLD"}
+SCHEDULE = {"SOLVER.STEPS", "SOLVER.MAX_ITER"}
+BASELINES = [
+    ("COCO-Detection/retinanet_R_50_FPN_1x_focal", "COCO-Detection/retinanet_R_50_FPN_1x", set()),
+    ("COCO-Detection/retinanet_R_101_FPN_3x_focal", "COCO-Detection/retinanet_R_101_FPN_3x", set()),
+    ("COCO-Detection/faster_rcnn_R_50_FPN_1x", "COCO-Detection/faster_rcnn_R_50_FPN_1x", set()),
+    (
+        "COCO-Detection/mask_rcnn_R_50_FPN_1x",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+        set(),
+    ),
+    (
+        "COCO-Detection/cascade_mask_rcnn_R_50_FPN_1x",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x",
+        set(),
+    ),
+    (
+        "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_softmax",
+        "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+        RESAMPLING,
+    ),
+    (
+        "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_softmax",
+        "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+        RESAMPLING | SCHEDULE,
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "stock", "differences"), BASELINES)
+def test_baselines_have_the_settings_of_the_model_zoo(file, stock, differences):
+    expected = get_cfg()
+    expected.merge_from_file(model_zoo.get_config_file(f"{stock}.yaml"))
+    expected = dict(leaves(expected))
+    for key in ("MODEL.META_ARCHITECTURE", "MODEL.ROI_HEADS.NAME"):
+        expected[key] = BALANCED.get(expected[key], expected[key])
+    found = {
+        key: value
+        for key, value in leaves(read(f"{file}.yaml"))
+        if not key.startswith(("MODEL.BALANCE.", "DATASETS.REGISTER"))
+    }
+    assert found.keys() == expected.keys()
+    assert {key for key, value in found.items() if value != expected[key]} == differences
+
+
+@pytest.mark.parametrize("file", LVIS)
+def test_lvis_files_keep_the_settings_of_the_eql_release(file):
+    cfg = read(file)
+    v1 = file.startswith("LVISv1")
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == (1203 if v1 else 1230)
+    assert cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.0001
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 300
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (90000, 16)
+    assert (cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler") == ("_rfs" in file)
+    if "_rfs" in file:
+        assert cfg.DATALOADER.REPEAT_THRESHOLD == 0.0005
+    if "_eql" in file:
+        assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
+        assert cfg.MODEL.BALANCE.EQL.LAMBDA_ == (0.0011 if v1 else 0.00177)
+        assert cfg.MODEL.BALANCE.EQL.IMAGE_LABELS == ("_image_labels" in file)
