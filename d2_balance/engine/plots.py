@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.files import atomic_path
 
@@ -53,6 +54,8 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: str, title: str = 
         axes.set_ylim(bottom=min(0.0, *values))
         axes.set_ylabel("loss")
     axes.set_xlabel("iteration")
+    axes.set_xlim(0, 1.02 * max(i for iterations, _ in curves.values() for i in iterations) or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title or "training losses, medians of 20 iterations", fontsize=11)
     _style(axes)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

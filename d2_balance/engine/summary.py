@@ -221,7 +221,8 @@ def _data(cfg: CfgNode, eval_only: bool) -> str:
         except (ValueError, KeyError, TypeError) as error:
             # for example a torch data set in place of dicts; the results must not be lost for it
             parts.append(f"Training: not counted ({error}).")
-    for name in dict.fromkeys((() if eval_only else cfg.DATASETS.TRAIN) + cfg.DATASETS.TEST):
+    train = () if eval_only else cfg.DATASETS.TRAIN
+    for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
         report = bad_annotations(name)
         if report:
             parts.append(f"{name}:\n\n```\n{report.describe()}\n```")

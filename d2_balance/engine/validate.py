@@ -49,6 +49,7 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     Raises:
         ValueError: naming the key or file and what is allowed.
     """
+    check_device(cfg)
     check_registered_names(cfg)
     check_losses_are_used(cfg)
     check_losses(cfg)
@@ -65,6 +66,19 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     if similar:
         return f"did you mean {' or '.join(similar)}?"
     return f"allowed: {', '.join(allowed)}." if len(allowed) <= 30 else ""
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Refuses mixed precision where Detectron2 does not have it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(
+            f"SOLVER.AMP.ENABLED True needs a CUDA device and MODEL.DEVICE is {cfg.MODEL.DEVICE}: "
+            "set SOLVER.AMP.ENABLED False."
+        )
 
 
 def check_registered_names(cfg: CfgNode) -> None:

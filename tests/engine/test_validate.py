@@ -123,6 +123,7 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
             [BALANCE + "BETA_DECAY.ENABLED", "True", BALANCE + "BETA_DECAY.PERIOD", "0"],
             r"MODEL.BALANCE.BETA_DECAY.PERIOD is 0",
         ),
+        (["SOLVER.AMP.ENABLED", "True"], r"needs a CUDA device.*set SOLVER.AMP.ENABLED False"),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
         (
             ["DATASETS.TRAIN", "('engine_trian',)"],
