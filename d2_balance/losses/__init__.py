@@ -1,42 +1,55 @@
 """Losses: tensors in, tensor out; one paper, one file. No import of Detectron2."""
 
 from .ap import AP
+from .balanced_l1 import BalancedL1
+from .balanced_softmax import BalancedSoftmax, LogitAdjusted
 from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from .cross_entropy import BalancedCE, SigmoidCE, SoftmaxCE
 from .dr import DR
+from .drop_loss import DropLoss
 from .efl import EFL
 from .eql import EQL
 from .eqlv2 import EQLv2
+from .federated import Federated
 from .focal import Focal
 from .ghm import GHMC, GHMR
-from .iou import GIoU
+from .iou import CIoU, DIoU, GIoU
 from .quality_focal import QFL, VFL
 from .rank_sort import RankSort
 from .samples import Samples
 from .seesaw import Seesaw
 from .smooth_l1 import SmoothL1
+from .softmax_eql import SoftmaxEQL
 
 __all__ = [
     "AP",
     "BOX_LOSSES",
+    "BalancedCE",
+    "BalancedL1",
+    "BalancedSoftmax",
+    "BoxLoss",
+    "CIoU",
     "CLS_LOSSES",
+    "ClassificationLoss",
+    "DIoU",
     "DR",
+    "DropLoss",
     "EFL",
     "EQL",
+    "EQLv2",
+    "Federated",
+    "Focal",
     "GHMC",
     "GHMR",
-    "QFL",
-    "VFL",
-    "BalancedCE",
-    "BoxLoss",
-    "ClassificationLoss",
-    "EQLv2",
-    "Focal",
     "GIoU",
+    "LogitAdjusted",
+    "QFL",
     "RankSort",
     "Samples",
     "Seesaw",
     "SigmoidCE",
     "SmoothL1",
     "SoftmaxCE",
+    "SoftmaxEQL",
+    "VFL",
 ]

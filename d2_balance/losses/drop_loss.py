@@ -1,0 +1,69 @@
+"""DropLoss: EQL, and background rows drop tail classes at random.
+
+    w_ij = 1 - T_j (1 - y_ij)                  for a foreground row i
+           1 - T_j B_ij,  B_ij ~ Bernoulli(1 - rho)   for a background row i
+    rho  = share of the foreground rows whose class is a tail class
+
+Source: Hsieh et al., DropLoss for Long-Tail Instance Segmentation, arXiv:2104.06402, equations 4
+to 7. Mean over rows; rho is of this process. Without a foreground row rho is 1: nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import CLS_LOSSES
+from .cross_entropy import sigmoid_ce_loss
+from .eql import EQL
+from .samples import Samples
+
+
+def drop_loss(
+    logits: Tensor, onehot: Tensor, foreground: Tensor, tail: Tensor, dropped: Tensor
+) -> Tensor:
+    """DropLoss of every class of every row.
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        foreground: (R,) bool.
+        tail: (K,) T(f) in [0, 1].
+        dropped: (R, K) bool, the entries that background rows drop if their class is tail.
+
+    Returns:
+        (R, K).
+    """
+    suppressed = torch.where(foreground.unsqueeze(1), onehot == 0, dropped)
+    return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
+
+
+@CLS_LOSSES.register()
+class DropLoss(EQL):
+    """DropLoss (arXiv:2104.06402) for sigmoid RoI heads.
+
+    Args:
+        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        lambda_: classes below this frequency are tail classes (step threshold), in [0, 1].
+        threshold: "step", "exponential" or "gompertz".
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    joins_ranks = False
+
+    def __init__(self, *, class_frequency, lambda_=0.00177, threshold="step") -> None:
+        super().__init__(
+            class_frequency=class_frequency,
+            lambda_=lambda_,
+            threshold=threshold,
+            image_labels=False,
+        )
+
+    def compute(self, samples: Samples) -> Tensor:
+        fg, tail = samples.foreground, self.tail
+        in_tail = (samples.onehot * tail.to(samples.onehot.dtype)).sum()
+        kept = torch.where(fg.any(), in_tail / fg.sum().clamp(min=1), torch.ones_like(in_tail))
+        dropped = torch.rand_like(samples.onehot) >= kept
+        return drop_loss(samples.logits, samples.onehot, fg, tail, dropped)

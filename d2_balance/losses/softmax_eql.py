@@ -1,0 +1,84 @@
+"""SEQL: the softmax form of the equalization loss.
+
+    L = -log( e^{z_y} / sum_k w_k e^{z_k} ),   w_k = 1 - B T(f_k) (1 - y_k),  B ~ Bernoulli(gamma)
+
+B is drawn for every row and tail class, so that a share 1 - gamma of the suppressing gradients
+stays. Background keeps its place in the sum, and a background row keeps all classes.
+
+Source: Tan et al., Equalization Loss for Long-Tailed Object Recognition, arXiv:2003.05176,
+equations 8 to 10. Mean over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .eql import THRESHOLDS, Threshold, tail_weight
+from .samples import Samples
+
+
+def softmax_eql_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Softmax cross-entropy whose denominator is weighted.
+
+    Args:
+        logits: (R, C).
+        labels: (R,) int64 in [0, C).
+        weight: (R, C) in [0, 1], 1 at the label.
+
+    Returns:
+        (R,).
+    """
+    # a logit of z + log w stands for w e^z; weight 0 takes the class out of the sum
+    floor = torch.finfo(logits.dtype).tiny
+    return F.cross_entropy(logits + weight.clamp(min=floor).log(), labels, reduction="none")
+
+
+@CLS_LOSSES.register()
+class SoftmaxEQL(ClassificationLoss):
+    """Softmax equalization loss (arXiv:2003.05176) for softmax heads and plain classification.
+
+    Args:
+        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        lambda_: classes below this frequency are tail classes (step threshold), in [0, 1].
+        gamma: probability that a suppressing gradient is dropped, in [0, 1].
+        threshold: "step", "exponential" or "gompertz".
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = True
+    activation = "softmax"
+    joins_ranks = False
+
+    def __init__(
+        self,
+        *,
+        class_frequency: Tensor | Sequence[float],
+        lambda_: float = 0.00177,
+        gamma: float = 0.95,
+        threshold: Threshold = "step",
+    ) -> None:
+        super().__init__()
+        frequency = torch.as_tensor(class_frequency, dtype=torch.float64)
+        inside = frequency.dim() == 1 and bool(((frequency >= 0) & (frequency <= 1)).all())
+        check(self, "class_frequency", class_frequency, inside, "K numbers in [0, 1]")
+        check(self, "lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]")
+        check(self, "gamma", gamma, 0 <= gamma <= 1, "a number in [0, 1]")
+        names = f"one of {', '.join(THRESHOLDS)}"
+        check(self, "threshold", threshold, threshold in THRESHOLDS, names)
+        self.lambda_, self.gamma, self.threshold = lambda_, gamma, threshold
+        self.register_buffer("class_frequency", frequency)
+
+    def compute(self, samples: Samples) -> Tensor:
+        logits, onehot = samples.logits, samples.onehot
+        tail = tail_weight(self.class_frequency, self.lambda_, self.threshold).to(logits.dtype)
+        dropped = torch.rand_like(onehot) < self.gamma
+        suppressed = dropped & (onehot == 0) & samples.foreground.unsqueeze(1)
+        weight = F.pad(1 - tail * suppressed, (0, logits.shape[1] - len(tail)), value=1.0)
+        return softmax_eql_loss(logits, samples.labels, weight)
