@@ -55,7 +55,8 @@ $(STAMP): pyproject.toml scripts/install_detectron2.py scripts/detectron2-864913
 	@echo "Set up in $(VENV). $(BIN)/d2-balance doctor shows what is there."
 
 demo: $(STAMP)
-	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
+	$(BIN)/python train_net.py --resume --config-file $(DEMO_CONFIG) \
+		OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,19 +1,26 @@
 """Losses, sampling and evaluation for imbalanced data in Detectron2.
 
 `import d2_balance` registers the models, RoI heads and built-in data sets with Detectron2, and
-`add_balance_config(cfg)` adds their keys. Without Detectron2 only `d2_balance.losses` and the
-command `d2-balance doctor` work.
+`add_balance_config(cfg)` adds their keys. Where Detectron2 is missing or broken, the losses and
+`d2-balance doctor` still work.
 """
 
-from importlib.util import find_spec
-
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["__version__", "add_balance_config"]
 
-if find_spec("detectron2") is not None:
+try:
     from . import modeling  # noqa: F401  registers the models and heads
     from .config import add_balance_config
     from .data.mini_lvis import register_mini_lvis
+except Exception as error:  # a broken binary raises anything; doctor must still be able to say so
+    _error = error
 
+    def __getattr__(name: str) -> object:
+        if name == "add_balance_config":
+            raise ImportError(
+                f"Detectron2 cannot be used ({type(_error).__name__}: {_error}); "
+                "`d2-balance doctor` says what to do."
+            ) from _error
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+else:
     register_mini_lvis()
-    __all__ += ["add_balance_config"]

