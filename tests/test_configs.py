@@ -242,3 +242,42 @@ def test_lvis_files_keep_the_settings_of_the_eql_release(file):
         assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
         assert cfg.MODEL.BALANCE.EQL.LAMBDA_ == (0.0011 if v1 else 0.00177)
         assert cfg.MODEL.BALANCE.EQL.IMAGE_LABELS == ("_image_labels" in file)
+
+
+# Values of the papers' releases; beta_decay has no published ones.
+PUBLISHED = {
+    "_focal": {
+        "BALANCE.FOCAL.ALPHA": 0.25,
+        "BALANCE.FOCAL.GAMMA": 2.0,
+        "RETINANET.PRIOR_PROB": 0.01,
+    },
+    "_dr": {
+        "BALANCE.DR.L": 6.0,
+        "BALANCE.DR.TAU": 4.0,
+        "BALANCE.DR.MARGIN": 0.5,
+        "BALANCE.DR.SCOPE": "image",
+        "RETINANET.IOU_THRESHOLDS": [0.5],
+        "RETINANET.IOU_LABELS": [0, 1],
+        "RETINANET.PRIOR_PROB": 0.5,
+    },
+    "_ghm": {
+        "BALANCE.GHMC.BINS": 30,
+        "BALANCE.GHMC.MOMENTUM": 0.75,
+        "BALANCE.GHMC.PER_LEVEL": True,
+        "BALANCE.GHMR.MU": 0.02,
+        "BALANCE.GHMR.BINS": 10,
+        "BALANCE.GHMR.MOMENTUM": 0.7,
+        "BALANCE.BOX_WEIGHT": 10.0,
+        "RETINANET.PRIOR_PROB": 0.01,
+    },
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_coco_files_keep_the_published_settings(method):
+    files = [f for f in FILES if f.startswith("COCO-") and method in f]
+    assert len(files) >= 2
+    for file in files:
+        found = dict(leaves(read(file).MODEL))
+        assert {key: found[key] for key in PUBLISHED[method]} == PUBLISHED[method], file
+        assert read(file).SOLVER.BASE_LR == 0.01
