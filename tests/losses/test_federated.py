@@ -1,0 +1,71 @@
+"""Federated loss: the classes of each image."""
+
+import math
+
+import pytest
+import torch
+
+from d2_balance.losses import Federated, Samples, SigmoidCE
+from d2_balance.losses.federated import federated_classes
+
+
+def trained(loss, labels, num_classes, **fields):
+    """(R, K) which entries take part: at logits of zero each has a cross-entropy of log 2."""
+    labels = torch.tensor(labels)
+    logits = torch.zeros(len(labels), num_classes)
+    value = loss(Samples(logits=logits, labels=labels, num_classes=num_classes, **fields))
+    return (value / math.log(2)).round().bool()
+
+
+def test_background_takes_no_place_in_the_sample():
+    loss = Federated(class_count=[5] * 100, num_sampled=10)
+    taken = trained(loss, [3, 100, 100], 100)
+    assert taken.sum(dim=1).tolist() == [10, 10, 10]
+    assert taken[:, 3].all() and (taken == taken[0]).all()
+
+
+def test_more_present_classes_than_the_sample_are_all_kept():
+    loss = Federated(class_count=[5] * 20, num_sampled=3)
+    taken = trained(loss, list(range(12)), 20)
+    assert taken[0].nonzero().flatten().tolist() == list(range(12))
+
+
+def test_fewer_classes_than_the_sample_is_the_cross_entropy():
+    loss = Federated(class_count=[5] * 4, num_sampled=50)
+    rows = Samples(logits=torch.randn(6, 4), labels=torch.tensor([0, 1, 4, 4, 2, 3]), num_classes=4)
+    assert torch.equal(loss(rows), SigmoidCE()(rows))
+
+
+def test_classes_without_pictures_are_never_drawn_but_train_where_present():
+    loss = Federated(class_count=[5, 0, 5, 0], num_sampled=4)
+    assert trained(loss, [1, 4], 4).tolist() == [[True, True, True, False]] * 2
+
+
+def test_verified_classes_take_part_in_their_image_only():
+    listed = torch.zeros(2, 50, dtype=torch.bool)
+    listed[0, 40:] = True
+    fields = {"listed": listed, "image": torch.tensor([0, 1])}
+    loss = Federated(class_count=[1000] * 5 + [1] * 45, num_sampled=10, power=8.0)
+    taken = trained(loss, [50, 50], 50, **fields)
+    assert taken.sum(dim=1).tolist() == [10, 10]
+    assert taken[0, 40:].all() and taken[1, :5].all() and taken[1, 40:].sum() < 10
+    off = Federated(class_count=[5] * 50, num_sampled=10, image_labels=False)
+    same = trained(off, [50, 50], 50, **fields)
+    assert torch.equal(same[0], same[1])
+
+
+def test_frequent_classes_are_drawn_more_often():
+    # one draw of two classes with counts 9 and 1 and power .5: probabilities 3/4 and 1/4
+    weight = torch.tensor([9.0, 1.0]).sqrt()
+    drawn = federated_classes(torch.zeros(20000, 2, dtype=torch.bool), weight, 1)
+    assert drawn.sum(dim=1).eq(1).all()
+    assert drawn[:, 0].double().mean().item() == pytest.approx(0.75, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"num_sampled": 0}, "num_sampled"), ({"power": -1.0}, "power")],
+)
+def test_arguments_out_of_range_are_named(arguments, name):
+    with pytest.raises(ValueError, match=f"Federated: {name}=.* is not allowed"):
+        Federated(class_count=[1, 2], **arguments)

@@ -1,0 +1,140 @@
+"""AP-loss and Rank & Sort against loops over positives, and what their gradients must satisfy."""
+
+import pytest
+import torch
+
+from d2_balance.losses import AP, RankSort, Samples
+from d2_balance.losses.ap import ap_loss_and_gradient
+from d2_balance.losses.rank_sort import rank_sort_and_gradient
+from d2_balance.losses.ranking import StepBuckets
+
+
+def step(x, delta):
+    return (x / (2 * delta) + 0.5).clamp(0, 1)
+
+
+def scores_and_positives(seed=0, entries=300, count=17):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(entries, generator=generator, dtype=torch.float64) * 2
+    positive = torch.randperm(entries, generator=generator)[:count].sort().values
+    targets = torch.rand(count, generator=generator, dtype=torch.float64)
+    return scores, positive, targets
+
+
+def slow_ap(scores, positive, delta):
+    """Algorithm 1 of the paper: positives in ascending order, running maximum of the precision."""
+    is_pos = torch.zeros_like(scores, dtype=torch.bool)
+    is_pos[positive] = True
+    grad, best, total = torch.zeros_like(scores), 0.0, 0.0
+    for i in positive[scores[positive].argsort()].tolist():
+        above = step(scores - scores[i], delta)
+        ranked = above[is_pos].sum() + 0.5
+        below = above * ~is_pos
+        precision = ranked / (ranked + below.sum())
+        update = below / (ranked + below.sum())
+        if precision < best:
+            update = update * (1 - best) / (1 - precision)
+        else:
+            best = float(precision)
+        grad += update
+        grad[i] -= 1 - best
+        total += 1 - best
+    return total / len(positive), grad / len(positive)
+
+
+def slow_rank_sort(scores, positive, targets, delta):
+    """Equations 6 to 12, one positive at a time."""
+    is_pos = torch.zeros_like(scores, dtype=torch.bool)
+    is_pos[positive] = True
+    grad, ranking, sorting = torch.zeros_like(scores), 0.0, 0.0
+    for i, y in zip(positive.tolist(), targets, strict=True):
+        above = step(scores - scores[i], delta)
+        pos, neg = above[positive], above * ~is_pos
+        error = neg.sum() / (pos.sum() + neg.sum())
+        current = (pos * (1 - targets)).sum() / pos.sum()
+        better = pos * (targets >= y)
+        excess = current - (better * (1 - targets)).sum() / better.sum()
+        ranking, sorting = ranking + error, sorting + excess
+        grad[i] -= error
+        if neg.sum() > 0:
+            grad += error * neg / neg.sum()
+        worse = pos * (targets < y)
+        if worse.sum() > 0:
+            grad[i] -= excess
+            grad[positive] += excess * worse / worse.sum()
+    count = len(positive)
+    return ranking / count, sorting / count, grad / count
+
+
+@pytest.mark.parametrize("delta", [0.25, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_equals_the_loop(seed, delta):
+    scores, positive, _ = scores_and_positives(seed)
+    loss, grad = ap_loss_and_gradient(scores, positive, delta)
+    expected, expected_grad = slow_ap(scores, positive, delta)
+    assert loss.item() == pytest.approx(float(expected), abs=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rank_sort_equals_the_loop(seed):
+    scores, positive, targets = scores_and_positives(seed)
+    ranking, sorting, grad = rank_sort_and_gradient(scores, positive, targets, 0.5)
+    expected = slow_rank_sort(scores, positive, targets, 0.5)
+    assert ranking.item() == pytest.approx(float(expected[0]), abs=1e-12)
+    assert sorting.item() == pytest.approx(float(expected[1]), abs=1e-12)
+    torch.testing.assert_close(grad, expected[2], rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_of_ap_moves_as_much_up_as_down():
+    scores, positive, _ = scores_and_positives()
+    loss, grad = ap_loss_and_gradient(scores, positive, 1.0)
+    assert grad[positive].sum().item() == pytest.approx(-loss.item())
+    assert grad.sum().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_gradient_of_rank_sort_sums_to_zero():
+    scores, positive, targets = scores_and_positives()
+    assert rank_sort_and_gradient(scores, positive, targets, 0.5)[2].sum().abs() < 1e-12
+
+
+def test_perfect_ranking_costs_nothing():
+    scores = torch.tensor([5.0, 4, -5, -6]).double()
+    loss, grad = ap_loss_and_gradient(scores, torch.tensor([0, 1]), 0.5)
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_no_positive_costs_nothing_and_keeps_the_graph():
+    logits = torch.randn(4, 3, requires_grad=True)
+    for loss in (AP(), RankSort()):
+        value = loss(Samples(logits=logits, labels=torch.full((4,), 3), num_classes=3))
+        (grad,) = torch.autograd.grad(value, logits)
+        assert value == 0 and (grad == 0).all()
+
+
+def test_an_iou_of_zero_keeps_the_object_positive():
+    # in the release such a positive becomes background (its target is its label)
+    scores, positive, targets = scores_and_positives()
+    zero, small = targets.clone(), targets.clone()
+    zero[3], small[3] = 0.0, 1e-6
+    ours = rank_sort_and_gradient(scores, positive, zero, 0.5)
+    expected = slow_rank_sort(scores, positive, small, 0.5)
+    assert ours[0].item() == pytest.approx(float(expected[0]), abs=1e-12)
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-9, atol=1e-12)
+
+
+def test_sums_over_pairs_equal_the_matrix_with_ties():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(200, generator=generator, dtype=torch.float64).round(decimals=1)
+    centers = torch.cat([values[:20], values[:5]])
+    weights = torch.rand(25, generator=generator, dtype=torch.float64)
+    matrix = step(values.unsqueeze(1) - centers, 0.3)  # (n, P)
+    buckets = StepBuckets.build(values, centers, 0.3)
+    torch.testing.assert_close(buckets.sum_over_values(), matrix.sum(dim=0))
+    torch.testing.assert_close(buckets.sum_over_centers(weights), matrix @ weights)
+
+
+@pytest.mark.parametrize("cls", [AP, RankSort])
+def test_delta_must_be_positive(cls):
+    with pytest.raises(ValueError, match=f"{cls.__name__}: delta=0.0 is not allowed"):
+        cls(delta=0.0)
