@@ -23,6 +23,8 @@ from .train_stream import TrainStream, build_train_stream
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter)
 
+FULL_MODEL = "full_model"
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +64,28 @@ class BalancedTrainer(DefaultTrainer):
             LossStats(self.model, self.cfg.OUTPUT_DIR),
         ]
         return found
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's optimizer, with SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model" as well.
+
+        Detectron2 clips each parameter by itself ("value", "norm"); "full_model" clips the norm of
+        all parameters together, as the releases of GHM and EFL do.
+        """
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
+            return super().build_optimizer(cfg, model)
+        bare = cfg.clone()
+        bare.defrost()
+        bare.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(bare, model)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def clip_all(*_) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        optimizer.register_step_pre_hook(clip_all)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
