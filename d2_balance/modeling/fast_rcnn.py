@@ -154,7 +154,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         labels = cat([p.gt_classes for p in proposals])  # (R,)
         image = cat([labels.new_full((len(p),), i) for i, p in enumerate(proposals)])
         pos = (labels < self.num_classes).nonzero().squeeze(1)  # (P,)
-        deltas = deltas.view(len(deltas), -1, 4)  # (R, 1 or K, 4)
+        # torch cannot infer a size by -1 where R is 0
+        deltas = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (R, 1 or K, 4)
         column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
         ids = None
         if any(p.has("gt_index") for p in proposals):

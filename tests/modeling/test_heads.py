@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2_balance.losses import Samples
@@ -128,6 +129,26 @@ def test_batches_without_image_level_labels_have_no_mask(statistics_file, monkey
     with EventStorage(0):
         model(make_inputs())
     assert seen[0].listed is None
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("kind", ["faster", "cascade"])
+@pytest.mark.parametrize(("cls", "box"), [("SigmoidCE", "GHMR"), ("GHMC", "GIoU"), ("", "")])
+def test_no_proposal_in_the_batch_gives_zero_with_a_gradient(kind, images, cls, box):
+    keys = ["MODEL.BALANCE.CLS_LOSS", cls, "MODEL.BALANCE.BOX_LOSS", box]
+    none = {"gt_classes": torch.empty(0).long(), "gt_boxes": Boxes(torch.empty(0, 4))}
+    proposals = [
+        Instances((64, 64), proposal_boxes=Boxes(torch.empty(0, 4)), **none) for _ in range(images)
+    ]
+    for layer in predictors(build_model(small_cfg(kind, *keys))):  # deltas (R, K * 4) and (R, 4)
+        with EventStorage(0):
+            losses = layer.losses(layer(torch.empty(0, 32)), proposals)
+        assert {name: loss.item() for name, loss in losses.items()} == {
+            "loss_cls": 0,
+            "loss_box_reg": 0,
+        }
+        sum(losses.values()).backward()
+        assert all((p.grad == 0).all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
