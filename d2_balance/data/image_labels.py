@@ -104,22 +104,31 @@ class ImageLabels:
                     raise ValueError(
                         f"the training sets {first!r} and {name!r} map category ids to classes "
                         "differently, so image-level labels are ambiguous: give both files the "
-                        "same 'categories', or set MODEL.BALANCE.EQL.IMAGE_LABELS False"
+                        "same 'categories'"
                     )
             self._id_map = maps.get(first)
         return self._id_map
 
 
-def require_image_labels(dataset_dicts: Iterable[dict[str, Any]], name: str) -> None:
+def require_image_labels(
+    dataset_dicts: Iterable[dict[str, Any]],
+    name: str,
+    key: str = "MODEL.BALANCE.EQL.IMAGE_LABELS",
+) -> None:
     """Check that a data set has image-level labels at all.
 
     Detectron2's LVIS loader writes empty lists where a file has none, so empty lists do not count.
+
+    Args:
+        dataset_dicts: Detectron2's standard dicts.
+        name: of the data set, for the message.
+        key: what switches off the need for the labels, for the message.
 
     Raises:
         ValueError: naming the data set and what to do.
     """
     if not any(record.get(key) for record in dataset_dicts for key in IMAGE_LABEL_KEYS):
         raise ValueError(
-            f"the data set {name!r} has no image-level labels: set MODEL.BALANCE.EQL.IMAGE_LABELS "
-            "False or add neg_category_ids to the images of its annotation file"
+            f"the data set {name!r} has no image-level labels: set {key} False or add "
+            "neg_category_ids to the images of its annotation file"
         )

@@ -238,7 +238,8 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
         )
     loss = cfg.MODEL.BALANCE.CLS_LOSS
     if loss and cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False):
-        require_image_labels(dataset_dicts, name)
+        key = f"MODEL.BALANCE.{loss.upper()}.IMAGE_LABELS"
+        require_image_labels(dataset_dicts, name, key)
     if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
         check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT)
 

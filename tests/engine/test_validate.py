@@ -167,16 +167,18 @@ def test_missing_pictures_are_named(dataset, tmp_path, register):
     assert "1 of 12 pictures are missing" in text and "lost.png" in text
 
 
-def test_eql_needs_image_level_labels_in_every_training_set(dataset, tmp_path, register):
+@pytest.mark.parametrize("loss", ["EQL", "Federated"])
+def test_image_level_labels_are_needed_in_every_training_set(dataset, tmp_path, register, loss):
     def strip(data):
         for image in data["images"]:
             image["neg_category_ids"] = []
 
     name = register(strip)
-    overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", "EQL"]
+    overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", loss]
+    key = f"{BALANCE}{loss.upper()}.IMAGE_LABELS"
     text = message(run_cfg(tmp_path, *overrides))
-    assert repr(name) in text and "MODEL.BALANCE.EQL.IMAGE_LABELS False" in text
-    validate(run_cfg(tmp_path, *overrides, BALANCE + "EQL.IMAGE_LABELS", "False"))
+    assert repr(name) in text and f"set {key} False" in text
+    validate(run_cfg(tmp_path, *overrides, key, "False"))
 
 
 def test_categories_of_training_and_test_must_agree(dataset, tmp_path, register):
