@@ -149,11 +149,13 @@ def check_pairing(
         ValueError: names both sides and says what works.
     """
     name = type(cls_loss).__name__
-    if cls_loss.activation == "softmax" and not softmax:
-        works = sorted(known for known, cls in CLS_LOSSES if cls.activation == "sigmoid")
+    if not softmax and not _has_class_columns_only(type(cls_loss)):
+        works = sorted(known for known, cls in CLS_LOSSES if _has_class_columns_only(cls))
+        why = f"is a softmax loss and {head} has a sigmoid head"
+        if cls_loss.activation == "sigmoid":
+            why = f"needs outputs besides those of the classes and {head} has none"
         raise ValueError(
-            f"MODEL.BALANCE.CLS_LOSS {name} is a softmax loss and {head} has a sigmoid head; "
-            f"losses that work there: {', '.join(works)}."
+            f"MODEL.BALANCE.CLS_LOSS {name} {why}; losses that work there: {', '.join(works)}."
         )
     if getattr(cls_loss, "per_level", False) and not levels:
         raise ValueError(
@@ -170,3 +172,7 @@ def check_pairing(
                     f"{key} {type(loss).__name__} has no loss per row; {key} that work: "
                     f"{', '.join(works)}."
                 )
+
+def _has_class_columns_only(cls: type[ClassificationLoss]) -> bool:
+    """Whether a loss takes K columns of logits, as RetinaNet's head gives them."""
+    return cls.activation == "sigmoid" and cls.num_outputs is ClassificationLoss.num_outputs

@@ -19,7 +19,7 @@ def refuse(match, kind, *overrides, error=ValueError):
 @pytest.mark.parametrize("key", ["CLS_LOSS", "BOX_LOSS"])
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
 def test_unknown_loss_lists_the_known_ones(kind, key):
-    known = {"CLS_LOSS": "DR, EQL", "BOX_LOSS": "GHMR, GIoU"}[key]
+    known = {"CLS_LOSS": "DR, .*EQL", "BOX_LOSS": "GHMR, GIoU"}[key]
     refuse(
         rf"MODEL\.BALANCE\.{key}: 'Fokal' is unknown; allowed: .*{known}",
         kind,
@@ -76,6 +76,16 @@ def test_softmax_loss_on_a_sigmoid_head():
         "retinanet",
         "MODEL.BALANCE.CLS_LOSS",
         "SoftmaxCE",
+    )
+
+
+def test_loss_with_outputs_besides_the_classes_on_a_head_without():
+    refuse(
+        r"CLS_LOSS EQLv2 needs outputs besides those of the classes and RetinaNet has none; losses "
+        r"that work there: .*EFL, EQL, Federated, .*SigmoidCE",
+        "retinanet",
+        "MODEL.BALANCE.CLS_LOSS",
+        "EQLv2",
     )
 
 
