@@ -24,6 +24,7 @@ from .train_stream import TrainStream, build_train_stream
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter)
 
 FULL_MODEL = "full_model"
+CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,16 @@ class BalancedTrainer(DefaultTrainer):
 
         Detectron2 clips each parameter by itself ("value", "norm"); "full_model" clips the norm of
         all parameters together, as the releases of GHM and EFL do.
+
+        Raises:
+            ValueError: another CLIP_TYPE.
         """
         clip = cfg.SOLVER.CLIP_GRADIENTS
+        if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
+            raise ValueError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; allowed is one of "
+                f"{', '.join(CLIP_TYPES)}."
+            )
         if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
             return super().build_optimizer(cfg, model)
         bare = cfg.clone()

@@ -52,7 +52,8 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     check_device(cfg)
     check_registered_names(cfg)
     check_losses_are_used(cfg)
-    check_losses(cfg)
+    check_losses(cfg, eval_only)
+    check_numbers(cfg)
     check_beta_decay(cfg)
     check_dataset_names(cfg, eval_only)
     check_weights(cfg, eval_only, resume)
@@ -134,18 +135,42 @@ def check_losses_are_used(cfg: CfgNode) -> None:
         )
 
 
-def check_losses(cfg: CfgNode) -> None:
+def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
     """Checks names and arguments of the losses, without the quantities that come from the data.
 
     Raises:
         ValueError: naming the key.
     """
+    if not eval_only and cfg.MODEL.BALANCE.CLASS_STATISTICS == FROM_CHECKPOINT:
+        # a new run would train with counts of zero, which make every class one of the tail
+        raise ValueError(
+            f'MODEL.BALANCE.CLASS_STATISTICS "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
+            'training is "", which counts on DATASETS.TRAIN, or a file.'
+        )
     bare = cfg.clone()
     bare.defrost()
     bare.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
     num_classes = configured_num_classes(cfg)
     for build in (build_cls_loss, build_box_loss, build_reweighters):
         build(bare, num_classes)
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Checks the weights of the losses and the start probabilities of the classes.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    balance = cfg.MODEL.BALANCE
+    for key in ("CLS_WEIGHT", "BOX_WEIGHT"):
+        if not balance[key] >= 0:
+            raise ValueError(
+                f"MODEL.BALANCE.{key} is {balance[key]}; allowed is a number of at least 0."
+            )
+    for node in ("BALANCE", "RETINANET"):
+        prior = cfg.MODEL[node].PRIOR_PROB
+        if not 0 < prior < 1:
+            raise ValueError(f"MODEL.{node}.PRIOR_PROB is {prior}; allowed is a number in (0, 1).")
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:

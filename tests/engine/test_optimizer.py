@@ -30,3 +30,8 @@ def test_full_model_clips_the_norm_of_all_parameters():
 
 def test_norm_is_still_detectron2s_of_each_parameter():
     assert step("norm", 1.0) == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_another_type_of_clipping_is_refused_with_those_allowed():
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'whole'; allowed .* value, norm, full_mode"):
+        step("whole", 1.0)

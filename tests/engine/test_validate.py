@@ -123,6 +123,14 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
             [BALANCE + "BETA_DECAY.ENABLED", "True", BALANCE + "BETA_DECAY.PERIOD", "0"],
             r"MODEL.BALANCE.BETA_DECAY.PERIOD is 0",
         ),
+        ([BALANCE + "CLS_WEIGHT", "-1.0"], r"MODEL.BALANCE.CLS_WEIGHT is -1.0; allowed is .* 0"),
+        ([BALANCE + "BOX_WEIGHT", "-0.5"], r"MODEL.BALANCE.BOX_WEIGHT is -0.5; allowed is .* 0"),
+        ([BALANCE + "PRIOR_PROB", "1.0"], r"MODEL.BALANCE.PRIOR_PROB is 1.0; .* in \(0, 1\)"),
+        (["MODEL.RETINANET.PRIOR_PROB", "0."], r"MODEL.RETINANET.PRIOR_PROB is 0.0; .*\(0, 1\)"),
+        (
+            [*CLS[:1], "EQL", BALANCE + "CLASS_STATISTICS", "checkpoint"],
+            r"CLASS_STATISTICS \"checkpoint\" is for --eval-only; allowed in training is",
+        ),
         (["SOLVER.AMP.ENABLED", "True"], r"needs a CUDA device.*set SOLVER.AMP.ENABLED False"),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
         (
