@@ -69,6 +69,12 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Beta never falls below this, at least 0.
     _C.BETA_DECAY.MIN = 0.0
 
+    # Calibration of softmax RoI heads after training (NorCal, arXiv:2107.02170).
+    _C.NORCAL = CfgNode()
+    # Exponent of the class's image count that its score is divided by, at least 0; 0 is off. Choose
+    # it on training pictures.
+    _C.NORCAL.GAMMA = 0.0
+
     for name, cls in _registered():
         node = constructor_node(cls)
         if node:

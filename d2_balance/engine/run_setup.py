@@ -133,7 +133,8 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
         return folder, weights, seed
 
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = on_main_process(decide)
-    if eval_only and not cfg.MODEL.BALANCE.CLASS_STATISTICS:
+    counted = cfg.MODEL.BALANCE.CLASS_STATISTICS or cfg.MODEL.BALANCE.NORCAL.GAMMA
+    if eval_only and not counted:  # NorCal needs counts at test, which stock weights do not carry
         cfg.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
 
 

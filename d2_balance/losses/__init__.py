@@ -1,5 +1,6 @@
 """Losses: tensors in, tensor out; one paper, one file. No import of Detectron2."""
 
+from .alrp import ALRP
 from .ap import AP
 from .balanced_l1 import BalancedL1
 from .balanced_softmax import BalancedSoftmax, LogitAdjusted
@@ -22,6 +23,7 @@ from .smooth_l1 import SmoothL1
 from .softmax_eql import SoftmaxEQL
 
 __all__ = [
+    "ALRP",
     "AP",
     "BOX_LOSSES",
     "BalancedCE",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import CLS_LOSSES, ClassificationLoss, check
-from .ranking import StepBuckets, positive_scores
+from .ranking import StepBuckets, error_driven, positive_scores
 from .samples import Samples
 
 
@@ -50,19 +50,6 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
     return (1 - interpolated).sum() / count, grad / count
 
 
-class _APLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, positive: Tensor, delta: float) -> Tensor:
-        loss, grad = ap_loss_and_gradient(logits.detach().flatten(), positive, delta)
-        ctx.save_for_backward(grad.to(logits.dtype).view_as(logits))
-        return loss.to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None
-
-
 @CLS_LOSSES.register()
 class AP(ClassificationLoss):
     """AP-loss (arXiv:1904.06373) for dense sigmoid heads; inference is unchanged.
@@ -87,4 +74,6 @@ class AP(ClassificationLoss):
         self.delta = delta
 
     def compute(self, samples: Samples) -> Tensor:
-        return _APLoss.apply(samples.logits, positive_scores(samples), self.delta)
+        scores = samples.logits.detach().flatten()
+        loss, grad = ap_loss_and_gradient(scores, positive_scores(samples), self.delta)
+        return error_driven(samples.logits, loss, grad)

@@ -84,6 +84,22 @@ class ClassificationLoss(_Loss):
 
     activation: Literal["sigmoid", "softmax"]
 
+    couples_boxes: bool = False
+    """True: `coupled_box_loss` takes the place of the criterion's sum over the box loss."""
+
+    def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
+        """Box loss of methods that rank classes and boxes together.
+
+        Args:
+            samples: see `Samples`.
+            cls: 0-d value of this loss for the same batch.
+            box: (P, 4) or (P,) elementwise box loss.
+
+        Returns:
+            0-d tensor, used as it is.
+        """
+        raise NotImplementedError
+
     def num_outputs(self, num_classes: int) -> int:
         """Columns of the logits for K classes; the last is background in a softmax."""
         return num_classes + (self.activation == "softmax")
@@ -146,3 +162,8 @@ def check(owner: object, name: str, value: object, allowed: bool, rule: str) -> 
     """Raises ValueError unless `allowed`, naming the class, the argument and the rule."""
     if not allowed:
         raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not allowed; {rule}.")
+
+
+def per_row(loss: Tensor) -> Tensor:
+    """(P,) sums over the coordinates of a (P, 4) or (P,) box loss."""
+    return loss.sum(dim=1) if loss.dim() == 2 else loss

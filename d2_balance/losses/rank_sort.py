@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .ranking import StepBuckets, positive_scores
+from .base import CLS_LOSSES, ClassificationLoss, check, per_row
+from .ranking import StepBuckets, error_driven, positive_scores
 from .samples import Samples
 
 MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
@@ -86,25 +86,12 @@ def rank_sort_and_gradient(
     return ranking.sum() / count, error.sum() / count, grad / count
 
 
-class _RankSort(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, positive: Tensor, targets: Tensor, delta: float) -> Tensor:
-        scores = logits.detach().flatten()
-        ranking, sort, grad = rank_sort_and_gradient(scores, positive, targets, delta)
-        ctx.save_for_backward(grad.to(logits.dtype).view_as(logits))
-        return (ranking + sort).to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None, None
-
-
 @CLS_LOSSES.register()
 class RankSort(ClassificationLoss):
-    """Rank & Sort loss (arXiv:2107.11669) for sigmoid heads, used with a GIoU box loss.
+    """Rank & Sort loss (arXiv:2107.11669) for sigmoid heads, used with BOX_LOSS GIoU.
 
-    Without boxes all targets are 1, which leaves the ranking part.
+    The box loss is a mean weighted by the highest score of each positive, scaled to the value of
+    this loss (section 3.3). Without boxes all targets are 1, which leaves the ranking part.
 
     Args:
         delta: half width of the smoothed step, in logits, above 0.
@@ -116,6 +103,7 @@ class RankSort(ClassificationLoss):
     elementwise = False
     activation = "sigmoid"
     joins_ranks = False
+    couples_boxes = True
 
     def __init__(self, *, delta: float = 0.5) -> None:
         super().__init__()
@@ -123,5 +111,13 @@ class RankSort(ClassificationLoss):
         self.delta = delta
 
     def compute(self, samples: Samples) -> Tensor:
-        positive = positive_scores(samples)
-        return _RankSort.apply(samples.logits, positive, samples.iou, self.delta)
+        scores = samples.logits.detach().flatten()
+        ranking, sort, grad = rank_sort_and_gradient(
+            scores, positive_scores(samples), samples.iou, self.delta
+        )
+        return error_driven(samples.logits, ranking + sort, grad)
+
+    def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
+        weight = samples.logits[samples.pos].detach().sigmoid().amax(dim=1)  # (P,)
+        loss = (weight * per_row(box)).sum() / weight.sum().clamp(min=1e-12)
+        return loss * (cls.detach() / loss.detach().clamp(min=1e-6)).to(loss.dtype)

@@ -81,3 +81,29 @@ class StepBuckets:
 def positive_scores(samples: Samples) -> Tensor:
     """(P,) int64, indices of the positive entries in the flattened (R * K,) logits."""
     return samples.pos * samples.logits.shape[1] + samples.labels[samples.pos]
+
+
+def error_driven(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    """A loss whose gradient is given: the update of the ranking losses, not a derivative.
+
+    Args:
+        logits: (R, K), what the gradient goes to.
+        loss: 0-d value.
+        grad: (R * K,) gradient of the flattened logits.
+
+    Returns:
+        0-d tensor in the type of the logits.
+    """
+    return _ErrorDriven.apply(logits, loss, grad.to(logits.dtype).view_as(logits))
+
+
+class _ErrorDriven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return loss.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_output, None, None

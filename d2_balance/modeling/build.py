@@ -53,6 +53,21 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
     return values.double()
 
 
+def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> None:
+    """Refuses a loss that was made for another number of classes, as Python code may hand over.
+
+    Raises:
+        ValueError: naming the argument and the length that is allowed.
+    """
+    for name in DATA_ARGUMENTS:
+        values = getattr(cls_loss, name, None)
+        if values is not None and len(values) != num_classes:
+            raise ValueError(
+                f"{type(cls_loss).__name__}: {name} has {len(values)} entries; allowed is one for "
+                f"each of the model's {num_classes} classes."
+            )
+
+
 def _lookup(registry: Registry, key: str, name: str) -> Any:
     if name not in registry:
         names = ", ".join(sorted(known for known, _ in registry))
@@ -162,6 +177,13 @@ def check_pairing(
             f"MODEL.BALANCE.{name.upper()}.PER_LEVEL True needs feature levels and {head} has "
             f"none; set it to False."
         )
+    if cls_loss.couples_boxes and not box_loss.elementwise:
+        works = sorted(known for known, cls in BOX_LOSSES if cls.elementwise)
+        raise ValueError(
+            f"MODEL.BALANCE.CLS_LOSS {name} ranks boxes as well and BOX_LOSS "
+            f"{type(box_loss).__name__} has no loss per box; BOX_LOSS that work: "
+            f"{', '.join(works)}."
+        )
     for reweighter in reweighters:
         for loss, key in ((cls_loss, "CLS_LOSS"), (box_loss, "BOX_LOSS")):
             if not loss.elementwise:
@@ -172,6 +194,7 @@ def check_pairing(
                     f"{key} {type(loss).__name__} has no loss per row; {key} that work: "
                     f"{', '.join(works)}."
                 )
+
 
 def _has_class_columns_only(cls: type[ClassificationLoss]) -> bool:
     """Whether a loss takes K columns of logits, as RetinaNet's head gives them."""

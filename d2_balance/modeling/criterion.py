@@ -154,6 +154,9 @@ def detection_losses(
         cls_rows = on_cls if cls_rows is None else cls_rows if on_cls is None else cls_rows * on_cls
         box_rows = on_box if box_rows is None else box_rows if on_box is None else box_rows * on_box
     denominator = normalizer.value()
-    cls = _total(cls, cls_rows, cls_loss.elementwise, denominator) * cls_weight
-    box = _total(box, box_rows, box_loss.elementwise, denominator) * box_weight
-    return {"loss_cls": cls, "loss_box_reg": box}
+    if cls_loss.couples_boxes:
+        box = cls_loss.coupled_box_loss(samples, cls, box)
+    else:
+        box = _total(box, box_rows, box_loss.elementwise, denominator)
+    cls = _total(cls, cls_rows, cls_loss.elementwise, denominator)
+    return {"loss_cls": cls * cls_weight, "loss_box_reg": box * box_weight}

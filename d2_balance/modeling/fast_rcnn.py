@@ -17,9 +17,12 @@ from .build import (
     build_box_loss,
     build_cls_loss,
     build_reweighters,
+    check_class_quantities,
     check_pairing,
+    class_quantity,
     stock_box_loss,
 )
+from .calibration import norcal
 from .criterion import RowNormalizer, detection_losses
 
 
@@ -37,6 +40,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
         prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
+        norcal_gamma: exponent of the calibration at test (see `norcal`), 0 is off.
+        class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
         background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
             which is not used; False has K outputs.
         **kwargs: as Detectron2's FastRCNNOutputLayers.
@@ -57,6 +62,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         box_weight: float = 1.0,
         prior_prob: float = 0.001,
         background_column: bool = True,
+        norcal_gamma: float = 0.0,
+        class_count: Tensor | None = None,
         **kwargs,
     ) -> None:
         super().__init__(input_shape, **kwargs)
@@ -81,6 +88,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             softmax=True,
             levels=False,
         )
+        check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
         if outputs != self.num_classes + 1 and not (sigmoid and background_column):
             self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
@@ -90,6 +98,15 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             if not 0 < prior_prob < 1:
                 raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
             nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+        self.norcal_gamma = norcal_gamma
+        if norcal_gamma < 0 or (norcal_gamma and sigmoid):
+            raise ValueError(
+                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; allowed is a number of at least 0, "
+                "and 0 for sigmoid losses: NorCal calibrates softmax heads."
+            )
+        if norcal_gamma:
+            self.register_buffer("class_count", class_count)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -102,6 +119,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
         ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
         ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
+        ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
+        if ret["norcal_gamma"] > 0:
+            ret["class_count"] = class_quantity(cfg, "class_count", num_classes)
         return ret
 
     def class_logits(self, scores: Tensor) -> Tensor:
@@ -180,4 +200,6 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
     ) -> list[Tensor]:
         """Class probabilities, (R_i, K + 1) for each image, the last column background."""
         probs = self.cls_loss.probabilities(self.class_logits(predictions[0]))
+        if self.norcal_gamma:
+            probs = norcal(probs, self.class_count, self.norcal_gamma)
         return list(probs.split([len(p) for p in proposals]))

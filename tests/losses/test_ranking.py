@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
-from d2_balance.losses import AP, RankSort, Samples
+from d2_balance.losses import ALRP, AP, RankSort, Samples
+from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.ap import ap_loss_and_gradient
 from d2_balance.losses.rank_sort import rank_sort_and_gradient
 from d2_balance.losses.ranking import StepBuckets
+from tests.conftest import make_inputs, small_cfg
 
 
 def step(x, delta):
@@ -106,7 +110,7 @@ def test_perfect_ranking_costs_nothing():
 
 def test_no_positive_costs_nothing_and_keeps_the_graph():
     logits = torch.randn(4, 3, requires_grad=True)
-    for loss in (AP(), RankSort()):
+    for loss in (AP(), ALRP(), RankSort()):
         value = loss(Samples(logits=logits, labels=torch.full((4,), 3), num_classes=3))
         (grad,) = torch.autograd.grad(value, logits)
         assert value == 0 and (grad == 0).all()
@@ -123,6 +127,67 @@ def test_an_iou_of_zero_keeps_the_object_positive():
     torch.testing.assert_close(ours[2], expected[2], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_alrp_equals_the_loop(seed):
+    scores, positive, errors = scores_and_positives(seed)
+    loss, grad, rank = alrp_and_gradient(scores, positive, errors, 1.0)
+    is_pos = torch.zeros_like(scores, dtype=torch.bool)
+    is_pos[positive] = True
+    expected, precision = torch.zeros_like(scores), 0.0
+    for place, i in enumerate(positive.tolist()):
+        above = step(scores - scores[i], 1.0)
+        neg = above * ~is_pos
+        above[i] = 0
+        ranked = 1 + above[is_pos].sum() + neg.sum()
+        assert rank[place].item() == pytest.approx(ranked.item())
+        lrp = ((above[positive] * errors).sum() + neg.sum()) / ranked
+        precision += float((ranked - neg.sum()) / ranked)
+        expected[i] -= lrp
+        expected += lrp * neg / neg.sum()
+    assert loss.item() == pytest.approx(1 - precision / 17)
+    torch.testing.assert_close(grad, expected / 17, rtol=1e-9, atol=1e-12)
+
+
+def test_alrp_box_part_by_hand():
+    # scores 2, 3, 1 with errors .1, .2, .3 and ranks 2, 1, 4: (.2/1 + .3/2 + .6/4) / 3
+    value = alrp_box_loss(
+        torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3, 1]), torch.tensor([2.0, 1, 4])
+    )
+    assert value.item() == pytest.approx((0.2 + 0.15 + 0.15) / 3)
+
+
+def test_alrp_sets_its_weight_after_a_period():
+    loss = ALRP(period=2)
+    loss.update(torch.tensor([0.9, 0.3, 1.0]).double())
+    assert loss.balance == 50 and loss.sums.tolist() == pytest.approx([0.9, 0.3, 1.0])
+    loss.update(torch.tensor([0.7, 0.1, 1.0]).double())
+    # means .8 and .2: (.8 + .2) / .2
+    assert loss.balance.item() == pytest.approx(5.0) and loss.sums.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("cls", [ALRP, RankSort])
+@pytest.mark.parametrize("objects", [3, 0])
+def test_boxes_are_coupled_in_the_model(cls, objects):
+    keys = ["MODEL.BALANCE.CLS_LOSS", cls.__name__, "MODEL.BALANCE.BOX_LOSS", "GIoU"]
+    model = build_model(small_cfg("retinanet", *keys))
+    with EventStorage(0):
+        losses = model(make_inputs(objects=objects))
+    sum(losses.values()).backward()
+    if objects == 0:
+        assert losses["loss_cls"] == 0 and losses["loss_box_reg"] == 0
+    elif cls is RankSort:  # the box loss has the value of the ranking loss
+        torch.testing.assert_close(losses["loss_box_reg"], losses["loss_cls"])
+    else:
+        assert losses["loss_box_reg"] > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.head.parameters())
+
+
+def test_boxes_without_a_loss_per_box_are_refused():
+    keys = ["MODEL.BALANCE.CLS_LOSS", "ALRP", "MODEL.BALANCE.BOX_LOSS", "GHMR"]
+    with pytest.raises(ValueError, match="CLS_LOSS ALRP ranks boxes as well and BOX_LOSS GHMR has"):
+        build_model(small_cfg("retinanet", *keys))
+
+
 def test_sums_over_pairs_equal_the_matrix_with_ties():
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(200, generator=generator, dtype=torch.float64).round(decimals=1)
@@ -134,7 +199,7 @@ def test_sums_over_pairs_equal_the_matrix_with_ties():
     torch.testing.assert_close(buckets.sum_over_centers(weights), matrix @ weights)
 
 
-@pytest.mark.parametrize("cls", [AP, RankSort])
+@pytest.mark.parametrize("cls", [AP, ALRP, RankSort])
 def test_delta_must_be_positive(cls):
     with pytest.raises(ValueError, match=f"{cls.__name__}: delta=0.0 is not allowed"):
         cls(delta=0.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from d2_balance.losses import AP, DR, EQL, GHMC, GHMR, EQLv2, Samples
+from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.rank_sort import rank_sort_and_gradient
 from d2_balance.losses.seesaw import seesaw_ce_loss
 
@@ -153,3 +154,21 @@ def test_rank_and_sort_equals_the_authors_release():
     assert_close(ranking, ref["ranking"])
     assert_close(sorting, ref["sorting"])
     assert_close(grad, ref["grad"][keep].reshape(-1), rel=1e-6)
+
+
+def test_alrp_equals_the_authors_release():
+    ref = load("alrp")
+    onehot = torch.tensor(ref["onehot"])
+    keep = onehot >= 0
+    scores = torch.tensor(ref["logits"])[keep]
+    positive = onehot[keep].nonzero().squeeze(1)
+    errors = torch.tensor(ref["regression_loss"])
+    loss, grad, rank = alrp_and_gradient(scores, positive, errors, float(ref["delta"]))
+    assert_close(loss, ref["cls_loss"])
+    assert_close(rank, ref["rank"])
+    assert_close(grad, ref["grad"][keep.numpy()], rel=1e-6)
+    order = torch.tensor(ref["order"])  # ascending scores
+    assert torch.equal(scores[positive].argsort(stable=True), order)
+    # the box part sums from the highest score down
+    expected = (errors[order.flip(0)].double().cumsum(0) / rank[order.flip(0)]).mean()
+    assert_close(alrp_box_loss(errors, scores[positive], rank), expected)
