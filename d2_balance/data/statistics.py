@@ -233,6 +233,11 @@ def _count(
             f"class statistics need DATASETS.TRAIN, but {', '.join(names)} cannot be loaded "
             f"({type(error).__name__}: {error}): {_GIVE}"
         ) from error
+    if not isinstance(dataset_dicts, list):  # a torch data set, whose items hold what they like
+        raise ValueError(
+            f"class statistics need DATASETS.TRAIN, but {', '.join(names)} is a "
+            f"{type(dataset_dicts).__name__} and no list of dicts: {_GIVE}"
+        )
     metadata = [MetadataCatalog.get(name) for name in names]
     class_names = metadata[0].get("thing_classes")
     groups = [m.get("class_group") for m in metadata]

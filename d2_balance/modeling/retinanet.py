@@ -16,6 +16,7 @@ from .build import (
     build_box_loss,
     build_cls_loss,
     build_reweighters,
+    check_class_quantities,
     check_pairing,
     stock_box_loss,
 )
@@ -64,6 +65,7 @@ class BalancedRetinaNet(RetinaNet):
         check_pairing(
             "RetinaNet", self.cls_loss, self.box_loss, self.reweighters, softmax=False, levels=True
         )
+        check_class_quantities(self.cls_loss, self.num_classes)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
-from d2_balance.losses import CLS_LOSSES
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, EQL, BalancedSoftmax
+from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRetinaNet
 from d2_balance.reweight import REWEIGHTERS, Reweighter
 from tests.conftest import CLASSES, small_cfg
 
@@ -67,6 +70,22 @@ def test_values_out_of_range_name_the_node(key, value, rule, statistics_file):
     overrides = ["MODEL.BALANCE.CLS_LOSS", name, f"MODEL.BALANCE.{key}", value]
     overrides += ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
     refuse(rf"MODEL\.BALANCE\.{node}: {name}: {rule}", "retinanet", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("GHMR.BINS", -2, "bins=-2 is not allowed; a whole number of at least 1"),
+        ("GHMR.MU", 0.0, "mu=0.0 is not allowed; a number above 0"),
+        ("SMOOTHL1.BETA", -0.1, "beta=-0.1 is not allowed; a number of at least 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["retinanet", "faster"])
+def test_values_of_box_losses_out_of_range_name_the_node(kind, key, value, rule):
+    node = key.split(".")[0]
+    name = {cls.upper(): cls for cls, _ in BOX_LOSSES}[node]
+    overrides = ["MODEL.BALANCE.BOX_LOSS", name, f"MODEL.BALANCE.{key}", value]
+    refuse(rf"MODEL\.BALANCE\.{node}: {name}: {rule}", kind, *overrides)
 
 
 def test_softmax_loss_on_a_sigmoid_head():
@@ -137,6 +156,30 @@ def test_class_statistics_of_another_length(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "cls", "loss", "name"),
+    [
+        ("faster", BalancedFastRCNNOutputLayers, EQL(class_frequency=[0.1] * 4), "class_frequency"),
+        ("faster", BalancedFastRCNNOutputLayers, EQL(class_frequency=[0.1]), "class_frequency"),
+        ("faster", BalancedFastRCNNOutputLayers, BalancedSoftmax(class_count=[1]), "class_count"),
+        ("retinanet", BalancedRetinaNet, EQL(class_frequency=[0.1] * 7), "class_frequency"),
+    ],
+)
+def test_class_quantities_of_another_length_from_python(kind, cls, loss, name):
+    cfg = small_cfg(kind)
+    shape = () if kind == "retinanet" else (ShapeSpec(channels=8),)
+    with pytest.raises(
+        ValueError, match=rf"{name} has \d entries; allowed is one for each of the model's 6 class"
+    ):
+        cls(cfg, *shape, cls_loss=loss)
+
+
+@pytest.mark.parametrize("values", [[0.1, 1.5], [-0.1], [[0.1, 0.2]], [float("nan")]])
+def test_class_frequency_that_is_no_list_of_shares(values):
+    with pytest.raises(ValueError, match=r"EQL: class_frequency=.* K numbers in \[0, 1\]"):
+        EQL(class_frequency=values)
+
+
 def test_eql_without_counts_says_what_to_give():
     refuse(
         r"class statistics need DATASETS.TRAIN, which is empty: give "
@@ -145,6 +188,26 @@ def test_eql_without_counts_says_what_to_give():
         "MODEL.BALANCE.CLS_LOSS",
         "EQL",
     )
+
+
+def test_eql_on_a_torch_data_set_says_what_to_give():
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+    DatasetCatalog.register("torch_pictures", Pictures)
+    try:
+        refuse(
+            r"torch_pictures is a Pictures and no list of dicts: give "
+            r"MODEL.BALANCE.CLASS_STATISTICS",
+            "faster",
+            "MODEL.BALANCE.CLS_LOSS",
+            "EQL",
+            "DATASETS.TRAIN",
+            ("torch_pictures",),
+        )
+    finally:
+        DatasetCatalog.remove("torch_pictures")
 
 
 def test_statistics_from_the_checkpoint_need_no_data():
