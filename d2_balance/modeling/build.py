@@ -68,21 +68,6 @@ def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> No
             )
 
 
-def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> None:
-    """Refuses a loss that was made for another number of classes, as Python code may hand over.
-
-    Raises:
-        ValueError: naming the argument and the length that is allowed.
-    """
-    for name in DATA_ARGUMENTS:
-        values = getattr(cls_loss, name, None)
-        if values is not None and len(values) != num_classes:
-            raise ValueError(
-                f"{type(cls_loss).__name__}: {name} has {len(values)} entries; allowed is one for "
-                f"each of the model's {num_classes} classes."
-            )
-
-
 def _lookup(registry: Registry, key: str, name: str) -> Any:
     if name not in registry:
         names = ", ".join(sorted(known for known, _ in registry))

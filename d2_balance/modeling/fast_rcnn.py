@@ -89,7 +89,6 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             levels=False,
         )
         check_class_quantities(self.cls_loss, self.num_classes)
-        check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
         if outputs != self.num_classes + 1 and not (sigmoid and background_column):
             self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
