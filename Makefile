@@ -30,7 +30,7 @@ help:
 	@echo "make test    set up, run the tests"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
 	@echo "make lint    ruff check and ruff format --check"
-	@echo "make bench   run benchmarks/bm_*.py"
+	@echo "make bench   run what is in benchmarks/"
 	@echo "make clean   remove $(VENV) and caches; output/ and datasets/ stay"
 
 setup: $(STAMP)
@@ -66,8 +66,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
-	@ls benchmarks/bm_*.py >/dev/null 2>&1 || echo "benchmarks/ holds no bm_*.py yet."
-	@for file in $(wildcard benchmarks/bm_*.py); do \
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@for file in $(wildcard benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
