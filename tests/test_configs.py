@@ -267,6 +267,7 @@ PUBLISHED = {
         "BALANCE.GHMR.MU": 0.02,
         "BALANCE.GHMR.BINS": 10,
         "BALANCE.GHMR.MOMENTUM": 0.7,
+        "BALANCE.GHMR.PER_LEVEL": True,
         "BALANCE.BOX_WEIGHT": 10.0,
         "RETINANET.PRIOR_PROB": 0.01,
     },

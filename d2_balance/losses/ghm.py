@@ -41,36 +41,53 @@ def gradient_bins(norm: Tensor, bins: int) -> Tensor:
     return (norm * bins).long().clamp_(0, bins - 1)
 
 
-def ghm_c_loss(logits: Tensor, onehot: Tensor, bin_density: Tensor) -> Tensor:
+def _level_bins(norm: Tensor, bins: int, level: Tensor | None, levels: int) -> Tensor:
+    """(R, C) index of each entry in the (levels, M) bins of all levels, flattened."""
+    index = gradient_bins(norm, bins)
+    return index if levels == 1 else index + level.unsqueeze(1) * bins
+
+
+def _level_weight(norm: Tensor, scales: Tensor, level: Tensor | None) -> Tensor:
+    """(R, C) weight of each entry, from (levels, M) scales n * S_b."""
+    index = _level_bins(norm, scales.shape[1], level, len(scales))
+    return scales.flatten().reciprocal().to(norm.dtype)[index]
+
+
+def ghm_c_loss(
+    logits: Tensor, onehot: Tensor, bin_density: Tensor, level: Tensor | None = None
+) -> Tensor:
     """GHM-C for a given density.
 
     Args:
         logits: (R, K).
         onehot: (R, K) in {0, 1}.
-        bin_density: (M,) n * S_b; an entry of bin b weighs one over it.
+        bin_density: (levels, M) n * S_b; an entry of bin b weighs one over it.
+        level: (R,) row of `bin_density`; None: there is one.
 
     Returns:
         0-d tensor.
     """
-    index = gradient_bins((logits.detach().sigmoid() - onehot).abs_(), len(bin_density))
-    weight = bin_density.reciprocal().to(logits.dtype)[index]
+    norm = (logits.detach().sigmoid() - onehot).abs_()
+    weight = _level_weight(norm, bin_density, level)
     return (sigmoid_ce_loss(logits, onehot) * weight).sum()
 
 
-def ghm_r_loss(pred: Tensor, target: Tensor, bin_density: Tensor, mu: float) -> Tensor:
+def ghm_r_loss(
+    pred: Tensor, target: Tensor, bin_density: Tensor, mu: float, level: Tensor | None = None
+) -> Tensor:
     """GHM-R for a given density; one sample per coordinate.
 
     Args:
         pred: (P, 4) box deltas with unit weights.
         target: (P, 4).
-        bin_density: (M,) n * S_b.
+        bin_density: (levels, M) n * S_b.
         mu: where the smooth part ends, above 0.
+        level: (P,) row of `bin_density`; None: there is one.
 
     Returns:
         0-d tensor.
     """
-    index = gradient_bins(_asl1_norm(pred, target, mu), len(bin_density))
-    weight = bin_density.reciprocal().to(pred.dtype)[index]
+    weight = _level_weight(_asl1_norm(pred, target, mu), bin_density, level)
     return (((pred - target).square() + mu * mu).sqrt().sub(mu) * weight).sum()
 
 
@@ -101,11 +118,10 @@ class GradientDensity(nn.Module):
         self.register_buffer("steps", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("batch", torch.zeros(bins, dtype=torch.float64), persistent=False)
 
-    def count(self, norm: Tensor) -> Tensor:
-        """(M,) counts of gradient norms of any shape."""
-        return torch.bincount(
-            gradient_bins(norm.detach(), self.bins).flatten(), minlength=self.bins
-        )
+    def count(self, norm: Tensor, level: Tensor | None = None, levels: int = 1) -> Tensor:
+        """(levels, M) counts of gradient norms (R, C); one level does not ask for `level` (R,)."""
+        index = _level_bins(norm.detach(), self.bins, level, levels)
+        return torch.bincount(index.flatten(), minlength=levels * self.bins).view(levels, -1)
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
@@ -119,6 +135,14 @@ class GradientDensity(nn.Module):
         self.acc.copy_(torch.where(hit, moved, self.acc))
         self.steps.add_(hit)
         self.batch.copy_(counts)
+
+    def update_levels(self, total: Tensor) -> Tensor:
+        """Takes (levels, M) counts one level after the other; returns `scale` after each."""
+        scales = []
+        for counts in total:  # coarse loop of about five
+            self.update(counts)
+            scales.append(self.scale())
+        return torch.stack(scales)
 
     def density(self) -> Tensor:
         """(M,) S_b: the moving count, corrected as the mode says; empty bins 0."""
@@ -192,40 +216,21 @@ class GHMC(ClassificationLoss):
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
         level, levels = self._level(samples)
-        bins = self.density.bins
-        index = gradient_bins((samples.logits.sigmoid() - samples.onehot).abs_(), bins)
-        if levels > 1:
-            index += level.unsqueeze(1) * bins
-        return torch.bincount(index.flatten(), minlength=levels * bins).view(levels, bins)
+        norm = (samples.logits.sigmoid() - samples.onehot).abs_()
+        return self.density.count(norm, level, levels)
 
     def update(self, total: Tensor) -> None:
-        scales = []
-        for counts in total:  # levels, coarse loop of about five
-            self.density.update(counts)
-            scales.append(self.density.scale())
-        self._scales = torch.stack(scales)
+        self._scales = self.density.update_levels(total)
 
     def compute(self, samples: Samples) -> Tensor:
-        level, levels = self._level(samples)
         scales = self._scales if self.training else None
         if scales is None:
             scales = torch.stack([self.density.scale(c) for c in self.statistics(samples)])
-        if levels == 1:
-            loss = ghm_c_loss(samples.logits, samples.onehot, scales[0])
-        else:
-            loss = _per_level(samples, level, scales)
+        loss = ghm_c_loss(samples.logits, samples.onehot, scales, self._level(samples)[0])
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks
 
     def stats(self) -> dict[str, Tensor]:
         return self.density.stats()
-
-
-def _per_level(samples: Samples, level: Tensor, scales: Tensor) -> Tensor:
-    """GHM-C with a row's weights taken from its level's (levels, M) scales."""
-    norm = (samples.logits.detach().sigmoid() - samples.onehot).abs_()
-    index = gradient_bins(norm, scales.shape[1]) + level.unsqueeze(1) * scales.shape[1]
-    weight = scales.flatten().reciprocal().to(samples.logits.dtype)[index]
-    return (sigmoid_ce_loss(samples.logits, samples.onehot) * weight).sum()
 
 
 @BOX_LOSSES.register()
@@ -239,6 +244,8 @@ class GHMR(BoxLoss):
         bins: number of bins M.
         momentum: share of the old density, in [0, 1).
         ema_mode: "official", "debiased" or "paper"; see `GradientDensity`.
+        per_level: True calls the loss once per feature level with one shared density and adds the
+            results, as the released code does; False takes one histogram of the batch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -255,23 +262,31 @@ class GHMR(BoxLoss):
         bins: int = 10,
         momentum: float = 0.7,
         ema_mode: EmaMode = "official",
+        per_level: bool = False,
     ) -> None:
         super().__init__()
         check(self, "mu", mu, mu > 0, "a number above 0")
         _check_density(self, bins, momentum, ema_mode)
-        self.mu = mu
+        self.mu, self.per_level = mu, per_level
         self.density = GradientDensity(bins, momentum, ema_mode)
+        self._scales: Tensor | None = None  # (levels, M) of the present batch
 
-    def statistics(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self.density.count(_asl1_norm(pred, target, self.mu))
+    def statistics(
+        self, pred: Tensor, target: Tensor, level: Tensor | None = None, levels: int = 1
+    ) -> Tensor:
+        return self.density.count(_asl1_norm(pred, target, self.mu), level, levels)
 
     def update(self, total: Tensor) -> None:
-        self.density.update(total)
+        self._scales = self.density.update_levels(total)
 
-    def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        counts = None if self.training else self.statistics(pred, target)
-        scale = self.density.scale(counts)
-        return ghm_r_loss(pred, target, scale, self.mu) * world_size()
+    def compute(
+        self, pred: Tensor, target: Tensor, level: Tensor | None = None, levels: int = 1
+    ) -> Tensor:
+        scales = self._scales if self.training else None
+        if scales is None:
+            counts = self.statistics(pred, target, level, levels)
+            scales = torch.stack([self.density.scale(c) for c in counts])
+        return ghm_r_loss(pred, target, scales, self.mu, level) * world_size()
 
     def stats(self) -> dict[str, Tensor]:
         return self.density.stats()

@@ -172,11 +172,12 @@ def check_pairing(
         raise ValueError(
             f"MODEL.BALANCE.CLS_LOSS {name} {why}; losses that work there: {', '.join(works)}."
         )
-    if getattr(cls_loss, "per_level", False) and not levels:
-        raise ValueError(
-            f"MODEL.BALANCE.{name.upper()}.PER_LEVEL True needs feature levels and {head} has "
-            f"none; set it to False."
-        )
+    for loss in (cls_loss, box_loss):
+        if getattr(loss, "per_level", False) and not levels:
+            raise ValueError(
+                f"MODEL.BALANCE.{type(loss).__name__.upper()}.PER_LEVEL True needs feature levels "
+                f"and {head} has none; set it to False."
+            )
     if cls_loss.couples_boxes and not box_loss.elementwise:
         works = sorted(known for known, cls in BOX_LOSSES if cls.elementwise)
         raise ValueError(

@@ -83,8 +83,18 @@ class PositiveEMA(Normalizer):
         return self.loss_normalizer / world_size()
 
 
-def _box_inputs(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of the positives in the space of the loss, both (P, 4)."""
+def _box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
+    """Predictions and targets of the positives in the space of the loss, both (P, 4).
+
+    A loss that works level by level also gets the positives' levels (P,) and how many there are.
+    """
+    inputs = _pred_and_target(samples, loss)
+    if getattr(loss, "per_level", False) and samples.level is not None:
+        return *inputs, samples.level[samples.pos], samples.num_levels
+    return inputs
+
+
+def _pred_and_target(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
     if loss.space == "boxes":
         return samples.pred_boxes, samples.gt_boxes.to(samples.pred_boxes.dtype)
     pred, target = samples.pred_deltas, samples.target_deltas.to(samples.pred_deltas.dtype)

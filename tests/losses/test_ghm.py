@@ -1,12 +1,14 @@
 """GHM-C and GHM-R: densities, moving averages, edges, levels."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from d2_balance.losses import GHMC, GHMR, Samples
+from d2_balance.losses import GHMC, GHMR, Samples, SigmoidCE
 from d2_balance.losses.ghm import GradientDensity, gradient_bins
+from d2_balance.modeling.criterion import RowNormalizer, detection_losses
 
 
 def samples(logits, labels, num_classes, **fields):
@@ -107,6 +109,37 @@ def test_levels_share_one_density_in_turn():
     single = GHMC(bins=5, momentum=0.5)
     parts = [single(samples(logits[level == i], labels[level == i], 2)) for i in range(3)]
     assert value == pytest.approx(float(sum(parts)), rel=1e-6)
+    assert torch.equal(per_level.density.acc, single.density.acc)
+
+
+def test_box_levels_share_one_density_in_turn():
+    generator = torch.Generator().manual_seed(3)
+    pred, target = torch.randn(2, 30, 4, generator=generator) * 0.1
+    level = torch.arange(30) // 10
+    inputs = {
+        "logits": torch.zeros(31, 2),
+        "labels": torch.cat([torch.tensor([2]), torch.zeros(30).long()]),  # one negative row first
+        "level": torch.cat([torch.tensor([2]), level]),
+        "num_levels": 4,  # the last level has no positive, and adds nothing
+    }
+    transform = SimpleNamespace(get_deltas=lambda boxes, gt: target, weights=(1.0, 1.0, 1.0, 1.0))
+    batch = Samples(
+        **inputs,
+        num_classes=2,
+        pred_deltas=pred,
+        boxes=pred,
+        gt_boxes=pred,
+        box_transform=transform,
+    )
+    per_level, single = (GHMR(bins=5, momentum=0.5, per_level=x) for x in (True, False))
+    found = detection_losses(batch, SigmoidCE(), per_level, [], RowNormalizer())["loss_box_reg"]
+    parts = [single(pred[level == i], target[level == i]) for i in range(3)]
+    assert found == pytest.approx(float(sum(parts)), rel=1e-6)
+    assert torch.equal(per_level.density.acc, single.density.acc)
+    per_level.eval(), single.eval()  # each part counts its own bins against the same density
+    found = detection_losses(batch, SigmoidCE(), per_level, [], RowNormalizer().eval())
+    parts = [single(pred[level == i], target[level == i]) for i in range(3)]
+    assert found["loss_box_reg"] == pytest.approx(float(sum(parts)), rel=1e-6)
     assert torch.equal(per_level.density.acc, single.density.acc)
 
 

@@ -108,13 +108,14 @@ def test_loss_with_outputs_besides_the_classes_on_a_head_without():
     )
 
 
-def test_levels_on_a_head_without_levels():
+@pytest.mark.parametrize(("key", "name"), [("CLS_LOSS", "GHMC"), ("BOX_LOSS", "GHMR")])
+def test_levels_on_a_head_without_levels(key, name):
     refuse(
-        r"GHMC\.PER_LEVEL True needs feature levels and the RoI head has none; set it to False",
+        rf"{name}\.PER_LEVEL True needs feature levels and the RoI head has none; set it to False",
         "faster",
-        "MODEL.BALANCE.CLS_LOSS",
-        "GHMC",
-        "MODEL.BALANCE.GHMC.PER_LEVEL",
+        f"MODEL.BALANCE.{key}",
+        name,
+        f"MODEL.BALANCE.{name}.PER_LEVEL",
         True,
     )
 
