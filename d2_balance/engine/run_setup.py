@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_balance_config
-from ..modeling.build import FROM_CHECKPOINT
+from ..data.statistics import FROM_CHECKPOINT
 from .validate import closest
 
 CONFIG_ERROR = 2

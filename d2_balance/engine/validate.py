@@ -17,13 +17,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.file_io import PathManager
 
 from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
+from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
-from ..modeling.build import (
-    FROM_CHECKPOINT,
-    build_box_loss,
-    build_cls_loss,
-    build_reweighters,
-)
+from ..modeling.build import build_box_loss, build_cls_loss, build_reweighters
 from .hooks import check_beta_decay
 
 BALANCED_META_ARCHITECTURES = {

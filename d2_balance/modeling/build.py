@@ -11,11 +11,9 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..data.statistics import ClassStatistics
+from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ..reweight import REWEIGHTERS, Reweighter
-
-FROM_CHECKPOINT = "checkpoint"
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
