@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import REWEIGHTERS, Reweighter
+from ..reweight import REWEIGHTERS
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -139,62 +138,3 @@ def stock_box_loss(kind: str, beta: float) -> BoxLoss:
         allowed = ["smooth_l1", *(k for k, v in names.items() if v in BOX_LOSSES)]
         raise ValueError(f"BBOX_REG_LOSS_TYPE {kind!r} is unknown; allowed: {', '.join(allowed)}.")
     return BOX_LOSSES.get(names[kind])()
-
-
-def check_pairing(
-    head: str,
-    cls_loss: ClassificationLoss,
-    box_loss: BoxLoss,
-    reweighters: Sequence[Reweighter],
-    *,
-    softmax: bool,
-    levels: bool,
-) -> None:
-    """Refuses combinations that cannot work, when the model is built.
-
-    Args:
-        head: name of the head, for the message.
-        cls_loss, box_loss, reweighters: what the head would use.
-        softmax: whether the head has a background column, as softmax losses need.
-        levels: whether rows come from feature levels (dense heads).
-
-    Raises:
-        ValueError: names both sides and says what works.
-    """
-    name = type(cls_loss).__name__
-    if not softmax and not _has_class_columns_only(type(cls_loss)):
-        works = sorted(known for known, cls in CLS_LOSSES if _has_class_columns_only(cls))
-        why = f"is a softmax loss and {head} has a sigmoid head"
-        if cls_loss.activation == "sigmoid":
-            why = f"needs outputs besides those of the classes and {head} has none"
-        raise ValueError(
-            f"MODEL.BALANCE.CLS_LOSS {name} {why}; losses that work there: {', '.join(works)}."
-        )
-    for loss in (cls_loss, box_loss):
-        if getattr(loss, "per_level", False) and not levels:
-            raise ValueError(
-                f"MODEL.BALANCE.{type(loss).__name__.upper()}.PER_LEVEL True needs feature levels "
-                f"and {head} has none; set it to False."
-            )
-    if cls_loss.couples_boxes and not box_loss.elementwise:
-        works = sorted(known for known, cls in BOX_LOSSES if cls.elementwise)
-        raise ValueError(
-            f"MODEL.BALANCE.CLS_LOSS {name} ranks boxes as well and BOX_LOSS "
-            f"{type(box_loss).__name__} has no loss per box; BOX_LOSS that work: "
-            f"{', '.join(works)}."
-        )
-    for reweighter in reweighters:
-        for loss, key in ((cls_loss, "CLS_LOSS"), (box_loss, "BOX_LOSS")):
-            if not loss.elementwise:
-                registry = CLS_LOSSES if key == "CLS_LOSS" else BOX_LOSSES
-                works = sorted(known for known, cls in registry if cls.elementwise)
-                raise ValueError(
-                    f"MODEL.BALANCE.REWEIGHT {type(reweighter).__name__} weights single rows and "
-                    f"{key} {type(loss).__name__} has no loss per row; {key} that work: "
-                    f"{', '.join(works)}."
-                )
-
-
-def _has_class_columns_only(cls: type[ClassificationLoss]) -> bool:
-    """Whether a loss takes K columns of logits, as RetinaNet's head gives them."""
-    return cls.activation == "sigmoid" and cls.num_outputs is ClassificationLoss.num_outputs

@@ -18,11 +18,11 @@ from .build import (
     build_cls_loss,
     build_reweighters,
     check_class_quantities,
-    check_pairing,
     class_quantity,
     stock_box_loss,
 )
 from .calibration import norcal
+from .compatibility import check_pairing
 from .criterion import RowNormalizer, detection_losses
 
 
@@ -106,7 +106,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
                 "and 0 for sigmoid losses: NorCal calibrates softmax heads."
             )
         if norcal_gamma:
-            self.register_buffer("class_count", class_count)
+            # of this data set, not of the run whose weights are loaded
+            self.register_buffer("class_count", class_count, persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:

@@ -17,9 +17,9 @@ from .build import (
     build_cls_loss,
     build_reweighters,
     check_class_quantities,
-    check_pairing,
     stock_box_loss,
 )
+from .compatibility import check_pairing
 from .criterion import PositiveEMA, detection_losses
 
 

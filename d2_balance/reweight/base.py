@@ -14,6 +14,9 @@ REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHT ac
 class Reweighter(nn.Module):
     """Base of all reweighters. They multiply elementwise losses before the criterion sums them."""
 
+    needs_scores: bool = False
+    """True: it reads class scores off the logits, which must be plain sigmoid or softmax."""
+
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 

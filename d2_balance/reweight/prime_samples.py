@@ -136,6 +136,8 @@ class CARL(Reweighter):
         ValueError: an argument is out of range.
     """
 
+    needs_scores = True
+
     def __init__(
         self, *, k: float = 1.0, bias: float = 0.2, mode: Literal["add", "replace"] = "add"
     ) -> None:

@@ -26,9 +26,7 @@ def test_a_model_without_it_and_with_it(statistics_file):
     keys += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
     plain = build_model(small_cfg("faster", *keys[4:])).eval()
     ours = build_model(small_cfg("faster", *keys)).eval()
-    state = plain.state_dict()
-    missing = ours.load_state_dict(state, strict=False).missing_keys
-    assert missing == ["roi_heads.box_predictor.class_count"]
+    ours.load_state_dict(plain.state_dict())  # the counts are no part of the weights
     with torch.no_grad():
         before, after = (m(make_inputs(images=1))[0]["instances"] for m in (plain, ours))
     # untrained scores are almost equal: the least frequent class comes first with calibration

@@ -159,6 +159,14 @@ def test_losses_without_rows_are_refused():
     assert not DR.elementwise
 
 
+@pytest.mark.parametrize("loss", ["EQLv2", "Seesaw"])
+def test_scores_that_are_no_plain_sigmoid_or_softmax_are_refused(loss):
+    keys = ["MODEL.BALANCE.REWEIGHT", ["CARL"], "MODEL.BALANCE.CLS_LOSS", loss]
+    match = f"REWEIGHT CARL reads class scores off the logits and CLS_LOSS {loss} has outputs"
+    with pytest.raises(ValueError, match=match):
+        build_model(small_cfg("faster", *keys))
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "name"),
     [
