@@ -11,39 +11,48 @@ from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
 from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
 from tests.losses.test_contract import Deltas, build
 
-K, ROWS, STEPS = 5, 40, 3
+K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
+PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on
 PAIRS = sorted(
     {(cls, "SmoothL1", norm) for cls, _ in CLS_LOSSES for norm in ("PositiveEMA", "RowNormalizer")}
     | {("Focal", box, "PositiveEMA") for box, _ in BOX_LOSSES}
+    | {("GHMC" + PER_LEVEL, "GHMR" + PER_LEVEL, "PositiveEMA")}
 )
 NORMALIZERS = {"PositiveEMA": PositiveEMA, "RowNormalizer": RowNormalizer}
 
 
 def rows_of(step, rank, columns):
-    """Logits, labels and boxes of one rank's image; in the last step rank 1 has no positives."""
+    """Logits, labels, boxes and levels of one rank's image.
+
+    In step 2 rank 1 has no positives, in step 3 it has no rows at all.
+    """
     generator = torch.Generator().manual_seed(10 * step + rank)
     logits = torch.randn(ROWS, columns, generator=generator, dtype=torch.float64) * 2
     labels = torch.randint(0, K + 4, (ROWS,), generator=generator).clamp(max=K)
-    if step == STEPS - 1 and rank == 1:
+    if step == 2 and rank == 1:
         labels.fill_(K)
     deltas = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64) * 0.2
     boxes = torch.rand(ROWS, 4, generator=generator, dtype=torch.float64) * 30
     boxes[:, 2:] += boxes[:, :2] + 5
-    return logits, labels, deltas, boxes
+    level = torch.arange(ROWS) % LEVELS
+    image = torch.full((ROWS,), rank)
+    rows = slice(0, 0) if step == 3 and rank == 1 else slice(None)
+    return [x[rows] for x in (logits, labels, deltas, boxes, level, image)]
 
 
 def samples_of(step, ranks, columns):
     parts = [rows_of(step, rank, columns) for rank in ranks]
-    logits, labels, deltas, boxes = (torch.cat(x) for x in zip(*parts, strict=True))
+    logits, labels, deltas, boxes, level, image = (torch.cat(x) for x in zip(*parts, strict=True))
     pos = labels < K
     logits, deltas = logits.requires_grad_(), deltas.requires_grad_()
-    image = torch.arange(len(ranks)).repeat_interleave(ROWS)
     samples = Samples(
         logits=logits,
         labels=labels,
         num_classes=K,
-        image=image,
+        image=image - ranks[0],
         num_images=len(ranks),
+        level=level,
+        num_levels=LEVELS,
         pred_deltas=deltas[pos],
         boxes=boxes[pos],
         gt_boxes=boxes[pos] + 1,
@@ -53,11 +62,18 @@ def samples_of(step, ranks, columns):
     return samples, logits, deltas
 
 
+def make(registry, name):
+    loss = build(registry, name.removesuffix(PER_LEVEL), K).double()
+    if name.endswith(PER_LEVEL):
+        loss.per_level = True
+    return loss
+
+
 def train(pair, ranks):
     """Gradients of every step, and the state at the end."""
     cls_name, box_name, norm = pair
     torch.manual_seed(0)
-    cls, box = build(CLS_LOSSES, cls_name, K).double(), build(BOX_LOSSES, box_name, K).double()
+    cls, box = make(CLS_LOSSES, cls_name), make(BOX_LOSSES, box_name)
     normalizer = NORMALIZERS[norm]()
     grads = []
     for step in range(STEPS):
@@ -95,7 +111,7 @@ def test_state_and_gradients_equal_one_process_on_the_joined_batch(index, two_ra
     (first, first_state), (second, second_state) = two_ranks[0][index], two_ranks[1][index]
     for name, value in first_state.items():
         assert torch.equal(value, second_state[name]), name
-    if not CLS_LOSSES.get(PAIRS[index][0]).joins_ranks:
+    if not CLS_LOSSES.get(PAIRS[index][0].removesuffix(PER_LEVEL)).joins_ranks:
         return  # it ranks or draws its own rows; the buffers are equal, and that is all
     joined, state = train(PAIRS[index], [0, 1])
     for name, value in state.items():
