@@ -14,6 +14,8 @@ equations 4 to 8. Both parts are means over all rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ def seesaw_ce_loss(
     log_count = counts.clamp(min=1).log().to(logits.dtype)
     fewer = (log_count - log_count[own]).clamp(max=0)  # (R, K)
     score = F.log_softmax(logits.detach(), dim=1)
-    higher = (score - score.gather(1, own).clamp(min=torch.tensor(eps).log().item())).clamp(min=0)
+    higher = (score - score.gather(1, own).clamp(min=math.log(eps))).clamp(min=0)
     factor = (p * fewer + q * higher).scatter(1, own, 0.0)  # log S_ij, S_ii = 1
     return F.cross_entropy(logits + factor, labels, reduction="none")
 
