@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # `run(args) -> int`, the exit status; its docstring is the sub-command's description. Only the
 # module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
 COMMANDS = {
+    "analyze": ("d2_balance.analyze", "print how long the tail of a data set is; lambda for EQL"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
 }
 
