@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from d2_balance.files import atomic_path
 from d2_balance.losses import BalancedSoftmax, LogitAdjusted, Samples, SoftmaxCE, SoftmaxEQL
 
 CLASSES, IMBALANCE, LARGEST = 10, 100, 118
@@ -112,9 +113,8 @@ def main() -> None:
         f"{torch.__version__}, {torch.get_num_threads()} threads, {seconds:.0f} s"
     )
     if args.json:
-        with open(f"{args.json}.tmp", "w", encoding="utf-8") as file:
+        with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump({"classes": found, "seconds": seconds}, file)
-        os.replace(f"{args.json}.tmp", args.json)
 
 
 if __name__ == "__main__":

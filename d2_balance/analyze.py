@@ -10,7 +10,6 @@ import sys
 from tabulate import tabulate
 
 USUAL_RATIOS = (0.02, 0.05, 0.10)
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,11 +85,12 @@ def report(statistics, lambda_: float | None = None, ratio: float | None = None)
         lambda_: threshold whose TR is wanted, or None.
         ratio: TR whose lambda is wanted, or None.
     """
+    from .data.groups import GROUPS
     from .losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
 
     count, frequency, groups = statistics.image_count, statistics.frequency, statistics.group()
     rows = []
-    for letter, name in GROUP_NAMES.items():
+    for letter, name in GROUPS.items():
         own = [int(c) for c, group in zip(count, groups, strict=True) if group == letter]
         span = f"{min(own)} to {max(own)}" if own else "-"
         rows.append([name, len(own), span])

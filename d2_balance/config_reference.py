@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 
 from .config import add_balance_config, argument_help
+from .files import atomic_path
 from .losses import BOX_LOSSES, CLS_LOSSES
 from .modeling.build import DATA_ARGUMENTS
 from .reweight import REWEIGHTERS
@@ -136,14 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the reference of all configuration keys.")
     parser.add_argument("file", help="the page to write, replaced if it is there")
     path = parser.parse_args().file
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(reference_page())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(reference_page())
 
 
 if __name__ == "__main__":

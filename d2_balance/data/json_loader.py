@@ -14,9 +14,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .annotation_checks import Findings, find_bad_annotations, remember
+from .groups import GROUPS
 from .validation import IMAGE_LABEL_KEYS, category_name, check_structure
 
-GROUPS = ("r", "c", "f")
 _LVIS_MARKS = (rb'"neg_category_ids"\s*:\s*\[', rb'"frequency"\s*:\s*"[rcf]"')
 _SHOWN = 5
 
@@ -207,6 +207,6 @@ def _metadata(
         ],
     }
     groups = [category.get("frequency") for category in categories]
-    if all(group in GROUPS for group in groups):
+    if all(group in tuple(GROUPS) for group in groups):
         metadata["class_group"] = groups
     return metadata

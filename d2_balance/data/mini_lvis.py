@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
+from d2_balance.data.groups import groups_from_counts
 from d2_balance.data.mini_lvis_scene import render_image
 from d2_balance.data.mini_lvis_shapes import CLASSES
 
@@ -52,7 +53,7 @@ def val_image_counts(num_val: int = NUM_IMAGES["val"]) -> list[int]:
 
 def frequency_group(image_count: int) -> str:
     """LVIS frequency group: "r" for 1-10 training pictures, "c" for 11-100, "f" above."""
-    return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"
+    return groups_from_counts([image_count])[0]
 
 
 def register_mini_lvis(root: str | None = None) -> None:

@@ -16,10 +16,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from torch import Tensor
 
-from .json_loader import GROUPS, read_json
+from ..files import atomic_path
+from .groups import GROUPS, LVIS_CUTS, groups_from_counts
+from .json_loader import read_json
 from .validation import check_num_classes, configured_num_classes, num_classes_key
 
-LVIS_CUTS = (10, 100)
 FROM_CHECKPOINT = "checkpoint"
 _GIVE = "give MODEL.BALANCE.CLASS_STATISTICS (a file written by ClassStatistics.save) or the data"
 
@@ -64,7 +65,7 @@ class ClassStatistics:
         if self.file_groups is not None and (
             len(self.file_groups) != num_classes or not set(self.file_groups) <= set(GROUPS)
         ):
-            raise ValueError(f"file_groups must be {num_classes} letters out of {GROUPS}")
+            raise ValueError(f"file_groups must be {num_classes} letters out of {tuple(GROUPS)}")
 
     @property
     def num_classes(self) -> int:
@@ -85,11 +86,7 @@ class ClassStatistics:
         """
         if cuts is None and self.file_groups is not None:
             return list(self.file_groups)
-        rare, common = LVIS_CUTS if cuts is None else cuts
-        if not 0 <= rare <= common:
-            raise ValueError(f"cuts must be (a, b) with 0 <= a <= b, not {cuts}")
-        index = torch.bucketize(self.image_count, torch.tensor([rare, common]))
-        return [GROUPS[i] for i in index.tolist()]
+        return groups_from_counts(self.image_count.tolist(), cuts or LVIS_CUTS)
 
     @classmethod
     def from_dataset_dicts(
@@ -176,14 +173,8 @@ class ClassStatistics:
             columns["frequency"] = self.file_groups
         rows = zip(*columns.values(), strict=True)
         classes = [dict(zip(columns, row, strict=True)) for row in rows]
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"num_images": self.num_images, "classes": classes}, file, indent=1)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"num_images": self.num_images, "classes": classes}, file, indent=1)
 
     @classmethod
     def load(cls, path: str) -> "ClassStatistics":

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..evaluation.files import atomic_path
+from ..files import atomic_path
 from ..losses import BoxLoss, ClassificationLoss, SmoothL1
 from ..reweight import Reweighter
 from .random_state import seed_everything

@@ -18,10 +18,11 @@ from tabulate import tabulate
 
 from .. import __version__
 from ..data import ClassStatistics, bad_annotations
+from ..data.groups import GROUPS
 from ..evaluation import read_per_class
-from ..evaluation.files import atomic_path, file_name_of
-from ..evaluation.groups import GROUPS
+from ..evaluation.files import file_name_of
 from ..evaluation.plots import plot_ap_by_count
+from ..files import atomic_path
 from .hooks import LOSS_STATS_FILE
 from .plots import plot_density, plot_losses
 

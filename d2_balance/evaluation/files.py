@@ -1,28 +1,11 @@
-"""Files of an evaluation: atomic output, and predictions that every rank writes for itself."""
+"""Files of an evaluation: predictions that every rank writes for itself."""
 
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-
-@contextmanager
-def atomic_path(path: str) -> Iterator[str]:
-    """Yield a temporary path in the folder of `path`; move it to `path` when the block succeeds.
-
-    The folder is made where it is missing. On an exception the temporary file is removed and
-    whatever was at `path` stays as it was.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+from d2_balance.files import atomic_path
 
 
 def file_name_of(dataset_name: str) -> str:

@@ -5,30 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from d2_balance.data.groups import GROUPS, groups_from_counts
 from d2_balance.evaluation.average_precision import SIZES, APTable
-
-GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
-"""Frequency groups of LVIS, by training images: up to 10, up to 100, and above."""
 
 TrainCounts = Mapping[str, int] | Callable[[], Mapping[str, int] | None] | None
 
 logger = logging.getLogger(__name__)
-
-
-def groups_from_counts(counts: Sequence[int], cuts: tuple[int, int] = (10, 100)) -> list[str]:
-    """Frequency group of each class.
-
-    Args:
-        counts: (K,) training images that hold the class.
-        cuts: highest count of a rare and of a common class (LVIS paper, 1908.03195).
-
-    Raises:
-        ValueError: cut points that fall or are negative.
-    """
-    rare, common = cuts
-    if not 0 <= rare <= common:
-        raise ValueError(f"cuts must be (a, b) with 0 <= a <= b, got {tuple(cuts)}")
-    return ["r" if n <= rare else "c" if n <= common else "f" for n in counts]
 
 
 def check_groups(groups: Mapping[str, str] | None) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from d2_balance.evaluation.average_precision import APTable
-from d2_balance.evaluation.files import atomic_path
+from d2_balance.files import atomic_path
 
 
 def class_records(

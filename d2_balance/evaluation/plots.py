@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from d2_balance.evaluation.files import atomic_path
-from d2_balance.evaluation.groups import GROUPS
+from d2_balance.data.groups import GROUPS
+from d2_balance.files import atomic_path
 
 # Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
 _COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}
