@@ -12,11 +12,7 @@ import torch
 
 def seed_everything(*key: int) -> None:
     """Seeds Python, numpy and torch from a few numbers of at least 0, for example (seed, rank)."""
-    # SeedSequence mixes the numbers, so that neighbouring keys give unrelated streams.
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(_seed_python(key))
 
 
 @contextmanager
@@ -26,13 +22,19 @@ def seeded(*key: int) -> Iterator[None]:
     Generators of accelerators are left alone: only data loading uses this.
     """
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
+    torch.random.default_generator.manual_seed(_seed_python(key))
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
+
+
+def _seed_python(key: tuple[int, ...]) -> int:
+    """Seeds Python and numpy; returns the seed for torch."""
+    # SeedSequence mixes the numbers, so that neighbouring keys give unrelated streams.
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed

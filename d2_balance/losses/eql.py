@@ -111,6 +111,23 @@ def eql_loss(
     return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
 
 
+def checked_frequency(
+    owner: object, class_frequency: Tensor | Sequence[float], lambda_: float, threshold: str
+) -> Tensor:
+    """(K,) float64 class frequencies, after a check of what T(f) is made from.
+
+    Raises:
+        ValueError: an argument is out of range; names the owner's class and the argument.
+    """
+    frequency = torch.as_tensor(class_frequency, dtype=torch.float64)
+    inside = frequency.dim() == 1 and bool(((frequency >= 0) & (frequency <= 1)).all())
+    check(owner, "class_frequency", class_frequency, inside, "K numbers in [0, 1]")
+    check(owner, "lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]")
+    names = f"one of {', '.join(THRESHOLDS)}"
+    check(owner, "threshold", threshold, threshold in THRESHOLDS, names)
+    return frequency
+
+
 @CLS_LOSSES.register()
 class EQL(ClassificationLoss):
     """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
@@ -138,12 +155,7 @@ class EQL(ClassificationLoss):
         image_labels: bool = True,
     ) -> None:
         super().__init__()
-        frequency = torch.as_tensor(class_frequency, dtype=torch.float64)
-        inside = frequency.dim() == 1 and bool(((frequency >= 0) & (frequency <= 1)).all())
-        check(self, "class_frequency", class_frequency, inside, "K numbers in [0, 1]")
-        check(self, "lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]")
-        names = f"one of {', '.join(THRESHOLDS)}"
-        check(self, "threshold", threshold, threshold in THRESHOLDS, names)
+        frequency = checked_frequency(self, class_frequency, lambda_, threshold)
         self.lambda_, self.threshold, self.image_labels = lambda_, threshold, image_labels
         self.register_buffer("class_frequency", frequency)
 

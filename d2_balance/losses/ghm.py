@@ -101,7 +101,8 @@ class GradientDensity(nn.Module):
     """Moving counts of gradient norms in M bins, the state of GHM-C and GHM-R.
 
     Buffers, float64: `acc` (M,) moving counts of all ranks together; `steps` (M,) how often each
-    was updated; `batch` (M,) counts of the last batch, not saved.
+    was updated; `batch` (M,) counts of the last batch, not saved. `scales` (levels, M) are those of
+    the present batch, for the loss that follows `update_levels`.
 
     Args:
         bins: M, at least 1.
@@ -117,6 +118,7 @@ class GradientDensity(nn.Module):
         self.register_buffer("acc", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("batch", torch.zeros(bins, dtype=torch.float64), persistent=False)
+        self.scales: Tensor | None = None
 
     def count(self, norm: Tensor, level: Tensor | None = None, levels: int = 1) -> Tensor:
         """(levels, M) counts of gradient norms (R, C); one level does not ask for `level` (R,)."""
@@ -136,13 +138,17 @@ class GradientDensity(nn.Module):
         self.steps.add_(hit)
         self.batch.copy_(counts)
 
-    def update_levels(self, total: Tensor) -> Tensor:
-        """Takes (levels, M) counts one level after the other; returns `scale` after each."""
+    def update_levels(self, total: Tensor) -> None:
+        """Takes (levels, M) counts one level after the other, and keeps `scale` after each."""
         scales = []
         for counts in total:  # coarse loop of about five
             self.update(counts)
             scales.append(self.scale())
-        return torch.stack(scales)
+        self.scales = torch.stack(scales)
+
+    def frozen_scales(self, counts: Tensor) -> Tensor:
+        """(levels, M) scales for (levels, M) counts that do not enter the state (evaluation)."""
+        return torch.stack([self.scale(level) for level in counts])
 
     def density(self) -> Tensor:
         """(M,) S_b: the moving count, corrected as the mode says; empty bins 0."""
@@ -206,12 +212,11 @@ class GHMC(ClassificationLoss):
         _check_density(self, bins, momentum, ema_mode)
         self.per_level = per_level
         self.density = GradientDensity(bins, momentum, ema_mode)
-        self._scales: Tensor | None = None  # (levels, M) of the present batch
 
-    def _level(self, samples: Samples) -> tuple[Tensor, int]:
+    def _level(self, samples: Samples) -> tuple[Tensor | None, int]:
         if self.per_level and samples.level is not None:
             return samples.level, samples.num_levels
-        return torch.zeros_like(samples.labels), 1
+        return None, 1
 
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
@@ -220,12 +225,12 @@ class GHMC(ClassificationLoss):
         return self.density.count(norm, level, levels)
 
     def update(self, total: Tensor) -> None:
-        self._scales = self.density.update_levels(total)
+        self.density.update_levels(total)
 
     def compute(self, samples: Samples) -> Tensor:
-        scales = self._scales if self.training else None
-        if scales is None:
-            scales = torch.stack([self.density.scale(c) for c in self.statistics(samples)])
+        scales = self.density.scales
+        if not self.training or scales is None:
+            scales = self.density.frozen_scales(self.statistics(samples))
         loss = ghm_c_loss(samples.logits, samples.onehot, scales, self._level(samples)[0])
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks
 
@@ -269,7 +274,6 @@ class GHMR(BoxLoss):
         _check_density(self, bins, momentum, ema_mode)
         self.mu, self.per_level = mu, per_level
         self.density = GradientDensity(bins, momentum, ema_mode)
-        self._scales: Tensor | None = None  # (levels, M) of the present batch
 
     def statistics(
         self, pred: Tensor, target: Tensor, level: Tensor | None = None, levels: int = 1
@@ -277,15 +281,15 @@ class GHMR(BoxLoss):
         return self.density.count(_asl1_norm(pred, target, self.mu), level, levels)
 
     def update(self, total: Tensor) -> None:
-        self._scales = self.density.update_levels(total)
+        self.density.update_levels(total)
 
     def compute(
         self, pred: Tensor, target: Tensor, level: Tensor | None = None, levels: int = 1
     ) -> Tensor:
-        scales = self._scales if self.training else None
-        if scales is None:
+        scales = self.density.scales
+        if not self.training or scales is None:
             counts = self.statistics(pred, target, level, levels)
-            scales = torch.stack([self.density.scale(c) for c in counts])
+            scales = self.density.frozen_scales(counts)
         return ghm_r_loss(pred, target, scales, self.mu, level) * world_size()
 
     def stats(self) -> dict[str, Tensor]:

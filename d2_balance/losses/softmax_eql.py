@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
-from .eql import THRESHOLDS, Threshold, tail_weight
+from .eql import Threshold, checked_frequency, tail_weight
 from .samples import Samples
 
 
@@ -65,13 +65,8 @@ class SoftmaxEQL(ClassificationLoss):
         threshold: Threshold = "step",
     ) -> None:
         super().__init__()
-        frequency = torch.as_tensor(class_frequency, dtype=torch.float64)
-        inside = frequency.dim() == 1 and bool(((frequency >= 0) & (frequency <= 1)).all())
-        check(self, "class_frequency", class_frequency, inside, "K numbers in [0, 1]")
-        check(self, "lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]")
+        frequency = checked_frequency(self, class_frequency, lambda_, threshold)
         check(self, "gamma", gamma, 0 <= gamma <= 1, "a number in [0, 1]")
-        names = f"one of {', '.join(THRESHOLDS)}"
-        check(self, "threshold", threshold, threshold in THRESHOLDS, names)
         self.lambda_, self.gamma, self.threshold = lambda_, gamma, threshold
         self.register_buffer("class_frequency", frequency)
 

@@ -21,6 +21,7 @@ from .build import (
 )
 from .compatibility import check_pairing
 from .criterion import PositiveEMA, detection_losses
+from .objects import classes_of_ids, ids_as_classes, number_objects
 
 
 @META_ARCH_REGISTRY.register()
@@ -137,27 +138,12 @@ class BalancedRetinaNet(RetinaNet):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Labels, matched boxes and the matched object's id of every anchor.
 
-        Detectron2's `label_anchors` drops the id, so it is asked with ids in place of classes:
-        an id above K cannot be taken for background (K) or ignored (-1).
-
         Returns:
             N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
         """
-        first = self.num_classes + 1
-        sizes = [len(x) for x in gt_instances]
-        ids = torch.arange(first, first + sum(sizes), device=self.device).split(sizes)
-        marked = [
-            Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=own)
-            for x, own in zip(gt_instances, ids, strict=True)
-        ]
-        found, boxes = self.label_anchors(anchors, marked)
-        found = torch.stack(found)  # (N, A)
-        classes = cat([x.gt_classes for x in gt_instances])
-        index = found - first
-        if len(classes):
-            labels = torch.where(index >= 0, classes[index.clamp(min=0)], found)
-        else:
-            labels = found
+        number_objects(gt_instances)
+        found, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
+        labels, index = classes_of_ids(torch.stack(found), gt_instances, self.num_classes)
         return list(labels), boxes, index
 
     def samples(

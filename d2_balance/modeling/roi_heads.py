@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from .fast_rcnn import BalancedFastRCNNOutputLayers
+from .objects import classes_of_ids, ids_as_classes, number_objects
 
 
 class _BatchContext:
@@ -41,18 +42,6 @@ class _BatchContext:
         finally:
             for layer in layers:
                 layer.listed = None
-
-
-def number_objects(targets: list[Instances]) -> None:
-    """Sets `gt_index` of every object: 0, 1, ... through the batch.
-
-    Detectron2 gathers all fields that begin with gt_ when it samples proposals.
-    """
-    first = 0
-    for target in targets:
-        count = len(target)
-        target.gt_index = torch.arange(first, first + count, device=target.gt_classes.device)
-        first += count
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -87,19 +76,10 @@ class BalancedCascadeROIHeads(_BatchContext, CascadeROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        # Detectron2 drops the matched object, so it is asked with ids in place of classes: an id
-        # above K cannot be taken for background.
-        first = self.num_classes + 1
-        marked = [
-            Instances(t.image_size, gt_boxes=t.gt_boxes, gt_classes=t.gt_index + first)
-            for t in targets
-        ]
-        classes = torch.cat([t.gt_classes for t in targets])
+        marked = ids_as_classes(targets, self.num_classes)
         proposals = super()._match_and_label_boxes(proposals, stage, marked)
         for proposal in proposals:
-            found = proposal.gt_classes
-            proposal.gt_index = found - first
-            if len(classes):
-                own = classes[proposal.gt_index.clamp(min=0)]
-                proposal.gt_classes = torch.where(found >= first, own, found)
+            proposal.gt_classes, proposal.gt_index = classes_of_ids(
+                proposal.gt_classes, targets, self.num_classes
+            )
         return proposals
