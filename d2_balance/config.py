@@ -50,6 +50,11 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Whether sigmoid RoI heads keep Detectron2's K + 1 outputs and ignore the last, so that
     # model-zoo weights fit; False: K outputs, as the EQL authors' weights have.
     _C.BACKGROUND_COLUMN = True
+    # Guided loss scaling (arXiv:1909.04868): the classification loss is brought to this many times
+    # the size of the box loss; 0 is off. The authors use 1 in RetinaNet and 2 in RoI heads.
+    _C.GUIDED_SCALE = 0.0
+    # Bound of the ratio of box loss to classification loss in guided scaling, above 0.
+    _C.GUIDED_MAX_RATIO = 1e4
     # JSON file with class counts (ClassStatistics.save); "" counts on DATASETS.TRAIN;
     # "checkpoint" takes them from the loaded weights, for inference only.
     _C.CLASS_STATISTICS = ""

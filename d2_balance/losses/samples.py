@@ -32,6 +32,7 @@ class Samples:
         num_images: N. None: read from `listed` or `image` (the latter waits for the device).
         level: (R,) int64, index of the row's feature level. None: one level.
         num_levels: number of feature levels.
+        row_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
         listed: (N, K) bool, True where the presence or the absence of the class in the image was
             verified by annotators (LVIS image-level labels). None: unknown.
         pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
@@ -52,6 +53,7 @@ class Samples:
     num_images: int | None = None
     level: Tensor | None = None
     num_levels: int = 1
+    row_weight: Tensor | None = None
     listed: Tensor | None = None
     pred_deltas: Tensor | None = None
     boxes: Tensor | None = None
@@ -66,7 +68,7 @@ class Samples:
                 f"Samples: logits must be (R, C) and labels (R,), not {tuple(self.logits.shape)} "
                 f"and {rows}."
             )
-        for name in ("image", "level"):
+        for name in ("image", "level", "row_weight"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != rows:
                 raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import REWEIGHTERS
+from ..reweight import REWEIGHTERS, GuidedScale
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -119,6 +119,21 @@ def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
     return nn.ModuleList(
         _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes) for name in names
     )
+
+
+def build_guided(cfg: CfgNode) -> GuidedScale | None:
+    """Guided scaling as MODEL.BALANCE.GUIDED_SCALE and .GUIDED_MAX_RATIO say; None: off.
+
+    Raises:
+        ValueError: a value is out of range; the message names the key.
+    """
+    node = cfg.MODEL.BALANCE
+    if node.GUIDED_SCALE < 0 or not node.GUIDED_MAX_RATIO > 0:
+        raise ValueError(
+            f"MODEL.BALANCE.GUIDED_SCALE is {node.GUIDED_SCALE} and GUIDED_MAX_RATIO "
+            f"{node.GUIDED_MAX_RATIO}; allowed is at least 0, and above 0."
+        )
+    return GuidedScale(node.GUIDED_SCALE, node.GUIDED_MAX_RATIO) if node.GUIDED_SCALE else None
 
 
 def stock_box_loss(kind: str, beta: float) -> BoxLoss:

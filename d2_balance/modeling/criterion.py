@@ -3,6 +3,8 @@
     loss_cls     = cls_weight * sum(row weight * elementwise loss) / normaliser
     loss_box_reg = box_weight * sum(positive weight * elementwise loss) / normaliser
 
+and with guided loss scaling, last of all, loss_cls = guided(loss_cls, loss_box_reg).
+
 A loss that ranks or normalises over a set is used as it is, times its weight. Normalisers count
 over all ranks and are divided by the number of ranks: Detectron2 averages gradients over ranks,
 and the average then equals one process on the joined batch.
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..losses import BoxLoss, ClassificationLoss, Samples
 from ..losses.distributed import sum_over_ranks, world_size
-from ..reweight import Reweighter
+from ..reweight import GuidedScale, Reweighter
 
 
 class Normalizer(nn.Module):
@@ -55,6 +57,13 @@ class RowNormalizer(Normalizer):
 
     def value(self) -> Tensor:
         return self.rows / world_size()
+
+
+class PositiveNormalizer(RowNormalizer):
+    """Number of positives in the batch, of all ranks: a mean over positives."""
+
+    def statistics(self, samples: Samples) -> Tensor:
+        return samples.foreground.sum()
 
 
 class PositiveEMA(Normalizer):
@@ -126,10 +135,12 @@ def detection_losses(
     *,
     cls_weight: float = 1.0,
     box_weight: float = 1.0,
+    guided: GuidedScale | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one head for one batch.
 
     In training mode the state of both losses and of the normaliser is updated from one all-reduce.
+    Guided scaling needs the losses themselves, and so a second one, of two numbers.
 
     Args:
         samples: rows of the batch, with the box fields filled.
@@ -139,6 +150,7 @@ def detection_losses(
         normalizer: denominator of the elementwise losses.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
+        guided: scales the classification loss to the size of the box loss; None: leaves it.
 
     Returns:
         "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any row.
@@ -158,7 +170,7 @@ def detection_losses(
     else:
         cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
 
-    cls_rows = box_rows = None
+    cls_rows, box_rows = samples.row_weight, None
     for reweighter in reweighters:
         on_cls, on_box = reweighter(samples, cls, box)
         cls_rows = on_cls if cls_rows is None else cls_rows if on_cls is None else cls_rows * on_cls
@@ -169,4 +181,7 @@ def detection_losses(
     else:
         box = _total(box, box_rows, box_loss.elementwise, denominator)
     cls = _total(cls, cls_rows, cls_loss.elementwise, denominator)
-    return {"loss_cls": cls * cls_weight, "loss_box_reg": box * box_weight}
+    cls, box = cls * cls_weight, box * box_weight
+    if guided is not None:
+        cls = guided(cls, box)
+    return {"loss_cls": cls, "loss_box_reg": box}

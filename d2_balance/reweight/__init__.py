@@ -1,6 +1,7 @@
-"""Reweighting of rows, on top of elementwise losses."""
+"""Which rows count, and how much: selection, weights, and the scale of the whole loss."""
 
 from .base import REWEIGHTERS, Reweighter
+from .guided import GuidedScale
 from .prime_samples import CARL, ISR
 
-__all__ = ["CARL", "ISR", "REWEIGHTERS", "Reweighter"]
+__all__ = ["CARL", "ISR", "REWEIGHTERS", "GuidedScale", "Reweighter"]
