@@ -38,8 +38,14 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.CLS_LOSS = ""
     # Box loss, a name of BOX_LOSSES; "" keeps the stock loss of the head.
     _C.BOX_LOSS = ""
-    # Reweighters, names of REWEIGHTERS; they need elementwise losses.
+    # Names of REWEIGHTERS: reweighters, whose weights multiply, and at most one selector of
+    # proposals. They need elementwise losses.
     _C.REWEIGHT = []
+    # Whether RoI heads draw BATCH_SIZE_PER_IMAGE proposals; False trains on all that are not
+    # ignored (sampling-free, arXiv:1909.04868).
+    _C.SAMPLE_PROPOSALS = True
+    # Where they do not draw: positives of a picture that train mask and keypoint heads at most.
+    _C.MASKS_PER_IMAGE = 128
     # Factor of the classification loss.
     _C.CLS_WEIGHT = 1.0
     # Factor of the box loss; the GHM-R release uses 10.

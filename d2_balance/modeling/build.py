@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import REWEIGHTERS, GuidedScale
+from ..reweight import REWEIGHTERS, GuidedScale, Selector
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -110,15 +110,35 @@ def build_box_loss(cfg: CfgNode, num_classes: int) -> BoxLoss | None:
 
 
 def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
-    """The reweighters that MODEL.BALANCE.REWEIGHT lists, in order.
+    """The reweighters that MODEL.BALANCE.REWEIGHT lists, in order, without the selectors.
 
     Raises:
         ValueError: a name is unknown or an argument out of range; the message names the key.
     """
-    names = cfg.MODEL.BALANCE.REWEIGHT
     return nn.ModuleList(
-        _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes) for name in names
+        _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes)
+        for name in cfg.MODEL.BALANCE.REWEIGHT
+        if not issubclass(_lookup(REWEIGHTERS, "REWEIGHT", name), Selector)
     )
+
+
+def build_selector(cfg: CfgNode, num_classes: int) -> Selector | None:
+    """The selector among the names of MODEL.BALANCE.REWEIGHT, None where there is none.
+
+    Raises:
+        ValueError: there are two, a name is unknown or an argument out of range.
+    """
+    names = [
+        name
+        for name in cfg.MODEL.BALANCE.REWEIGHT
+        if issubclass(_lookup(REWEIGHTERS, "REWEIGHT", name), Selector)
+    ]
+    if len(names) > 1:
+        raise ValueError(
+            f"MODEL.BALANCE.REWEIGHT has {' and '.join(names)}, and each of them chooses the "
+            "proposals; allowed is one."
+        )
+    return _construct(cfg, "REWEIGHT", REWEIGHTERS, names[0], num_classes) if names else None
 
 
 def build_guided(cfg: CfgNode) -> GuidedScale | None:

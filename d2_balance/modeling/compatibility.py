@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import Reweighter
+from ..reweight import Reweighter, Selector
 
 
 def check_pairing(
@@ -61,7 +61,7 @@ def _check_columns(head: str, loss: ClassificationLoss, softmax: bool) -> None:
 
 
 def _check_reweighter(
-    reweighter: Reweighter, cls_loss: ClassificationLoss, box_loss: BoxLoss
+    reweighter: Reweighter | Selector, cls_loss: ClassificationLoss, box_loss: BoxLoss
 ) -> None:
     name = type(reweighter).__name__
     for loss, key, registry in (
@@ -74,12 +74,35 @@ def _check_reweighter(
                 f"{type(loss).__name__} has no loss per row; {key} that work: "
                 f"{_names(cls for _, cls in registry if cls.elementwise)}."
             )
-    if reweighter.needs_scores and not _has_plain_scores(type(cls_loss)):
+    if getattr(reweighter, "needs_scores", False) and not _has_plain_scores(type(cls_loss)):
         raise ValueError(
             f"MODEL.BALANCE.REWEIGHT {name} reads class scores off the logits and CLS_LOSS "
             f"{type(cls_loss).__name__} has outputs of its own; CLS_LOSS that work: "
             f"{_names(cls for _, cls in CLS_LOSSES if cls.elementwise and _has_plain_scores(cls))}."
         )
+
+
+def check_selection(
+    selector: Selector | None,
+    sample_proposals: bool,
+    cls_loss: ClassificationLoss,
+    box_loss: BoxLoss,
+) -> None:
+    """Refuses a choice of proposals that the losses of a RoI head cannot serve.
+
+    Raises:
+        ValueError: names both sides and says what works.
+    """
+    if selector is None:
+        return
+    name = type(selector).__name__
+    if not sample_proposals:
+        raise ValueError(
+            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and SAMPLE_PROPOSALS False keeps "
+            "all of them; set SAMPLE_PROPOSALS True or take it off the list."
+        )
+    if selector.needs_predictions:
+        _check_reweighter(selector, cls_loss, box_loss)
 
 
 def _has_plain_scores(cls: type[ClassificationLoss]) -> bool:

@@ -92,7 +92,7 @@ class PositiveEMA(Normalizer):
         return self.loss_normalizer / world_size()
 
 
-def _box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
+def box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
     """Predictions and targets of the positives in the space of the loss, both (P, 4).
 
     A loss that works level by level also gets the positives' levels (P,) and how many there are.
@@ -156,7 +156,7 @@ def detection_losses(
         "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any row.
     """
     samples = samples.upcast()
-    boxes = _box_inputs(samples, box_loss)
+    boxes = box_inputs(samples, box_loss)
     if normalizer.training:
         parts = [
             cls_loss.statistics(samples),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
+from ..losses.base import per_row
 from .build import (
     build_box_loss,
     build_cls_loss,
@@ -23,7 +24,7 @@ from .build import (
 )
 from .calibration import norcal
 from .compatibility import check_pairing
-from .criterion import RowNormalizer, detection_losses
+from .criterion import RowNormalizer, box_inputs, detection_losses
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -150,6 +151,24 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             box_weight=self.box_weight,
         )
 
+    @torch.no_grad()
+    def row_losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted losses of every proposal, for the choice of those that train; no state changes.
+
+        Args:
+            predictions, proposals: as in `losses`.
+
+        Returns:
+            Classification loss (R,), and box loss (R,), which is 0 for background.
+        """
+        samples = self.samples(predictions, proposals).upcast()
+        cls = per_row(self.cls_loss.compute(samples))
+        positive = per_row(self.box_loss.compute(*box_inputs(samples, self.box_loss)))
+        box = positive.new_zeros(len(cls)).index_copy(0, samples.pos, positive)
+        return self.cls_weight * cls, self.box_weight * box
+
     def samples(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> Samples:
         """Gathers the sampled proposals of a batch.
 
@@ -178,6 +197,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         # torch cannot infer a size by -1 where R is 0
         deltas = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (R, 1 or K, 4)
         column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
+        weight = None
+        if any(p.has("row_weight") for p in proposals):
+            weight = cat([p.row_weight for p in proposals])
         ids = None
         if any(p.has("gt_index") for p in proposals):
             parts = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
@@ -188,6 +210,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             num_classes=self.num_classes,
             image=image,
             num_images=len(proposals),
+            row_weight=weight,
             listed=self.listed,
             pred_deltas=deltas[pos, column],
             boxes=boxes[pos],

@@ -1,40 +1,71 @@
 """Standard and Cascade RoI heads with balanced output layers.
 
-Both differ from Detectron2's in the output layers, and hand them two things that Detectron2 drops:
-the image-level labels and the ids of the matched objects. Mask and keypoint heads stay stock.
+Both differ from Detectron2's in the output layers and in the choice of proposals, and hand the
+output layers two things that Detectron2 drops: the image-level labels and the ids of the matched
+objects. Mask and keypoint heads stay stock.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances
-from torch import nn
+from torch import Tensor, nn
 
+from ..reweight import Selector
+from .build import build_selector
+from .compatibility import check_selection
 from .fast_rcnn import BalancedFastRCNNOutputLayers
 from .objects import classes_of_ids, ids_as_classes, number_objects
+from .proposal_selection import ProposalSelection
 
 
-class _BatchContext:
+class _BatchContext(ProposalSelection):
     """Gives the output layers the image-level labels and the object ids of a batch."""
+
+    def set_selection(
+        self, selector: Selector | None, sample_proposals: bool, masks_per_image: int
+    ) -> None:
+        """Takes over the arguments that both heads have beside Detectron2's."""
+        self.selector = selector
+        self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
+        self._features: list[Tensor] = []  # of the batch, for the mining pass
+        for layers in self._output_layers():
+            check_selection(selector, sample_proposals, layers.cls_loss, layers.box_loss)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        ret["selector"] = build_selector(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        ret["sample_proposals"] = cfg.MODEL.BALANCE.SAMPLE_PROPOSALS
+        ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
+        return ret
 
     def forward(self, images, features, proposals, targets=None) -> Any:
         if targets is not None:
             number_objects(targets)
+        self._features = [features[f] for f in self.box_in_features]
         with self._listed(getattr(images, "listed", None)):
-            return super().forward(images, features, proposals, targets)
+            try:
+                return super().forward(images, features, proposals, targets)
+            finally:
+                self._features = []
+
+    def _output_layers(self) -> list[BalancedFastRCNNOutputLayers]:
+        predictor = self.box_predictor
+        return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
     @contextmanager
     def _listed(self, listed):
-        predictor = self.box_predictor
-        layers = predictor if isinstance(predictor, nn.ModuleList) else [predictor]
+        layers = self._output_layers()
         for layer in layers:
             layer.listed = listed
         try:
@@ -46,7 +77,36 @@ class _BatchContext:
 
 @ROI_HEADS_REGISTRY.register()
 class BalancedStandardROIHeads(_BatchContext, StandardROIHeads):
-    """StandardROIHeads with `BalancedFastRCNNOutputLayers`."""
+    """StandardROIHeads with `BalancedFastRCNNOutputLayers`.
+
+    Args:
+        selector: chooses the proposals that train; None: Detectron2's random drawing.
+        sample_proposals: False: all proposals train that are not ignored (sampling-free).
+        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        **kwargs: as Detectron2's StandardROIHeads.
+
+    Raises:
+        ValueError: the parts cannot work together.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        selector: Selector | None = None,
+        sample_proposals: bool = True,
+        masks_per_image: int = 128,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.set_selection(selector, sample_proposals, masks_per_image)
+
+    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        return self.box_head, self.box_predictor
+
+    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+        boxes = [p.proposal_boxes for p in proposals]
+        return self.box_predictor(self.box_head(self.box_pooler(self._features, boxes)))
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -58,7 +118,40 @@ class BalancedStandardROIHeads(_BatchContext, StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class BalancedCascadeROIHeads(_BatchContext, CascadeROIHeads):
-    """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own."""
+    """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own.
+
+    A selector that reads losses or scores chooses for each stage among the boxes that the stage
+    before made of all proposals, not of those it trained on.
+
+    Args:
+        selector, sample_proposals, masks_per_image: as in `BalancedStandardROIHeads`.
+        **kwargs: as Detectron2's CascadeROIHeads.
+
+    Raises:
+        ValueError: the parts cannot work together.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        selector: Selector | None = None,
+        sample_proposals: bool = True,
+        masks_per_image: int = 128,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.set_selection(selector, sample_proposals, masks_per_image)
+        self._refined: list[Tensor] = []  # boxes of the last mining pass
+
+    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        return self.box_head[stage], self.box_predictor[stage]
+
+    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+        return self._run_stage(self._features, proposals, stage)
+
+    def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
+        self._refined = list(boxes)
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -76,10 +169,14 @@ class BalancedCascadeROIHeads(_BatchContext, CascadeROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
+        mines = self.selector is not None and self.selector.needs_predictions
+        if mines:
+            sizes = [p.image_size for p in proposals]
+            proposals = self._create_proposals_from_boxes(self._refined, sizes)
         marked = ids_as_classes(targets, self.num_classes)
         proposals = super()._match_and_label_boxes(proposals, stage, marked)
         for proposal in proposals:
             proposal.gt_classes, proposal.gt_index = classes_of_ids(
                 proposal.gt_classes, targets, self.num_classes
             )
-        return proposals
+        return self.select(proposals, stage) if mines else proposals

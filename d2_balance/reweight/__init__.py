@@ -2,6 +2,21 @@
 
 from .base import REWEIGHTERS, Reweighter
 from .guided import GuidedScale
-from .prime_samples import CARL, ISR
+from .iou_balanced import IoUBalanced
+from .ohem import OHEM
+from .prime_samples import CARL, ISR, ISRN
+from .selection import Candidates, Selection, Selector
 
-__all__ = ["CARL", "ISR", "REWEIGHTERS", "GuidedScale", "Reweighter"]
+__all__ = [
+    "CARL",
+    "ISR",
+    "ISRN",
+    "OHEM",
+    "REWEIGHTERS",
+    "Candidates",
+    "GuidedScale",
+    "IoUBalanced",
+    "Reweighter",
+    "Selection",
+    "Selector",
+]

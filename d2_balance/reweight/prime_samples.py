@@ -1,4 +1,4 @@
-"""PISA: prime sample attention. ISR-P weights positives by rank, CARL boxes by score.
+"""PISA: prime sample attention. ISR weights samples by rank, CARL boxes by score.
 
 ISR-P, for the positives of a batch with IoU_i of the decoded box and its object:
 
@@ -6,6 +6,15 @@ ISR-P, for the positives of a batch with IoU_i of the decoded box and its object
     r_i          rank inside the class by (local rank, IoU): best box of every object first
     u_i = (n_max - r_i) / n_max,   w_i = ((1 - b) u_i + b)^k,   n_max: most positives of a class
     w'_i = w_i sum_j CE_j / sum_j w_j CE_j              the sum of the loss stays
+
+ISR-N, for the background proposals of a picture, with s_i the highest class probability and boxes
+decoded for that class: those with s_i > 0.05 are grouped by suppression (IoU 0.5),
+
+    local rank   of i in its group, by s_i,      r_i: rank by (local rank, s_i), n of them
+    u_i = (m - r_i) / m,   w_i = ((1 - b) u_i + b)^k,   m = max(n, negatives wanted)
+
+the first are taken with these weights; random others fill up with the least weight; the sum of the
+loss stays, as for ISR-P.
 
 CARL, with p_i the score of the object's class (its gradient stays):
 
@@ -24,10 +33,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou, nms
 
 from ..losses import Samples
 from ..losses.base import check
 from .base import REWEIGHTERS, Reweighter
+from .selection import Candidates, Selection, Selector, draw_positives
 
 
 def rank_within(group: Tensor, order: Tensor) -> Tensor:
@@ -79,11 +90,44 @@ def isr_weights(rank: Tensor, labels: Tensor, ce: Tensor, k: float, bias: float)
     Returns:
         (P,), without gradient.
     """
-    ce = ce.detach()
     most = (rank + 1).amax() if len(rank) else 1  # the last rank of the largest class
-    weight = ((1 - bias) * (most - rank) / most + bias).to(ce.dtype).pow(k)
+    return rescaled(importance(rank, most, k, bias).to(ce.dtype), ce)
+
+
+def importance(rank: Tensor, most: Tensor | int, k: float, bias: float) -> Tensor:
+    """((1 - b) (most - rank) / most + b)^k for ranks (n,) below `most`."""
+    return ((1 - bias) * (most - rank) / most + bias).pow(k)
+
+
+def rescaled(weight: Tensor, ce: Tensor) -> Tensor:
+    """Weights (n,) times the factor that keeps the sum of the losses (n,); no gradient."""
+    ce = ce.detach()
     total = (weight * ce).sum()
     return weight * torch.where(total > 0, ce.sum() / total.clamp(min=1e-12), 1.0)
+
+
+def nms_groups(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Which survivor of non-maximum suppression stands for each box.
+
+    Args:
+        boxes: (n, 4) x0 y0 x1 y1.
+        scores: (n,).
+        iou_threshold: in [0, 1].
+
+    Returns:
+        (n,) int64, the first survivor by score that the box overlaps, in order of score.
+    """
+    keep = nms(boxes, scores, iou_threshold)
+    close = box_iou(boxes, boxes[keep]) > iou_threshold  # (n, kept)
+    close[keep, torch.arange(len(keep), device=keep.device)] = True  # boxes without area, too
+    return close.int().argmax(dim=1) if len(keep) else keep
+
+
+def score_order(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Order of negatives by (local rank in their group, score): indices (n,), first one first."""
+    by_score = scores.argsort(descending=True, stable=True)
+    local = rank_within(nms_groups(boxes, scores, iou_threshold), by_score)
+    return by_score[local[by_score].argsort(stable=True)]
 
 
 def object_scores(samples: Samples) -> Tensor:
@@ -121,6 +165,64 @@ class ISR(Reweighter):
         weights = torch.ones_like(rows)
         weights[pos] = isr_weights(rank, labels, rows[pos], self.k, self.bias)
         return weights, None
+
+
+@REWEIGHTERS.register()
+class ISRN(Selector):
+    """Importance-based selection and weights of background proposals, ISR-N (arXiv:1904.04821).
+
+    Positives are drawn as Detectron2 draws them. RoI heads only: it needs proposals to draw from.
+
+    Args:
+        k: exponent, at least 0.
+        bias: b, in [0, 1].
+        score_threshold: only negatives with a class score above it are ranked, in [0, 1).
+        iou_threshold: IoU of the grouping, in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    needs_predictions = True
+
+    def __init__(
+        self,
+        *,
+        k: float = 0.5,
+        bias: float = 0.0,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check(self, "k", k, k >= 0, "a number of at least 0")
+        check(self, "bias", bias, 0 <= bias <= 1, "a number in [0, 1]")
+        check(self, "score_threshold", score_threshold, 0 <= score_threshold < 1, "in [0, 1)")
+        check(self, "iou_threshold", iou_threshold, 0 <= iou_threshold <= 1, "in [0, 1]")
+        self.k, self.bias = k, bias
+        self.score_threshold, self.iou_threshold = score_threshold, iou_threshold
+
+    def forward(
+        self, candidates: list[Candidates], batch_size: int, positive_fraction: float
+    ) -> list[Selection]:
+        return [self._one(c, batch_size, positive_fraction) for c in candidates]
+
+    def _one(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
+        positive = draw_positives(c, batch_size, positive_fraction)
+        wanted = batch_size - len(positive)
+        high = c.scores[c.negative] > self.score_threshold
+        ranked = c.negative[high]
+        order = score_order(c.pred_boxes[ranked], c.scores[ranked], self.iou_threshold)[:wanted]
+        others = c.negative[~high]
+        fill = others[torch.randperm(len(others), device=others.device)][: wanted - len(order)]
+        negative = torch.cat([ranked[order], fill])
+        rank = torch.arange(len(negative), device=order.device)
+        rank = rank.clamp(max=max(len(order) - 1, 0))  # the random ones share the last rank
+        weight = importance(rank, max(len(ranked), wanted, 1), self.k, self.bias)
+        loss = c.cls_loss[negative]
+        weight = rescaled(weight.to(loss.dtype), loss)
+        return Selection(
+            torch.cat([positive, negative]), torch.cat([weight.new_ones(len(positive)), weight])
+        )
 
 
 @REWEIGHTERS.register()

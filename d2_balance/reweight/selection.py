@@ -1,0 +1,92 @@
+"""Selectors: which proposals of a picture train the RoI head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The labelled proposals of one picture, before any is drawn; no ignored ones.
+
+    Args:
+        boxes: (R, 4) proposals, x0 y0 x1 y1 in pixels.
+        labels: (R,) int64 in [0, K]; K is background.
+        num_classes: K.
+        iou: (R,) IoU of each proposal with the object that it overlaps most, in [0, 1].
+        cls_loss: (R,) classification loss of a pass without gradient. None: no pass was made.
+        box_loss: (R,) box loss of that pass, 0 for background.
+        scores: (R,) highest class probability of that pass, in [0, 1].
+        pred_boxes: (R, 4) box that goes with `scores`, decoded.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    num_classes: int
+    iou: Tensor
+    cls_loss: Tensor | None = None
+    box_loss: Tensor | None = None
+    scores: Tensor | None = None
+    pred_boxes: Tensor | None = None
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Indices of the positives, ascending."""
+        return (self.labels < self.num_classes).nonzero().squeeze(1)
+
+    @cached_property
+    def negative(self) -> Tensor:
+        """Indices of the background proposals, ascending."""
+        return (self.labels == self.num_classes).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector keeps of one picture.
+
+    Args:
+        keep: (S,) int64, indices into the candidates, each at most once.
+        weight: (S,) weights of the classification loss. None: all 1.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+
+
+class Selector(nn.Module):
+    """Base of all selectors. They take the place of Detectron2's random drawing."""
+
+    needs_predictions: bool = False
+    """True: it reads losses and scores, from a pass over all candidates without gradient."""
+
+    def __init__(self) -> None:  # the signature that the config is made from: no arguments
+        super().__init__()
+
+    def forward(
+        self, candidates: list[Candidates], batch_size: int, positive_fraction: float
+    ) -> list[Selection]:
+        """Selects proposals of a batch.
+
+        Args:
+            candidates: one for each of N pictures.
+            batch_size: proposals per picture, ROI_HEADS.BATCH_SIZE_PER_IMAGE.
+            positive_fraction: largest share of positives, ROI_HEADS.POSITIVE_FRACTION.
+
+        Returns:
+            N selections.
+        """
+        raise NotImplementedError
+
+
+def draw(indices: Tensor, count: int) -> Tensor:
+    """At most `count` of the indices (n,), drawn at random without replacement."""
+    return indices[torch.randperm(len(indices), device=indices.device)[:count]]
+
+
+def draw_positives(candidates: Candidates, batch_size: int, positive_fraction: float) -> Tensor:
+    """Positives as Detectron2 draws them: at most a share of the batch, at random."""
+    return draw(candidates.positive, int(batch_size * positive_fraction))
