@@ -1,7 +1,7 @@
 """IoU-balanced sampling: background is drawn evenly over its overlap with the objects.
 
 Random drawing finds mostly background far from any object; most hard negatives overlap one. The
-interval (floor, m] of the IoU with the nearest object, m the largest among the negatives, is cut
+interval [floor, m] of the IoU with the nearest object, m the largest among the negatives, is cut
 into `bins` equal parts, and every part gives the same number of negatives; what a part cannot give
 is drawn from all others.
 
@@ -26,13 +26,13 @@ def draw_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
         iou: (n,) IoU with the nearest object, in [0, 1].
         count: how many to draw, at least 0.
         bins: number of bins, at least 1.
-        floor: IoU at which the first bin begins; negatives up to it only fill up.
+        floor: IoU at which the first bin begins; negatives below only fill up.
 
     Returns:
         (min(n, count),) int64 indices without repetition.
     """
     width = (iou.amax() - floor).clamp(min=1e-12) / bins if len(iou) else 1.0
-    group = ((iou - floor) / width).ceil().long().clamp(0, bins)  # 0: up to the floor
+    group = (1 + (iou - floor) / width).floor().long().clamp(0, bins)  # 0: below the floor
     shuffled = torch.randperm(len(iou), device=iou.device)
     place = rank_within(group, shuffled)
     # equal shares; a remainder goes to the bins of highest overlap
@@ -47,7 +47,7 @@ class IoUBalanced(Selector):
 
     Args:
         bins: number of IoU bins, at least 1.
-        floor: IoU at which the first bin begins, in [0, 1). Negatives up to it fill up what the
+        floor: IoU at which the first bin begins, in [0, 1). Negatives below fill up what the
             bins cannot give.
 
     Raises:
