@@ -12,7 +12,8 @@ and the average then equals one process on the joined batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,23 @@ from torch import Tensor, nn
 from ..losses import BoxLoss, ClassificationLoss, Samples
 from ..losses.distributed import sum_over_ranks, world_size
 from ..reweight import GuidedScale, Reweighter
+
+Watcher = Callable[[Samples, tuple[Tensor, ...], Tensor, Tensor], None]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Shows every head's batch to `watcher(samples, box_inputs, cls, box)` inside of the block.
+
+    It sees what `detection_losses` starts from: the prediction and the target of the positives in
+    the space of the box loss, and both losses before they are weighted and summed.
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 class Normalizer(nn.Module):
@@ -169,6 +187,8 @@ def detection_losses(
         box = box_loss.step(for_box, *boxes)
     else:
         cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
+    for watcher in _watchers:
+        watcher(samples, boxes, cls, box)
 
     cls_rows, box_rows = samples.row_weight, None
     for reweighter in reweighters:
