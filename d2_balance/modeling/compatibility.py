@@ -1,119 +1,251 @@
-"""Which losses, reweighters and heads go together; checked when a model is built.
+"""Which losses, reweighters, selectors and heads go together: one table of rules.
 
-Every message names both sides and says what works.
+The rules are checked when a model is built. `d2-balance methods` prints them as a table, which is
+computed by asking them about every pair. Every message names both sides and says what works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import Reweighter, Selector
+from ..losses import BOX_LOSSES, CLS_LOSSES, ClassificationLoss
+from ..reweight import REWEIGHTERS, Selector
+
+# Constructor arguments that are quantities of the training set, one entry per class.
+CLASS_QUANTITIES = ("class_frequency", "class_count", "instance_count")
 
 
-def check_pairing(
-    head: str,
-    cls_loss: ClassificationLoss,
-    box_loss: BoxLoss,
-    reweighters: Sequence[Reweighter],
-    *,
-    softmax: bool,
-    levels: bool,
-) -> None:
-    """Refuses combinations that cannot work.
+@dataclass(frozen=True)
+class Head:
+    """What a head offers to the losses.
 
     Args:
-        head: name of the head, for the message.
-        cls_loss, box_loss, reweighters: what the head would use.
-        softmax: whether the head has a background column, as softmax losses need.
-        levels: whether rows come from feature levels (dense heads).
+        name: as it stands in messages.
+        extra_outputs: whether it has outputs besides those of the classes, such as background.
+        levels: whether its rows come from feature levels.
+        proposals: whether it draws its rows from proposals.
+        classes: False: it tells objects from background only.
+    """
+
+    name: str
+    extra_outputs: bool = False
+    levels: bool = True
+    proposals: bool = False
+    classes: bool = True
+
+
+HEADS = {
+    head.name: head
+    for head in (
+        Head("RetinaNet"),
+        Head("FCOS"),
+        Head("the RPN", classes=False),
+        Head("RoI heads", extra_outputs=True, levels=False, proposals=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one head would be made of; losses, reweighters and selectors as objects or as classes.
+
+    Args:
+        head: entry of `HEADS`.
+        cls_loss, box_loss: losses.
+        reweighters: what weights rows.
+        selector: what chooses proposals, or None.
+        sample_proposals: False: all proposals train.
+        guided: whether the classification loss is scaled to the box loss.
+        norcal: whether scores are calibrated at test.
+    """
+
+    head: Head
+    cls_loss: Any
+    box_loss: Any
+    reweighters: Sequence[Any] = ()
+    selector: Any = None
+    sample_proposals: bool = True
+    guided: bool = False
+    norcal: bool = False
+
+
+def check_parts(parts: Parts) -> None:
+    """Refuses combinations that cannot work.
 
     Raises:
         ValueError: names both sides and says what works.
     """
-    _check_columns(head, cls_loss, softmax)
-    for loss in (cls_loss, box_loss):
-        if getattr(loss, "per_level", False) and not levels:
-            raise ValueError(
-                f"MODEL.BALANCE.{type(loss).__name__.upper()}.PER_LEVEL True needs feature levels "
-                f"and {head} has none; set it to False."
-            )
-    if cls_loss.couples_boxes and not box_loss.elementwise:
-        raise ValueError(
-            f"MODEL.BALANCE.CLS_LOSS {type(cls_loss).__name__} ranks boxes as well and BOX_LOSS "
-            f"{type(box_loss).__name__} has no loss per box; BOX_LOSS that work: "
-            f"{_names(cls for _, cls in BOX_LOSSES if cls.elementwise)}."
-        )
-    for reweighter in reweighters:
-        _check_reweighter(reweighter, cls_loss, box_loss)
+    for rule in RULES:
+        message = rule(parts)
+        if message is not None:
+            raise ValueError(message)
 
 
-def _check_columns(head: str, loss: ClassificationLoss, softmax: bool) -> None:
-    if softmax or _has_class_columns_only(type(loss)):
-        return
-    why = f"is a softmax loss and {head} has a sigmoid head"
+def _outputs(parts: Parts) -> str | None:
+    loss, head = parts.cls_loss, parts.head
+    if head.extra_outputs or has_class_columns_only(loss):
+        return None
+    why = f"is a softmax loss and {head.name} has a sigmoid head"
     if loss.activation == "sigmoid":
-        why = f"needs outputs besides those of the classes and {head} has none"
-    raise ValueError(
-        f"MODEL.BALANCE.CLS_LOSS {type(loss).__name__} {why}; losses that work there: "
-        f"{_names(cls for _, cls in CLS_LOSSES if _has_class_columns_only(cls))}."
+        why = f"needs outputs besides those of the classes and {head.name} has none"
+    return f"MODEL.BALANCE.CLS_LOSS {_name(loss)} {why}; losses that work there: " + _names(
+        cls for _, cls in CLS_LOSSES if has_class_columns_only(cls)
     )
 
 
-def _check_reweighter(
-    reweighter: Reweighter | Selector, cls_loss: ClassificationLoss, box_loss: BoxLoss
-) -> None:
-    name = type(reweighter).__name__
-    for loss, key, registry in (
-        (cls_loss, "CLS_LOSS", CLS_LOSSES),
-        (box_loss, "BOX_LOSS", BOX_LOSSES),
-    ):
-        if not loss.elementwise:
-            raise ValueError(
-                f"MODEL.BALANCE.REWEIGHT {name} weights single rows and {key} "
-                f"{type(loss).__name__} has no loss per row; {key} that work: "
-                f"{_names(cls for _, cls in registry if cls.elementwise)}."
-            )
-    if getattr(reweighter, "needs_scores", False) and not _has_plain_scores(type(cls_loss)):
-        raise ValueError(
-            f"MODEL.BALANCE.REWEIGHT {name} reads class scores off the logits and CLS_LOSS "
-            f"{type(cls_loss).__name__} has outputs of its own; CLS_LOSS that work: "
-            f"{_names(cls for _, cls in CLS_LOSSES if cls.elementwise and _has_plain_scores(cls))}."
+def _class_quantities(parts: Parts) -> str | None:
+    if parts.head.classes or not needs_class_quantities(parts.cls_loss):
+        return None
+    return (
+        f"MODEL.BALANCE.RPN.CLS_LOSS {_name(parts.cls_loss)} weights classes by their frequency "
+        f"and {parts.head.name} has no classes; losses that work there: "
+        + _names(
+            cls
+            for _, cls in CLS_LOSSES
+            if has_class_columns_only(cls) and not needs_class_quantities(cls)
         )
+    )
 
 
-def check_selection(
-    selector: Selector | None,
-    sample_proposals: bool,
-    cls_loss: ClassificationLoss,
-    box_loss: BoxLoss,
+def _levels(parts: Parts) -> str | None:
+    for loss in (parts.cls_loss, parts.box_loss):
+        if getattr(loss, "per_level", False) and not parts.head.levels:
+            return (
+                f"MODEL.BALANCE.{_name(loss).upper()}.PER_LEVEL True needs feature levels and "
+                f"{parts.head.name} have none; set it to False."
+            )
+    return None
+
+
+def _coupled_boxes(parts: Parts) -> str | None:
+    if not parts.cls_loss.couples_boxes or parts.box_loss.elementwise:
+        return None
+    return (
+        f"MODEL.BALANCE.CLS_LOSS {_name(parts.cls_loss)} ranks boxes as well and BOX_LOSS "
+        f"{_name(parts.box_loss)} has no loss per box; BOX_LOSS that work: "
+        + _names(cls for _, cls in BOX_LOSSES if cls.elementwise)
+    )
+
+
+def _rows(parts: Parts) -> str | None:
+    users = [*parts.reweighters]
+    if parts.selector is not None and parts.selector.needs_predictions:
+        users.append(parts.selector)
+    for user in users:
+        for loss, key, registry in (
+            (parts.cls_loss, "CLS_LOSS", CLS_LOSSES),
+            (parts.box_loss, "BOX_LOSS", BOX_LOSSES),
+        ):
+            if not loss.elementwise:
+                return (
+                    f"MODEL.BALANCE.REWEIGHT {_name(user)} weights single rows and {key} "
+                    f"{_name(loss)} has no loss per row; {key} that work: "
+                    + _names(cls for _, cls in registry if cls.elementwise)
+                )
+    return None
+
+
+def _scores(parts: Parts) -> str | None:
+    for reweighter in parts.reweighters:
+        if reweighter.needs_scores and not has_plain_scores(parts.cls_loss):
+            return (
+                f"MODEL.BALANCE.REWEIGHT {_name(reweighter)} reads class scores off the logits "
+                f"and CLS_LOSS {_name(parts.cls_loss)} has outputs of its own; CLS_LOSS that work: "
+                + _names(cls for _, cls in CLS_LOSSES if cls.elementwise and has_plain_scores(cls))
+            )
+    return None
+
+
+def _proposals(parts: Parts) -> str | None:
+    if parts.selector is None:
+        return None
+    name = _name(parts.selector)
+    if not parts.head.proposals:
+        works = (cls for _, cls in REWEIGHTERS if not issubclass(cls, Selector))
+        return (
+            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and {parts.head.name} has none; "
+            f"REWEIGHT that work: {_names(works)}"
+        )
+    if not parts.sample_proposals:
+        return (
+            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and SAMPLE_PROPOSALS False keeps "
+            "all of them; set SAMPLE_PROPOSALS True or take it off the list."
+        )
+    return None
+
+
+def _guided(parts: Parts) -> str | None:
+    if not parts.guided or parts.cls_loss.elementwise:
+        return None
+    return (
+        "MODEL.BALANCE.GUIDED_SCALE gives a sum over rows its scale and CLS_LOSS "
+        f"{_name(parts.cls_loss)} has a scale of its own; set it to 0. CLS_LOSS that work: "
+        + _names(cls for _, cls in CLS_LOSSES if cls.elementwise)
+    )
+
+
+def _norcal(parts: Parts) -> str | None:
+    if not parts.norcal or parts.cls_loss.activation == "softmax":
+        return None
+    return (
+        "MODEL.BALANCE.NORCAL.GAMMA calibrates the scores of a softmax and CLS_LOSS "
+        f"{_name(parts.cls_loss)} is a sigmoid loss; set it to 0. CLS_LOSS that work: "
+        + _names(cls for _, cls in CLS_LOSSES if cls.activation == "softmax")
+    )
+
+
+RULES: tuple[Callable[[Parts], str | None], ...] = (
+    _outputs,
+    _class_quantities,
+    _levels,
+    _coupled_boxes,
+    _rows,
+    _scores,
+    _proposals,
+    _guided,
+    _norcal,
+)
+
+
+def has_plain_scores(loss: Any) -> bool:
+    """Whether scores are a plain sigmoid or softmax of the logits."""
+    return _class(loss).num_outputs is ClassificationLoss.num_outputs
+
+
+def has_class_columns_only(loss: Any) -> bool:
+    """Whether a loss takes K columns of logits, as a dense head gives them."""
+    return loss.activation == "sigmoid" and has_plain_scores(loss)
+
+
+def needs_class_quantities(loss: Any) -> bool:
+    """Whether a loss is made from the counts of classes in the training set."""
+    return any(name in inspect.signature(_class(loss)).parameters for name in CLASS_QUANTITIES)
+
+
+def _class(part: Any) -> type:
+    return part if isinstance(part, type) else type(part)
+
+
+def _name(part: Any) -> str:
+    return _class(part).__name__
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(sorted(cls.__name__ for cls in classes)) + "."
+
+
+def check_pairing(
+    head: str, cls_loss: Any, box_loss: Any, reweighters: Sequence[Any] = (), **others: Any
 ) -> None:
-    """Refuses a choice of proposals that the losses of a RoI head cannot serve.
+    """`check_parts` for the head of a name in `HEADS`; `others` as in `Parts`.
 
     Raises:
         ValueError: names both sides and says what works.
     """
-    if selector is None:
-        return
-    name = type(selector).__name__
-    if not sample_proposals:
-        raise ValueError(
-            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and SAMPLE_PROPOSALS False keeps "
-            "all of them; set SAMPLE_PROPOSALS True or take it off the list."
-        )
-    if selector.needs_predictions:
-        _check_reweighter(selector, cls_loss, box_loss)
-
-
-def _has_plain_scores(cls: type[ClassificationLoss]) -> bool:
-    """Whether scores are a plain sigmoid or softmax of the logits."""
-    return cls.num_outputs is ClassificationLoss.num_outputs
-
-
-def _has_class_columns_only(cls: type[ClassificationLoss]) -> bool:
-    """Whether a loss takes K columns of logits, as RetinaNet's head gives them."""
-    return cls.activation == "sigmoid" and _has_plain_scores(cls)
-
-
-def _names(classes) -> str:
-    return ", ".join(sorted(cls.__name__ for cls in classes))
+    for old in ("softmax", "levels"):  # TODO remove with the last caller
+        others.pop(old, None)
+    head = {"the RoI head": "RoI heads"}.get(head, head)
+    check_parts(Parts(HEADS[head], cls_loss, box_loss, tuple(reweighters), **others))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..reweight import Selector
 from .build import build_selector
-from .compatibility import check_selection
+from .compatibility import check_pairing
 from .fast_rcnn import BalancedFastRCNNOutputLayers
 from .objects import classes_of_ids, ids_as_classes, number_objects
 from .proposal_selection import ProposalSelection
@@ -39,7 +39,13 @@ class _BatchContext(ProposalSelection):
         self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
         self._features: list[Tensor] = []  # of the batch, for the mining pass
         for layers in self._output_layers():
-            check_selection(selector, sample_proposals, layers.cls_loss, layers.box_loss)
+            check_pairing(
+                "RoI heads",
+                layers.cls_loss,
+                layers.box_loss,
+                selector=selector,
+                sample_proposals=sample_proposals,
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
