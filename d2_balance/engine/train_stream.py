@@ -18,7 +18,19 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.samplers import ClassAwareTrainingSampler
 from .random_state import seeded
+
+# Samplers of this package, besides those that Detectron2 builds by name.
+SAMPLERS = {"ClassAwareTrainingSampler": ClassAwareTrainingSampler}
+TRAINING_SAMPLERS = (  # Detectron2 keeps no list of them
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+    *SAMPLERS,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +108,34 @@ class _SeededPictures(Dataset):
             return self._pictures[index]
 
 
+def check_sampler(cfg: CfgNode) -> None:
+    """Checks the name of the training sampler, and that repeat factors repeat something.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    if name not in TRAINING_SAMPLERS:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN: {name!r} is unknown; allowed: "
+            f"{', '.join(TRAINING_SAMPLERS)}."
+        )
+    if name == "RepeatFactorTrainingSampler" and not threshold > 0:
+        raise ValueError(
+            f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no picture; "
+            "allowed is a frequency above 0, below which classes are repeated (LVIS: 0.001)."
+        )
+
+
 def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
     """The training loader of a config: data sets, sampler and mapper as Detectron2 makes them.
 
-    The order is seeded by SEED; where that is negative, by a number that the ranks agree on. Data
-    sets that are no list of dicts get Detectron2's own loader, which a resumed run starts anew.
+    DATALOADER.SAMPLER_TRAIN takes the names of `TRAINING_SAMPLERS`. The order is seeded by SEED;
+    where that is negative, by a number that the ranks agree on. Data sets that are no list of dicts
+    get Detectron2's own loader, which a resumed run starts anew.
 
     Raises:
-        ValueError: the batch cannot be shared out evenly.
+        ValueError: the batch cannot be shared out evenly, or the sampler does not fit the data.
     """
     ranks = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % ranks:
@@ -113,7 +145,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     with seeded(seed):  # the sampler draws the seed of its order from numpy
-        parts = build_detection_train_loader.from_config(cfg)
+        parts = _loader_parts(cfg)
     if not isinstance(parts["dataset"], list):
         logger.warning("The training set is no list of pictures; a resumed run starts it anew.")
         return build_detection_train_loader(**parts)
@@ -126,3 +158,20 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         num_workers=parts["num_workers"],
         seed=seed,
     )
+
+
+def _loader_parts(cfg: CfgNode) -> dict:
+    """The arguments of Detectron2's loader, with a sampler of ours where the config names one."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name not in SAMPLERS:
+        return build_detection_train_loader.from_config(cfg)
+    stock = cfg.clone()
+    stock.defrost()
+    stock.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    parts = build_detection_train_loader.from_config(stock)
+    if not isinstance(parts["dataset"], list):
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN {name} needs data sets that are lists of dicts; "
+            "TrainingSampler works with others."
+        )
+    return parts | {"sampler": SAMPLERS[name](parts["dataset"])}

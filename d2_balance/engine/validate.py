@@ -21,6 +21,7 @@ from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_reweighters
 from .hooks import check_beta_decay
+from .train_stream import check_sampler
 
 BALANCED_META_ARCHITECTURES = {
     "RetinaNet": "BalancedRetinaNet",
@@ -51,6 +52,8 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     check_losses(cfg, eval_only)
     check_numbers(cfg)
     check_beta_decay(cfg)
+    if not eval_only:
+        check_sampler(cfg)
     check_dataset_names(cfg, eval_only)
     check_weights(cfg, eval_only, resume)
     check_data(cfg, eval_only)

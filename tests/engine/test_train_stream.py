@@ -86,9 +86,12 @@ def names(batch):
     return [record["file_name"] for record in batch]
 
 
-@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+@pytest.mark.parametrize(
+    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "ClassAwareTrainingSampler"]
+)
 def test_a_config_gives_the_same_stream_whatever_was_drawn_before(dataset, tmp_path, sampler):
-    cfg = run_cfg(tmp_path, "DATALOADER.SAMPLER_TRAIN", sampler)
+    threshold = ["DATALOADER.REPEAT_THRESHOLD", "2.0"]  # repeats every picture, some more often
+    cfg = run_cfg(tmp_path, "DATALOADER.SAMPLER_TRAIN", sampler, *threshold)
     seed_everything(1)
     first = take(build_train_stream(cfg), 4)
     seed_everything(2)

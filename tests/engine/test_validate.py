@@ -132,6 +132,15 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
             r"CLASS_STATISTICS \"checkpoint\" is for --eval-only; allowed in training is",
         ),
         (["SOLVER.AMP.ENABLED", "True"], r"needs a CUDA device.*set SOLVER.AMP.ENABLED False"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "ClassAwareSampler"],
+            r"DATALOADER.SAMPLER_TRAIN: 'ClassAwareSampler' is unknown; allowed: TrainingSampler, "
+            r"RepeatFactorTrainingSampler, .*ClassAwareTrainingSampler",
+        ),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+            r"DATALOADER.REPEAT_THRESHOLD is 0.0, with which .* repeats no picture; allowed is",
+        ),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
         (
             ["DATASETS.TRAIN", "('engine_trian',)"],

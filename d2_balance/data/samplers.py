@@ -1,0 +1,89 @@
+"""Samplers of training pictures that Detectron2 does not have.
+
+Class-aware sampling draws a class, then a picture that contains it: each class is met equally
+often, whatever its frequency. Source: Shen et al., Relay Backpropagation for Effective Learning of
+Deep Convolutional Neural Networks, arXiv:1512.05830. Here draws are independent, where
+the paper walks through shuffled lists; the expected share of each picture is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.samplers import TrainingSampler
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 4096  # pictures drawn at once
+
+
+def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Lists, for each class that occurs, the pictures that contain it.
+
+    Crowd annotations do not count.
+
+    Args:
+        dataset_dicts: Detectron2's standard dicts.
+
+    Returns:
+        starts (C + 1,) and pictures, both int64: class c of the C classes that occur has the
+        ascending picture indices `pictures[starts[c]:starts[c + 1]]`, each of them once.
+    """
+    size = len(dataset_dicts)
+    found = (
+        annotation["category_id"] * size + index
+        for index, record in enumerate(dataset_dicts)
+        for annotation in record.get("annotations", ())
+        if not annotation.get("iscrowd", 0)
+    )
+    pairs = np.unique(np.fromiter(found, dtype=np.int64))  # ascending: class by class
+    classes, pictures = np.divmod(pairs, max(size, 1))
+    first = np.flatnonzero(np.diff(classes, prepend=-1))
+    starts = np.append(first, len(pairs))
+    return torch.from_numpy(starts), torch.from_numpy(pictures)
+
+
+class ClassAwareTrainingSampler(TrainingSampler):
+    """Endless picture indices: a class drawn uniformly, then one of its pictures, uniformly.
+
+    Only classes that occur are drawn. A picture without annotation, or with crowds only, is never
+    drawn. All ranks generate the same stream, of which rank r of n takes the indices r, r + n and
+    so on, as with Detectron2's TrainingSampler.
+
+    Args:
+        dataset_dicts: Detectron2's standard dicts.
+        seed: the same on all ranks; None: one that the ranks agree on, drawn from numpy.
+
+    Raises:
+        ValueError: there is no annotation.
+    """
+
+    def __init__(self, dataset_dicts: Sequence[dict[str, Any]], *, seed: int | None = None) -> None:
+        self._starts, self._pictures = images_by_class(dataset_dicts)
+        if not len(self._pictures):
+            raise ValueError(
+                "DATALOADER.SAMPLER_TRAIN ClassAwareTrainingSampler needs annotations, and the "
+                "training set has none besides crowds."
+            )
+        super().__init__(len(dataset_dicts), seed=seed)
+        unused = len(dataset_dicts) - len(self._pictures.unique())
+        logger.info(
+            f"Class-aware sampling over {len(self._starts) - 1} classes; {unused} of "
+            f"{len(dataset_dicts)} pictures have no annotation and are never drawn."
+        )
+
+    def _infinite_indices(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed)
+        counts = self._starts.diff()  # (C,)
+        for _ in itertools.count():
+            drawn = torch.randint(len(counts), (_CHUNK,), generator=generator)
+            # in float64, where u < 1 keeps u * count below count after rounding
+            u = torch.rand(_CHUNK, generator=generator, dtype=torch.float64)
+            place = self._starts[drawn] + (u * counts[drawn]).long()
+            yield from self._pictures[place].tolist()
