@@ -111,7 +111,7 @@ def test_loss_with_outputs_besides_the_classes_on_a_head_without():
 @pytest.mark.parametrize(("key", "name"), [("CLS_LOSS", "GHMC"), ("BOX_LOSS", "GHMR")])
 def test_levels_on_a_head_without_levels(key, name):
     refuse(
-        rf"{name}\.PER_LEVEL True needs feature levels and the RoI head has none; set it to False",
+        rf"{name}\.PER_LEVEL True needs feature levels and RoI heads have none; set it to False",
         "faster",
         f"MODEL.BALANCE.{key}",
         name,
