@@ -45,7 +45,7 @@ def softmax_mean(
     with torch.no_grad():  # the softmax does not change with the peak
         peak = scores.new_full((groups,), -torch.inf)
         peak = peak.scatter_reduce(0, group, scores.amax(dim=1), "amax")
-        filled = peak > -torch.inf
+        filled = peak != -torch.inf  # NaN counts as filled, or a diverged image would weigh 0
         peak = torch.where(filled, peak, torch.zeros_like(peak))
     weight = (scores - peak[group].unsqueeze(1)).exp()  # masked entries: exp(-inf) = 0
     total = weight.new_zeros(groups).index_add(0, group, weight.sum(dim=1))

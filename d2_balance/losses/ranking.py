@@ -92,8 +92,10 @@ def error_driven(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         grad: (R * K,) gradient of the flattened logits.
 
     Returns:
-        0-d tensor in the type of the logits.
+        0-d tensor in the type of the logits; NaN where the gradient is not finite, which the value
+        of a rank does not show.
     """
+    loss = torch.where(grad.isfinite().all(), loss, torch.nan)
     return _ErrorDriven.apply(logits, loss, grad.to(logits.dtype).view_as(logits))
 
 

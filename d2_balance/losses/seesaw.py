@@ -95,7 +95,9 @@ class Seesaw(ClassificationLoss):
         labels = samples.labels.clamp(max=samples.num_classes - 1)
         loss = seesaw_ce_loss(classes, labels, self.counts, self.p, self.q, self.eps)
         two_way = F.cross_entropy(objectness, (~fg).long(), reduction="none")
-        return loss.masked_fill(~fg, 0.0) + two_way
+        return (
+            loss * fg + two_way
+        )  # a mask would hide the NaN of a background row, not its gradient
 
     def probabilities(self, logits: Tensor) -> Tensor:
         objectness = logits[:, -2:].softmax(dim=1)  # (R, 2), object and background
