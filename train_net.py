@@ -32,6 +32,7 @@ import d2_balance  # noqa: F401  registers models, heads and data sets
 from d2_balance.data import register_from_config
 from d2_balance.engine import (
     BalancedTrainer,
+    NonFiniteLossError,
     prepare_run,
     read_config,
     short_messages,
@@ -58,7 +59,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict:
     """One rank: trains and evaluates, or evaluates only. Returns the results on the first rank."""
-    with short_messages(os.path.basename(sys.argv[0])):
+    program = os.path.basename(sys.argv[0])
+    with short_messages(program):
         cfg = setup(args)
         if args.eval_only:
             model = BalancedTrainer.build_model(cfg)
@@ -71,7 +73,8 @@ def main(args: argparse.Namespace) -> dict:
         if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
     else:
-        results = trainer.train()
+        with short_messages(program, NonFiniteLossError):
+            results = trainer.train()
     if comm.is_main_process():
         write_summary(cfg, results, config_file=args.config_file, eval_only=args.eval_only)
     return results

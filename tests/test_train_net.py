@@ -159,3 +159,16 @@ def test_a_mistake_ends_with_one_message_and_status_2(config, tmp_path):
     # corrected, the same folder can be used
     assert not (out / "last_checkpoint").exists()
     run(config, "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1")
+
+
+def test_training_that_diverges_ends_with_one_message_and_status_2(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        run(config, "OUTPUT_DIR", out, "SOLVER.BASE_LR", "1e30")
+    assert end.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ": error: The loss is not finite at iteration " in message
+    assert message.endswith("Lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True.")
+    log = (out / "log.txt").read_text()
+    assert "The loss is not finite at iteration " in log and "Traceback" not in log
+    assert not (out / "model_final.pth").exists() and not (out / "summary.md").exists()

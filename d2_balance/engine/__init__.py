@@ -1,6 +1,7 @@
 """Trainer, hooks, the checks before a run and the summary after it."""
 
 from .hooks import BetaDecay, LossStats, SeedSteps, decayed_beta
+from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
 from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
 from .summary import write_summary
 from .train_stream import TrainStream, build_train_stream
@@ -10,7 +11,10 @@ from .validate import validate
 __all__ = [
     "BalancedTrainer",
     "BetaDecay",
+    "FiniteLosses",
+    "FiniteWeights",
     "LossStats",
+    "NonFiniteLossError",
     "SeedSteps",
     "TrainStream",
     "build_train_stream",

@@ -183,23 +183,23 @@ def _evaluation_folder(folder: str) -> str:
 
 
 @contextmanager
-def short_messages(program: str) -> Iterator[None]:
+def short_messages(program: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     """Ends the program with one message, without traceback, where the user has to change something.
 
-    That is a ValueError raised by this package, Detectron2 or their config library. All other
-    exceptions are bugs and keep their traceback.
+    That is an exception of `kind` raised by this package, Detectron2 or their config library. All
+    others are bugs and keep their traceback.
     """
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         if not _is_deliberate(error):
             raise
-        if comm.get_local_rank() == 0:
+        if comm.get_local_rank() == 0 or not getattr(error, "everywhere", True):
             print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(CONFIG_ERROR)
 
 
-def _is_deliberate(error: ValueError) -> bool:
+def _is_deliberate(error: Exception) -> bool:
     """Whether the error was raised on purpose: by us, Detectron2, fvcore or yacs themselves."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = frames[-1].f_globals.get("__name__", "")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -19,6 +20,7 @@ from ..losses import BoxLoss, ClassificationLoss
 from ..modeling.criterion import Normalizer
 from ..reweight import Reweighter
 from .hooks import BetaDecay, LossStats, SeedSteps
+from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
 from .train_stream import TrainStream, build_train_stream
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter)
@@ -38,6 +40,8 @@ class BalancedTrainer(DefaultTrainer):
     - A run that starts from the weights of another one takes over what was learned, and no
       densities, counters or class counts: those belong to the other run and its data.
     - Several ranks work without a GPU, over gloo.
+    - A loss that is not finite ends the run before it reaches the weights, with a
+      `NonFiniteLossError` that names the loss, the pictures and the classes.
 
     Args:
         cfg: config with MODEL.BALANCE. With SEED below 0 a resumed run is not exact; `train_net.py`
@@ -50,6 +54,8 @@ class BalancedTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         with _ddp_on_cpu(cfg.MODEL.DEVICE):
             super().__init__(cfg)
+        # this one calls backward and the optimizer
+        self._trainer.register_hooks([self._finite_losses])
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, and ours behind the learning rate scheduler.
@@ -58,13 +64,47 @@ class BalancedTrainer(DefaultTrainer):
         counted from the front, where all ranks agree.
         """
         found = super().build_hooks()
+        names = [MetadataCatalog.get(n).get("thing_classes") for n in self.cfg.DATASETS.TRAIN[:1]]
+        self._finite_losses = FiniteLosses(self.model, *names, seed=self.cfg.SEED)
         place = 1 + next(i for i, h in enumerate(found) if isinstance(h, hooks.LRScheduler))
         found[place:place] = [
             SeedSteps(self.cfg.SEED) if self.cfg.SEED >= 0 else None,
             BetaDecay.from_config(self.cfg, self.model),
             LossStats(self.model, self.cfg.OUTPUT_DIR),
+            FiniteWeights(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD, self._finite_losses),
         ]
         return found
+
+    def run_step(self) -> None:
+        """One iteration.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite, or the model stopped because of values that
+                are not.
+        """
+        with self._no_evaluation_after_failure():
+            try:
+                super().run_step()
+            except NonFiniteLossError:
+                raise
+            except Exception as error:
+                explained = self._finite_losses.error_of_forward(error)
+                if explained is None:
+                    raise
+                raise explained from error
+
+    def after_step(self) -> None:
+        with self._no_evaluation_after_failure():
+            super().after_step()
+
+    @contextmanager
+    def _no_evaluation_after_failure(self) -> Iterator[None]:
+        """Detectron2 would evaluate the model of a run that failed in its last iteration."""
+        try:
+            yield
+        except Exception:
+            self._hooks = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
+            raise
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -124,6 +164,9 @@ class BalancedTrainer(DefaultTrainer):
         Returns:
             Results of the evaluation after the last iteration, as `test` returns them; on other
             ranks than the first, {}.
+
+        Raises:
+            NonFiniteLossError: see `run_step`; or a step has made the weights infinite or NaN.
         """
         if self.start_iter >= self.max_iter:
             logger.info(
@@ -134,7 +177,8 @@ class BalancedTrainer(DefaultTrainer):
         else:
             if isinstance(self.data_loader, TrainStream):
                 self.data_loader.start = self.start_iter
-            super().train()
+            with errors_without_traceback():
+                super().train()
         return self._last_eval_results if comm.is_main_process() else {}
 
 
