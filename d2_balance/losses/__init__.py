@@ -2,6 +2,7 @@
 
 from .alrp import ALRP
 from .ap import AP
+from .bags import BAGS
 from .balanced_l1 import BalancedL1
 from .balanced_softmax import BalancedSoftmax, LogitAdjusted
 from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
@@ -15,6 +16,7 @@ from .federated import Federated
 from .focal import Focal
 from .ghm import GHMC, GHMR
 from .iou import CIoU, DIoU, GIoU
+from .loce import LOCE
 from .quality_focal import QFL, VFL
 from .rank_sort import RankSort
 from .samples import Samples
@@ -25,6 +27,7 @@ from .softmax_eql import SoftmaxEQL
 __all__ = [
     "ALRP",
     "AP",
+    "BAGS",
     "BOX_LOSSES",
     "BalancedCE",
     "BalancedL1",
@@ -44,6 +47,7 @@ __all__ = [
     "GHMC",
     "GHMR",
     "GIoU",
+    "LOCE",
     "LogitAdjusted",
     "QFL",
     "RankSort",

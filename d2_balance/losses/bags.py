@@ -1,0 +1,155 @@
+"""BAGS: balanced group softmax, where classes compete with classes of about their own size.
+
+Foreground classes are put into groups G_1 ... G_n by their number of training objects. Each group
+has an output "others" of its own, and one more group tells object from background:
+
+    L = sum over groups g of  (1 / |U_g|) sum_{i in U_g} -log softmax_g(z_i)[target_g(i)]
+
+    target_g(i)   the class of row i, if it is in g; "others" in all other groups; object or
+                  background in the last group
+    U_g           the rows of g's classes, and beta times as many rows drawn among its "others";
+                  all rows in the last group. A group without a row of its classes adds nothing.
+
+    score of class j in group g:  softmax_g(z)[j] * p_object,    of background:  p_background
+
+Source: Li et al., Overcoming Classifier Imbalance for Long-tail Object Detection with Balanced
+Group Softmax, arXiv:2006.10408, section 3.2. Rows are drawn and averaged on each rank by itself.
+
+G: groups of classes. C = K + G + 2 columns: K classes, G "others", object, background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import CLS_LOSSES, ClassificationLoss, check
+from .samples import Samples
+
+
+def group_targets(labels: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """The column that each row should choose in each group.
+
+    Args:
+        labels: (R,) int64 in [0, K]; K is background.
+        group: (K,) int64 in [0, G), the group of each class.
+        num_groups: G.
+
+    Returns:
+        (R, G + 1) int64 in [0, C).
+    """
+    num_classes = len(group)
+    foreground = labels < num_classes
+    own = group[labels.clamp(max=num_classes - 1)].masked_fill(~foreground, -1)  # (R,)
+    groups = torch.arange(num_groups, device=labels.device)
+    inside = own.unsqueeze(1) == groups  # (R, G)
+    columns = torch.where(inside, labels.unsqueeze(1), num_classes + groups)
+    last = num_classes + num_groups + (~foreground).long()
+    return torch.cat([columns, last.unsqueeze(1)], dim=1)
+
+
+@torch.no_grad()
+def draw_rows(inside: Tensor, beta: float) -> Tensor:
+    """Rows that train each group: those of its classes, and beta times as many drawn others.
+
+    Args:
+        inside: (R, G) bool, whether the class of the row is in the group.
+        beta: others per row of the group, at least 0, rounded down to whole rows.
+
+    Returns:
+        (R, G) bool.
+    """
+    key = torch.rand(inside.shape, device=inside.device).masked_fill(inside, torch.inf)
+    place = key.argsort(dim=0).argsort(dim=0)  # of the row among the keys of its group
+    wanted = (inside.sum(dim=0) * beta).floor()
+    return inside | (place < wanted)
+
+
+def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Tensor) -> Tensor:
+    """Sum over groups of the mean cross-entropy of the rows that the group uses.
+
+    Args:
+        logits: (R, C).
+        target: (R, G + 1) int64 in [0, C), a column of each group.
+        member: (G + 1, C) bool, the columns of each group, at least one.
+        used: (R, G + 1) bool.
+
+    Returns:
+        0-d tensor.
+    """
+    loss = group_log_sum(logits, member) - logits.gather(1, target)  # (R, G + 1)
+    return (loss.masked_fill(~used, 0.0).sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
+
+
+def group_log_sum(logits: Tensor, member: Tensor) -> Tensor:
+    """log sum exp over the columns of each group.
+
+    Args:
+        logits: (R, C).
+        member: (G, C) bool.
+
+    Returns:
+        (R, G).
+    """
+    return logits.unsqueeze(1).masked_fill(~member, -torch.inf).logsumexp(dim=2)
+
+
+@CLS_LOSSES.register()
+class BAGS(ClassificationLoss):
+    """Balanced group softmax (arXiv:2006.10408) for softmax RoI heads.
+
+    The release trains only the last classifier layer of a trained model; see
+    MODEL.BALANCE.TRAIN_ONLY.
+
+    Args:
+        instance_count: (K,) training objects of each class.
+        cuts: least number of objects of every group but the first, rising, at least 1.
+        beta: rows of other classes drawn per row of the group's own classes, at least 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    elementwise = False
+    activation = "softmax"
+    joins_ranks = False
+
+    def __init__(
+        self,
+        *,
+        instance_count: Tensor | Sequence[float],
+        cuts: Sequence[int] = (10, 100, 1000),
+        beta: float = 8.0,
+    ) -> None:
+        super().__init__()
+        count = torch.as_tensor(instance_count, dtype=torch.float64)
+        rule = "K counts of at least 0"
+        check(self, "instance_count", instance_count, bool((count >= 0).all()), rule)
+        edges = [0, *cuts]
+        rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        check(self, "cuts", cuts, rising, "rising numbers of at least 1")
+        check(self, "beta", beta, beta >= 0, "a number of at least 0")
+        self.beta, self.num_groups = beta, len(edges)
+        group = torch.bucketize(count, torch.tensor(cuts, dtype=torch.float64), right=True)
+        groups = torch.arange(self.num_groups)
+        owner = torch.cat([group, groups, groups.new_full((2,), self.num_groups)])  # (C,)
+        self.register_buffer("instance_count", count)
+        self.register_buffer("group", group)
+        self.register_buffer("member", owner == torch.arange(self.num_groups + 1).unsqueeze(1))
+
+    def num_outputs(self, num_classes: int) -> int:
+        return num_classes + self.num_groups + 2
+
+    def compute(self, samples: Samples) -> Tensor:
+        target = group_targets(samples.labels, self.group, self.num_groups)
+        used = draw_rows(target[:, :-1] < samples.num_classes, self.beta)
+        used = torch.cat([used, torch.ones_like(target[:, -1:], dtype=torch.bool)], dim=1)
+        return group_softmax_loss(samples.logits, target, self.member, used)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        log_sum = group_log_sum(logits, self.member[:-1])  # (R, G)
+        classes = (logits[:, : len(self.group)] - log_sum[:, self.group]).exp()  # (R, K)
+        objectness = logits[:, -2:].softmax(dim=1)  # (R, 2), object and background
+        return torch.cat([classes * objectness[:, :1], objectness[:, 1:]], dim=1)
