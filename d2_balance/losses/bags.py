@@ -80,7 +80,8 @@ def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Ten
         0-d tensor.
     """
     loss = group_log_sum(logits, member) - logits.gather(1, target)  # (R, G + 1)
-    return (loss.masked_fill(~used, 0.0).sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
+    # masked_fill would hide the NaN of a row that is not used, but not its gradient
+    return ((loss * used).sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
 
 
 def group_log_sum(logits: Tensor, member: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def test_one_nan_makes_the_loss_nan_and_its_row_can_be_told(name, kind):
         samples.logits[row, 2] = math.nan
     value = loss(samples)
     assert not value.sum().isfinite()
-    if loss.elementwise:
+    state_first = not loss.update_after  # then all rows are weighted with what one has spoilt
+    spoilt = not all(buffer.isfinite().all() for buffer in loss.buffers())
+    if loss.elementwise and not (state_first and spoilt):
         bad = (~value.isfinite()).view(60, -1).any(dim=1)
         assert bad.nonzero().flatten().tolist() == row.tolist()
 
