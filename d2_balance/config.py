@@ -61,6 +61,9 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.GUIDED_SCALE = 0.0
     # Bound of the ratio of box loss to classification loss in guided scaling, above 0.
     _C.GUIDED_MAX_RATIO = 1e4
+    # Parts of parameter names, such as box_predictor.cls_score: all other parameters and their
+    # batch norms are frozen (decoupled training); empty trains the whole model.
+    _C.TRAIN_ONLY = []
     # JSON file with class counts (ClassStatistics.save); "" counts on DATASETS.TRAIN;
     # "checkpoint" takes them from the loaded weights, for inference only.
     _C.CLASS_STATISTICS = ""
@@ -85,6 +88,22 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Exponent of the class's image count that its score is divided by, at least 0; 0 is off. Choose
     # it on training pictures.
     _C.NORCAL.GAMMA = 0.0
+
+    # Memory of RoI features of CLS_LOSS LOCE (arXiv:2108.07507, section 3.4), in RoI heads:
+    # features of classes with low mean scores train again. Cascade stages have one each.
+    _C.LOCE_MEMORY = CfgNode()
+    # Whether there is a memory.
+    _C.LOCE_MEMORY.ENABLED = False
+    # Entries of all classes together, at least one per class. An entry of 256 x 7 x 7 takes 25 kB
+    # on the device and in checkpoints; the paper has room for PER_CLASS entries of every class
+    # (2.4 GB for LVIS v1).
+    _C.LOCE_MEMORY.CAPACITY = 4096
+    # Entries of one class at most, at least 1.
+    _C.LOCE_MEMORY.PER_CLASS = 80
+    # Classes drawn in each step, at least 1.
+    _C.LOCE_MEMORY.CLASSES_PER_STEP = 8
+    # Entries drawn of each of these classes, at least 1.
+    _C.LOCE_MEMORY.FEATURES_PER_CLASS = 4
 
     for name, cls in _registered():
         node = constructor_node(cls)

@@ -19,6 +19,7 @@ from ..evaluation import build_evaluator
 from ..losses import BoxLoss, ClassificationLoss
 from ..modeling.criterion import Normalizer
 from ..reweight import Reweighter
+from .decoupled import train_only
 from .hooks import BetaDecay, LossStats, SeedSteps
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
 from .train_stream import TrainStream, build_train_stream
@@ -105,6 +106,13 @@ class BalancedTrainer(DefaultTrainer):
         except Exception:
             self._hooks = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
             raise
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model, with all but MODEL.BALANCE.TRAIN_ONLY frozen; see `train_only`."""
+        model = super().build_model(cfg)
+        train_only(model, cfg.MODEL.BALANCE.TRAIN_ONLY)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
