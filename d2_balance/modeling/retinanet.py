@@ -2,94 +2,37 @@
 
 from __future__ import annotations
 
-import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import cat
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, ImageList, Instances
-from torch import Tensor, nn
+from detectron2.structures import ImageList, Instances
+from torch import Tensor
 
-from ..data.image_labels import ImageLabels
-from ..losses import BoxLoss, ClassificationLoss, Focal, Samples
-from .build import (
-    build_box_loss,
-    build_cls_loss,
-    build_reweighters,
-    check_class_quantities,
-    stock_box_loss,
-)
-from .compatibility import check_pairing
-from .criterion import PositiveEMA, detection_losses
-from .objects import classes_of_ids, ids_as_classes, number_objects
+from ..losses import BoxLoss, ClassificationLoss, Focal
+from .build import stock_box_loss
+from .dense import BalancedDense, loss_arguments
 
 
 @META_ARCH_REGISTRY.register()
-class BalancedRetinaNet(RetinaNet):
+class BalancedRetinaNet(BalancedDense, RetinaNet):
     """RetinaNet whose losses come from MODEL.BALANCE; stock where the names are empty.
 
-    The normaliser is a buffer counted over all ranks (`loss_normalizer`), so that a resumed run
-    continues with it.
-
-    Args:
-        cls_loss: sigmoid classification loss; None: focal loss with the stock arguments.
-        box_loss: box loss; None: the stock `box_reg_loss_type`.
-        reweighters: modules that weight rows.
-        cls_weight: factor of the classification loss.
-        box_weight: factor of the box loss.
-        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
-        **kwargs: as Detectron2's RetinaNet.
-
-    Raises:
-        ValueError: the parts cannot work together.
+    The stock losses are focal loss and the `box_reg_loss_type` of Detectron2's RetinaNet. The
+    arguments are those of `BalancedDense`, and of Detectron2's RetinaNet.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        cls_loss: ClassificationLoss | None = None,
-        box_loss: BoxLoss | None = None,
-        reweighters: nn.ModuleList | None = None,
-        cls_weight: float = 1.0,
-        box_weight: float = 1.0,
-        image_labels: ImageLabels | None = None,
-        **kwargs,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.cls_loss = cls_loss or Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
-        self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
-        self.reweighters = reweighters or nn.ModuleList()
-        self.cls_weight, self.box_weight = cls_weight, box_weight
-        self.image_labels = image_labels
-        self.normalizer = PositiveEMA()
-        check_pairing(
-            "RetinaNet", self.cls_loss, self.box_loss, self.reweighters, softmax=False, levels=True
-        )
-        check_class_quantities(self.cls_loss, self.num_classes)
+    head_name = "RetinaNet"
+    initial_normalizer = 100.0
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        ret = super().from_config(cfg)
-        num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-        ret["cls_loss"] = build_cls_loss(cfg, num_classes)
-        ret["box_loss"] = build_box_loss(cfg, num_classes)
-        ret["reweighters"] = build_reweighters(cfg, num_classes)
-        ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_WEIGHT
-        ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
-        ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, num_classes)
-        return ret
+        return super().from_config(cfg) | loss_arguments(cfg, cfg.MODEL.RETINANET.NUM_CLASSES)
 
-    @property
-    def loss_normalizer(self) -> Tensor:
-        """0-d moving average of the number of positive anchors of all ranks."""
-        return self.normalizer.loss_normalizer
+    def default_cls_loss(self) -> ClassificationLoss:
+        return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        images = super().preprocess_image(batched_inputs)
-        if self.training and self.image_labels is not None:
-            images.listed = self.image_labels.listed(batched_inputs, self.device)
-        return images
+    def default_box_loss(self) -> BoxLoss:
+        return stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
 
     def forward_training(
         self,
@@ -98,96 +41,12 @@ class BalancedRetinaNet(RetinaNet):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        pred_logits, pred_deltas = self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4]
-        )
-        anchors = self.anchor_generator(features)
-        labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances)
-        samples = self.samples(
-            anchors,
-            pred_logits,
-            labels,
-            pred_deltas,
-            gt_boxes,
-            gt_index,
-            getattr(images, "listed", None),
-        )
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        samples = self.matched_samples(images, features, logits, deltas, gt_instances)
         return self.sample_losses(samples)
 
     def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
         """As Detectron2's RetinaNet; without object ids and image-level labels."""
         return self.sample_losses(
             self.samples(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        )
-
-    def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
-        """The losses of a batch; see `detection_losses`."""
-        return detection_losses(
-            samples,
-            self.cls_loss,
-            self.box_loss,
-            self.reweighters,
-            self.normalizer,
-            cls_weight=self.cls_weight,
-            box_weight=self.box_weight,
-        )
-
-    @torch.no_grad()
-    def match_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Labels, matched boxes and the matched object's id of every anchor.
-
-        Returns:
-            N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
-        """
-        number_objects(gt_instances)
-        found, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
-        labels, index = classes_of_ids(torch.stack(found), gt_instances, self.num_classes)
-        return list(labels), boxes, index
-
-    def samples(
-        self,
-        anchors: list[Boxes],
-        pred_logits: list[Tensor],
-        gt_labels: list[Tensor],
-        pred_deltas: list[Tensor],
-        gt_boxes: list[Tensor],
-        gt_index: Tensor | None = None,
-        listed: Tensor | None = None,
-    ) -> Samples:
-        """Flattens the dense predictions of a batch and drops ignored anchors.
-
-        Args:
-            anchors: one Boxes per level, A in all.
-            pred_logits: per level (N, A_l, K).
-            gt_labels: N vectors (A,) in {-1, 0, ..., K}.
-            pred_deltas: per level (N, A_l, 4).
-            gt_boxes: N tensors (A, 4).
-            gt_index: (N, A) ids of the matched objects.
-            listed: (N, K) bool.
-
-        Returns:
-            Samples with R = the anchors that are not ignored, image by image.
-        """
-        labels = torch.stack(gt_labels)  # (N, A)
-        valid = labels >= 0
-        positive = valid & (labels != self.num_classes)
-        images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
-        level = torch.cat([labels.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
-        boxes = Boxes.cat(anchors).tensor  # (A, 4)
-        return Samples(
-            logits=cat(pred_logits, dim=1)[valid],
-            labels=labels[valid],
-            num_classes=self.num_classes,
-            image=images.expand_as(labels)[valid],
-            num_images=len(labels),
-            level=level.expand_as(labels)[valid],
-            num_levels=len(anchors),
-            listed=listed,
-            pred_deltas=cat(pred_deltas, dim=1)[positive],
-            boxes=boxes.expand(len(labels), -1, -1)[positive],
-            gt_boxes=torch.stack(gt_boxes)[positive],
-            gt_index=None if gt_index is None else gt_index[positive],
-            box_transform=self.box2box_transform,
         )
