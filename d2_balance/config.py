@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from .losses import BOX_LOSSES, CLS_LOSSES
+from .modeling.build import one_class_losses
 from .reweight import REWEIGHTERS
 
 
@@ -32,6 +33,33 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Data sets to register: entries [name, annotation JSON, picture folder]; COCO or LVIS style
     # is recognised.
     cfg.DATASETS.REGISTER = []
+
+    # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; names
+    # and meanings are those of MODEL.RETINANET.
+    cfg.MODEL.FCOS = CfgNode()
+    # Number of classes.
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # Feature maps of the head. A map of stride s takes boxes whose farthest side is 4 s to 8 s from
+    # the anchor point; the first has no lower bound and the last no upper one.
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions before the outputs of the head.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    # Normalisation of these convolutions; "" for none.
+    cfg.MODEL.FCOS.NORM = "GN"
+    # Start probability of every class, in (0, 1); sets the bias of the classifier.
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Anchor points are positive that far from the centre of a box at most, in strides.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Weight of positives in the stock focal loss.
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    # Exponent of the stock focal loss.
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Detections below this score are dropped; it is the root of class score times centerness.
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    # Detections per feature map that go into non-maximum suppression.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    # IoU of non-maximum suppression.
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     _C = cfg.MODEL.BALANCE = CfgNode()
     # Classification loss, a name of CLS_LOSSES; "" keeps the stock loss of the head.
@@ -67,6 +95,31 @@ def add_balance_config(cfg: CfgNode) -> None:
     # JSON file with class counts (ClassStatistics.save); "" counts on DATASETS.TRAIN;
     # "checkpoint" takes them from the loaded weights, for inference only.
     _C.CLASS_STATISTICS = ""
+
+    # JSON file of `d2-balance prior`: classifiers start at the counted share of foreground in place
+    # of PRIOR_PROB; "" is off.
+    _C.PRIOR_FILE = ""
+    # Whether a class's score threshold at test is its share of the rows, by PRIOR_FILE, in place of
+    # SCORE_THRESH_TEST (arXiv:1909.04868, equation 7).
+    _C.CLASS_THRESHOLDS = False
+
+    # Losses of the RPN, where MODEL.PROPOSAL_GENERATOR.NAME is BalancedRPN. Sub-nodes hold the
+    # arguments of those that work with one class.
+    _C.RPN = CfgNode()
+    # Classification loss of the RPN; "" keeps cross-entropy.
+    _C.RPN.CLS_LOSS = ""
+    # Box loss of the RPN; "" keeps MODEL.RPN.BBOX_REG_LOSS_TYPE.
+    _C.RPN.BOX_LOSS = ""
+    # Factor of the RPN's classification loss, times MODEL.RPN.LOSS_WEIGHT.
+    _C.RPN.CLS_WEIGHT = 1.0
+    # Factor of the RPN's box loss, times MODEL.RPN.LOSS_WEIGHT and BBOX_REG_LOSS_WEIGHT.
+    _C.RPN.BOX_WEIGHT = 1.0
+    # As MODEL.BALANCE.GUIDED_SCALE, in the RPN; the authors use 1.
+    _C.RPN.GUIDED_SCALE = 0.0
+    # Whether the RPN draws BATCH_SIZE_PER_IMAGE anchors; False trains on all that are not ignored.
+    _C.RPN.SAMPLE = True
+    # Start probability of an object; 0.5 is Detectron2's bias of 0.
+    _C.RPN.PRIOR_PROB = 0.5
 
     # Schedule that lowers the beta of SmoothL1 from MODEL.BALANCE.SMOOTHL1.BETA (stock heads: from
     # their own beta); with t the iteration:
@@ -109,6 +162,11 @@ def add_balance_config(cfg: CfgNode) -> None:
         node = constructor_node(cls)
         if node:
             _C[name.upper()] = node
+    for registry in (CLS_LOSSES, BOX_LOSSES):
+        for name, cls in one_class_losses(registry):
+            node = constructor_node(cls)
+            if node:
+                _C.RPN[name.upper()] = node
     cfg.register_renamed_key("MODEL.BALANCE.EQL.LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
 
 

@@ -83,11 +83,23 @@ def reference_page() -> str:
         if key in nodes - named:
             place = f"MODEL.BALANCE.{key}"
             about = _text(comments, place).rstrip(":.")
-            parts += [f"### {place}\n", f"{about}.\n", _table(place, balance[key], comments)]
+            texts = comments | _argument_texts(place)  # nodes of losses below the node of a part
+            table = _table(place, dict(leaves(balance[key])), texts)
+            parts += [f"### {place}\n", f"{about}.\n", table]
     for title, registry in SECTIONS.items():
         entries = [_entry(name, cls, balance.get(name.upper())) for name, cls in registry]
         parts += [f"## {title}\n", *entries] if entries else []
     return "\n".join(parts)
+
+
+def _argument_texts(place: str) -> dict[str, str]:
+    """The meaning of every constructor argument, by the name of its key below `place`."""
+    return {
+        f"{place}.{name.upper()}.{argument.upper()}": text
+        for registry in SECTIONS.values()
+        for name, cls in registry
+        for argument, text in argument_help(cls).items()
+    }
 
 
 def _entry(name: str, cls: type, node: CfgNode | None) -> str:
@@ -103,8 +115,7 @@ def _entry(name: str, cls: type, node: CfgNode | None) -> str:
         parts.append("No keys.\n")
     else:
         place = f"MODEL.BALANCE.{name.upper()}"
-        texts = {f"{place}.{key.upper()}": text for key, text in argument_help(cls).items()}
-        parts.append(_table(place, node, texts))
+        parts.append(_table(place, node, _argument_texts("MODEL.BALANCE")))
     return "\n".join(parts)
 
 

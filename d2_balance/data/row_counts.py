@@ -1,4 +1,4 @@
-"""Counts the rows (anchors, points, proposals) of a picture by the model's own rules of training."""
+"""Counts the rows (anchors, proposals) of a picture by the rules of the model's training."""
 
 from __future__ import annotations
 

@@ -11,7 +11,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.file_io import PathManager
@@ -19,18 +24,11 @@ from detectron2.utils.file_io import PathManager
 from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
 from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
-from ..modeling.build import build_box_loss, build_cls_loss, build_reweighters
+from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
+from ..modeling.feature_memory import check_memory
 from .hooks import check_beta_decay
 from .train_stream import check_sampler
-
-BALANCED_META_ARCHITECTURES = {
-    "RetinaNet": "BalancedRetinaNet",
-    "GeneralizedRCNN": "BalancedRCNN",
-}
-BALANCED_ROI_HEADS = {
-    "StandardROIHeads": "BalancedStandardROIHeads",
-    "CascadeROIHeads": "BalancedCascadeROIHeads",
-}
+from .unused import check_losses_are_used
 
 
 def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
@@ -92,46 +90,13 @@ def check_registered_names(cfg: CfgNode) -> None:
         ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
         ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
     ]
+    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if generator != "PrecomputedProposals":  # Detectron2's word for none
+        names.append(("MODEL.PROPOSAL_GENERATOR.NAME", generator, PROPOSAL_GENERATOR_REGISTRY))
     for key, name, registry in names:
         if name not in registry:
             hint = closest(name, (known for known, _ in registry))
             raise ValueError(f"{key}: {name!r} is unknown; {hint}")
-
-
-def check_losses_are_used(cfg: CfgNode) -> None:
-    """Refuses losses that a stock model would leave unused without a word.
-
-    Raises:
-        ValueError: saying which model or heads to set.
-    """
-    balance = cfg.MODEL.BALANCE
-    wanted = [
-        f"MODEL.BALANCE.{key}" for key in ("CLS_LOSS", "BOX_LOSS", "REWEIGHT") if balance[key]
-    ]
-    if balance.BETA_DECAY.ENABLED:
-        wanted.append("MODEL.BALANCE.BETA_DECAY.ENABLED")
-    if not wanted:
-        return
-    arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    parts = [("MODEL.META_ARCHITECTURE", arch, BALANCED_META_ARCHITECTURES)]
-    if issubclass(arch, GeneralizedRCNN):
-        heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
-        parts.append(("MODEL.ROI_HEADS.NAME", heads, BALANCED_ROI_HEADS))
-    changes = []
-    for key, cls, balanced in parts:
-        if not cls.__module__.startswith("detectron2."):
-            continue  # ours, or a user's own
-        if cls.__name__ in balanced:
-            changes.append(f"{key} {balanced[cls.__name__]} in place of {cls.__name__}")
-        else:
-            allowed = ", ".join(balanced.values())
-            changes.append(f"{key} to one of {allowed}; {cls.__name__} has no balanced form")
-    if changes:
-        verb, them = ("is", "it") if len(wanted) == 1 else ("are", "them")
-        raise ValueError(
-            f"{', '.join(wanted)} {verb} set, but the model would not use {them}: set "
-            f"{' and '.join(changes)}."
-        )
 
 
 def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -146,12 +111,17 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
             f'MODEL.BALANCE.CLASS_STATISTICS "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
             'training is "", which counts on DATASETS.TRAIN, or a file.'
         )
+    check_memory(cfg)
     bare = cfg.clone()
     bare.defrost()
     bare.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
     num_classes = configured_num_classes(cfg)
     for build in (build_cls_loss, build_box_loss, build_reweighters):
         build(bare, num_classes)
+    for build in (build_cls_loss, build_box_loss):
+        build(bare, 1, "RPN")
+    for part in ("", "RPN"):
+        build_guided(bare, part)
 
 
 def check_numbers(cfg: CfgNode) -> None:
@@ -162,14 +132,17 @@ def check_numbers(cfg: CfgNode) -> None:
     """
     balance = cfg.MODEL.BALANCE
     for key in ("CLS_WEIGHT", "BOX_WEIGHT"):
-        if not balance[key] >= 0:
+        for place, node in (("", balance), ("RPN.", balance.RPN)):
+            if not node[key] >= 0:
+                raise ValueError(
+                    f"MODEL.BALANCE.{place}{key} is {node[key]}; allowed is a number of at least 0."
+                )
+    nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN, "RETINANET": cfg.MODEL.RETINANET}
+    for place, node in nodes.items():
+        if not 0 < node.PRIOR_PROB < 1:
             raise ValueError(
-                f"MODEL.BALANCE.{key} is {balance[key]}; allowed is a number of at least 0."
+                f"MODEL.{place}.PRIOR_PROB is {node.PRIOR_PROB}; allowed is a number in (0, 1)."
             )
-    for node in ("BALANCE", "RETINANET"):
-        prior = cfg.MODEL[node].PRIOR_PROB
-        if not 0 < prior < 1:
-            raise ValueError(f"MODEL.{node}.PRIOR_PROB is {prior}; allowed is a number in (0, 1).")
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:

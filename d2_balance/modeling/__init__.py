@@ -2,14 +2,18 @@
 
 from .criterion import detection_losses
 from .fast_rcnn import BalancedFastRCNNOutputLayers
+from .fcos import BalancedFCOS
 from .rcnn import BalancedRCNN
 from .retinanet import BalancedRetinaNet
 from .roi_heads import BalancedCascadeROIHeads, BalancedStandardROIHeads
+from .rpn import BalancedRPN
 
 __all__ = [
     "BalancedCascadeROIHeads",
+    "BalancedFCOS",
     "BalancedFastRCNNOutputLayers",
     "BalancedRCNN",
+    "BalancedRPN",
     "BalancedRetinaNet",
     "BalancedStandardROIHeads",
     "detection_losses",

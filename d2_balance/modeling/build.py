@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ..reweight import REWEIGHTERS, GuidedScale, Selector
+from .compatibility import HEADS, check_pairing
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -72,9 +74,31 @@ def _lookup(registry: Registry, key: str, name: str) -> Any:
     return registry.get(name)
 
 
-def _construct(cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int) -> Any:
-    cls = _lookup(registry, key, name)
-    node = cfg.MODEL.BALANCE.get(name.upper(), {})
+def one_class_losses(registry: Registry) -> Iterator[tuple[str, type]]:
+    """Names and classes of the losses that can train the RPN.
+
+    It has one class, object, and one sigmoid column: nothing is counted per class, and there are
+    no outputs besides.
+    """
+    allowed = HEADS["the RPN"].cls_losses
+    for name, cls in registry:
+        if registry is not CLS_LOSSES or cls in allowed:
+            yield name, cls
+
+
+def _node(cfg: CfgNode, part: str) -> CfgNode:
+    """MODEL.BALANCE, or the node of a part with losses of its own ("RPN")."""
+    return cfg.MODEL.BALANCE[part] if part else cfg.MODEL.BALANCE
+
+
+def _construct(
+    cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int, part: str = ""
+) -> Any:
+    place = f"{part}." if part else ""
+    cls = _lookup(registry, place + key, name)
+    if part == "RPN" and registry is CLS_LOSSES:  # before it asks for what the RPN does not have
+        check_pairing("the RPN", cls, BOX_LOSSES.get("SmoothL1"))
+    node = _node(cfg, part).get(name.upper(), {})
     arguments = {}
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.name == NUM_CLASSES:
@@ -86,27 +110,39 @@ def _construct(cfg: CfgNode, key: str, registry: Registry, name: str, num_classe
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(f"MODEL.BALANCE.{name.upper()}: {error}") from error
+        raise ValueError(f"MODEL.BALANCE.{place}{name.upper()}: {error}") from error
 
 
-def build_cls_loss(cfg: CfgNode, num_classes: int) -> ClassificationLoss | None:
+def build_cls_loss(cfg: CfgNode, num_classes: int, part: str = "") -> ClassificationLoss | None:
     """The loss that MODEL.BALANCE.CLS_LOSS names, or None where it is empty (stock loss).
 
+    Args:
+        cfg: full config.
+        num_classes: K.
+        part: "RPN" for the loss of MODEL.BALANCE.RPN.
+
     Raises:
-        ValueError: the name is unknown or an argument out of range; the message names the key.
+        ValueError: the name is unknown, an argument out of range, or the loss does not fit the
+            part; the message names the key.
     """
-    name = cfg.MODEL.BALANCE.CLS_LOSS
-    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes) if name else None
+    name = _node(cfg, part).CLS_LOSS
+    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes, part) if name else None
 
 
-def build_box_loss(cfg: CfgNode, num_classes: int) -> BoxLoss | None:
+def build_box_loss(cfg: CfgNode, num_classes: int, part: str = "") -> BoxLoss | None:
     """The loss that MODEL.BALANCE.BOX_LOSS names, or None where it is empty (stock loss).
 
+    Args:
+        cfg: full config.
+        num_classes: K.
+        part: "RPN" for the loss of MODEL.BALANCE.RPN.
+
     Raises:
-        ValueError: the name is unknown or an argument out of range; the message names the key.
+        ValueError: the name is unknown, an argument out of range, or the loss does not fit the
+            part; the message names the key.
     """
-    name = cfg.MODEL.BALANCE.BOX_LOSS
-    return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes) if name else None
+    name = _node(cfg, part).BOX_LOSS
+    return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, part) if name else None
 
 
 def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
@@ -141,19 +177,20 @@ def build_selector(cfg: CfgNode, num_classes: int) -> Selector | None:
     return _construct(cfg, "REWEIGHT", REWEIGHTERS, names[0], num_classes) if names else None
 
 
-def build_guided(cfg: CfgNode) -> GuidedScale | None:
-    """Guided scaling as MODEL.BALANCE.GUIDED_SCALE and .GUIDED_MAX_RATIO say; None: off.
+def build_guided(cfg: CfgNode, part: str = "") -> GuidedScale | None:
+    """Guided scaling as GUIDED_SCALE of MODEL.BALANCE, or of its node `part`, says; None: off.
 
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    node = cfg.MODEL.BALANCE
-    if node.GUIDED_SCALE < 0 or not node.GUIDED_MAX_RATIO > 0:
+    scale, bound = _node(cfg, part).GUIDED_SCALE, cfg.MODEL.BALANCE.GUIDED_MAX_RATIO
+    if not scale >= 0 or not bound > 0:
+        place = f"{part}." if part else ""
         raise ValueError(
-            f"MODEL.BALANCE.GUIDED_SCALE is {node.GUIDED_SCALE} and GUIDED_MAX_RATIO "
-            f"{node.GUIDED_MAX_RATIO}; allowed is at least 0, and above 0."
+            f"MODEL.BALANCE.{place}GUIDED_SCALE is {scale} and MODEL.BALANCE.GUIDED_MAX_RATIO "
+            f"{bound}; allowed is at least 0, and above 0."
         )
-    return GuidedScale(node.GUIDED_SCALE, node.GUIDED_MAX_RATIO) if node.GUIDED_SCALE else None
+    return GuidedScale(scale, bound) if scale else None
 
 
 def stock_box_loss(kind: str, beta: float) -> BoxLoss:

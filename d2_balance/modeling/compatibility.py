@@ -36,6 +36,21 @@ class Head:
     proposals: bool = False
     classes: bool = True
 
+    @property
+    def place(self) -> str:
+        """Config node of its losses."""
+        return "MODEL.BALANCE" if self.classes else "MODEL.BALANCE.RPN"
+
+    @property
+    def cls_losses(self) -> list[type]:
+        """Losses that its columns and classes allow."""
+        return [
+            cls
+            for _, cls in CLS_LOSSES
+            if (self.extra_outputs or has_class_columns_only(cls))
+            and (self.classes or not needs_class_quantities(cls))
+        ]
+
 
 HEADS = {
     head.name: head
@@ -91,8 +106,9 @@ def _outputs(parts: Parts) -> str | None:
     why = f"is a softmax loss and {head.name} has a sigmoid head"
     if loss.activation == "sigmoid":
         why = f"needs outputs besides those of the classes and {head.name} has none"
-    return f"MODEL.BALANCE.CLS_LOSS {_name(loss)} {why}; losses that work there: " + _names(
-        cls for _, cls in CLS_LOSSES if has_class_columns_only(cls)
+    return (
+        f"{head.place}.CLS_LOSS {_name(loss)} {why}; losses that work there: "
+        f"{_names(head.cls_losses)}"
     )
 
 
@@ -100,13 +116,9 @@ def _class_quantities(parts: Parts) -> str | None:
     if parts.head.classes or not needs_class_quantities(parts.cls_loss):
         return None
     return (
-        f"MODEL.BALANCE.RPN.CLS_LOSS {_name(parts.cls_loss)} weights classes by their frequency "
+        f"{parts.head.place}.CLS_LOSS {_name(parts.cls_loss)} weights classes by their frequency "
         f"and {parts.head.name} has no classes; losses that work there: "
-        + _names(
-            cls
-            for _, cls in CLS_LOSSES
-            if has_class_columns_only(cls) and not needs_class_quantities(cls)
-        )
+        f"{_names(parts.head.cls_losses)}"
     )
 
 
@@ -114,7 +126,7 @@ def _levels(parts: Parts) -> str | None:
     for loss in (parts.cls_loss, parts.box_loss):
         if getattr(loss, "per_level", False) and not parts.head.levels:
             return (
-                f"MODEL.BALANCE.{_name(loss).upper()}.PER_LEVEL True needs feature levels and "
+                f"{parts.head.place}.{_name(loss).upper()}.PER_LEVEL True needs feature levels and "
                 f"{parts.head.name} have none; set it to False."
             )
     return None
@@ -124,7 +136,7 @@ def _coupled_boxes(parts: Parts) -> str | None:
     if not parts.cls_loss.couples_boxes or parts.box_loss.elementwise:
         return None
     return (
-        f"MODEL.BALANCE.CLS_LOSS {_name(parts.cls_loss)} ranks boxes as well and BOX_LOSS "
+        f"{parts.head.place}.CLS_LOSS {_name(parts.cls_loss)} ranks boxes as well and BOX_LOSS "
         f"{_name(parts.box_loss)} has no loss per box; BOX_LOSS that work: "
         + _names(cls for _, cls in BOX_LOSSES if cls.elementwise)
     )
@@ -181,7 +193,7 @@ def _guided(parts: Parts) -> str | None:
     if not parts.guided or parts.cls_loss.elementwise:
         return None
     return (
-        "MODEL.BALANCE.GUIDED_SCALE gives a sum over rows its scale and CLS_LOSS "
+        f"{parts.head.place}.GUIDED_SCALE gives a sum over rows its scale and CLS_LOSS "
         f"{_name(parts.cls_loss)} has a scale of its own; set it to 0. CLS_LOSS that work: "
         + _names(cls for _, cls in CLS_LOSSES if cls.elementwise)
     )
