@@ -34,8 +34,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     # is recognised.
     cfg.DATASETS.REGISTER = []
 
-    # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; names
-    # and meanings are those of MODEL.RETINANET.
+    # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; the
+    # names are those of MODEL.RETINANET.
     cfg.MODEL.FCOS = CfgNode()
     # Number of classes.
     cfg.MODEL.FCOS.NUM_CLASSES = 80

@@ -39,11 +39,22 @@ MODEL:
   ROI_BOX_HEAD: {NAME: FastRCNNConvFCHead, NUM_FC: 1, FC_DIM: 32, POOLER_RESOLUTION: 3}
   ROI_MASK_HEAD: {NAME: MaskRCNNConvUpsampleHead, NUM_CONV: 1, CONV_DIM: 8, POOLER_RESOLUTION: 4}
 """
+FCOS = """
+MODEL:
+  META_ARCHITECTURE: BalancedFCOS
+  BACKBONE: {NAME: build_fcos_resnet_fpn_backbone, FREEZE_AT: 0}
+  RESNETS:
+    {RES2_OUT_CHANNELS: 16, STEM_OUT_CHANNELS: 8, WIDTH_PER_GROUP: 4, NORM: BN,
+     OUT_FEATURES: [res3, res4, res5]}
+  FPN: {IN_FEATURES: [res3, res4, res5], OUT_CHANNELS: 16}
+  FCOS: {NUM_CONVS: 1, NORM: ""}
+"""
 MASK = FASTER + "  MASK_ON: True\n"
 CASCADE = FASTER.replace("StandardROIHeads", "CascadeROIHeads").replace(
     "FC_DIM: 32", "FC_DIM: 32, CLS_AGNOSTIC_BBOX_REG: True"
 )
 STOCK = {"retinanet": RETINANET, "faster": FASTER, "mask": MASK, "cascade": CASCADE}
+KINDS = STOCK | {"fcos": FCOS}  # Detectron2's FCOS has no config of its own
 BALANCED = {
     "RetinaNet": "BalancedRetinaNet",
     "GeneralizedRCNN": "BalancedRCNN",
@@ -56,12 +67,14 @@ def small_cfg(kind, *overrides, balanced=True):
     """A config of a very small model; overrides as on the command line."""
     cfg = get_cfg()
     add_balance_config(cfg)
-    cfg.merge_from_other_cfg(cfg.load_cfg(STOCK[kind]))
+    cfg.merge_from_other_cfg(cfg.load_cfg(KINDS[kind]))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = CLASSES
+    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.FCOS):
+        node.NUM_CLASSES = CLASSES
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     if balanced:
-        cfg.MODEL.META_ARCHITECTURE = BALANCED[cfg.MODEL.META_ARCHITECTURE]
+        arch = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = BALANCED.get(arch, arch)
         heads = cfg.MODEL.ROI_HEADS.NAME
         cfg.MODEL.ROI_HEADS.NAME = BALANCED.get(heads, heads)
     cfg.merge_from_list(list(overrides))

@@ -154,16 +154,16 @@ def _column(records: list[dict], field: str, table: str, json_file: str) -> list
 
 def num_classes_key(cfg: CfgNode) -> str:
     """The key that sets the number of classes of ``cfg.MODEL.META_ARCHITECTURE``."""
-    if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        return "MODEL.RETINANET.NUM_CLASSES"
+    for name in ("RetinaNet", "FCOS"):
+        if name in cfg.MODEL.META_ARCHITECTURE:
+            return f"MODEL.{name.upper()}.NUM_CLASSES"
     return "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
 def configured_num_classes(cfg: CfgNode) -> int:
     """Number of classes K that the configured model predicts."""
-    if num_classes_key(cfg) == "MODEL.RETINANET.NUM_CLASSES":
-        return cfg.MODEL.RETINANET.NUM_CLASSES
-    return cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    node = num_classes_key(cfg).split(".")[1]
+    return cfg.MODEL[node].NUM_CLASSES
 
 
 def check_num_classes(cfg: CfgNode, names: Iterable[str] | None = None) -> None:

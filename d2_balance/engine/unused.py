@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
 from ..config import add_balance_config
 from ..config_reference import leaves
 
 BALANCED_META_ARCHITECTURES = {
     "RetinaNet": "BalancedRetinaNet",
+    "FCOS": "BalancedFCOS",
     "GeneralizedRCNN": "BalancedRCNN",
 }
 BALANCED_PROPOSAL_GENERATORS = {"RPN": "BalancedRPN"}
@@ -71,7 +72,7 @@ def check_rpn_losses_are_used(cfg: CfgNode) -> None:
     if not changed:
         return
     arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if issubclass(arch, RetinaNet):
+    if issubclass(arch, DenseDetector):
         raise ValueError(
             f"{', '.join(changed)} set losses of the RPN and {arch.__name__} has no RPN; take them "
             "out, or set MODEL.META_ARCHITECTURE BalancedRCNN."

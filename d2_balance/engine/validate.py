@@ -26,6 +26,7 @@ from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
 from ..modeling.feature_memory import check_memory
+from ..modeling.fcos import BalancedFCOS
 from .hooks import check_beta_decay
 from .train_stream import check_sampler
 from .unused import check_losses_are_used
@@ -137,7 +138,8 @@ def check_numbers(cfg: CfgNode) -> None:
                 raise ValueError(
                     f"MODEL.BALANCE.{place}{key} is {node[key]}; allowed is a number of at least 0."
                 )
-    nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN, "RETINANET": cfg.MODEL.RETINANET}
+    nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN}
+    nodes |= {name: cfg.MODEL[name] for name in ("RETINANET", "FCOS")}
     for place, node in nodes.items():
         if not 0 < node.PRIOR_PROB < 1:
             raise ValueError(
@@ -213,7 +215,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         check_train_set(cfg, dataset_dicts, name)
     for name in test:
         load_dataset(name)
-    if _is_a(cfg, GeneralizedRCNN, RetinaNet):  # other models have keys of their own
+    if _is_a(cfg, GeneralizedRCNN, RetinaNet, BalancedFCOS):  # other models have keys of their own
         check_num_classes(cfg, (*train, *test))
     described = [name for name in (*train, *test) if _has_classes(name)]
     if len(described) == len(train) + len(test):

@@ -125,7 +125,7 @@ def _pred_and_target(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
     if loss.space == "boxes":
         return samples.pred_boxes, samples.gt_boxes.to(samples.pred_boxes.dtype)
     pred, target = samples.pred_deltas, samples.target_deltas.to(samples.pred_deltas.dtype)
-    weights = samples.box_transform.weights
+    weights = getattr(samples.box_transform, "weights", ())  # FCOS's distances have none
     if loss.unit_weights and any(weight != 1 for weight in weights):
         return _unit(pred, weights), _unit(target, weights)
     return pred, target
