@@ -25,8 +25,8 @@ HEAD = """# Configuration
 
 Keys that this package adds to Detectron2's configuration. Set them in a YAML file or on the
 command line: `train_net.py --config-file FILE MODEL.BALANCE.CLS_LOSS DR MODEL.BALANCE.DR.TAU 2.0`.
-The losses are used by `MODEL.META_ARCHITECTURE: BalancedRetinaNet`, and by `BalancedRCNN` with
-`MODEL.ROI_HEADS.NAME: BalancedStandardROIHeads` or `BalancedCascadeROIHeads`.
+The losses are used by `MODEL.META_ARCHITECTURE: BalancedRetinaNet` and `BalancedFCOS`, and by
+`BalancedRCNN` with `MODEL.ROI_HEADS.NAME: BalancedStandardROIHeads` or `BalancedCascadeROIHeads`.
 
 This page is made by `python -m d2_balance.config_reference docs/config.md`; do not edit it.
 """
@@ -78,6 +78,8 @@ def reference_page() -> str:
     named = {name.upper() for registry in SECTIONS.values() for name, _ in registry}
     registered = {"REGISTER": cfg.DATASETS.REGISTER}
     parts = [HEAD, "## DATASETS\n", _table("DATASETS", registered, comments)]
+    parts += ["## MODEL.FCOS\n", f"{comments['MODEL.FCOS']}\n"]
+    parts += [_table("MODEL.FCOS", cfg.MODEL.FCOS, comments)]
     parts += ["## MODEL.BALANCE\n", _table("MODEL.BALANCE", own, comments)]
     for key in balance:
         if key in nodes - named:

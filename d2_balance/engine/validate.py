@@ -25,8 +25,8 @@ from ..data import check_categories_match, check_masks, check_num_classes, requi
 from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
-from ..modeling.feature_memory import check_memory
 from ..modeling.fcos import BalancedFCOS
+from ..modeling.feature_memory import check_memory
 from .hooks import check_beta_decay
 from .train_stream import check_sampler
 from .unused import check_losses_are_used
