@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..evaluation import build_evaluator
 from ..losses import BoxLoss, ClassificationLoss
 from ..modeling.criterion import Normalizer
+from ..modeling.feature_memory import FeatureMemory
 from ..reweight import Reweighter
 from .decoupled import train_only
 from .hooks import BetaDecay, LossStats, SeedSteps
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
 from .train_stream import TrainStream, build_train_stream
 
-_STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter)
+_STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
 
 FULL_MODEL = "full_model"
 CLIP_TYPES = ("value", "norm", FULL_MODEL)

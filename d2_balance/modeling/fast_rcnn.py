@@ -25,6 +25,7 @@ from .build import (
 from .calibration import norcal
 from .compatibility import check_pairing
 from .criterion import RowNormalizer, box_inputs, detection_losses
+from .feature_memory import FeatureMemory
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -80,6 +81,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
         self.normalizer = RowNormalizer()
         self.listed: Tensor | None = None  # image-level labels of the batch, set by the RoI heads
+        self.memory: FeatureMemory | None = None  # see `build_memories`
         sigmoid = self.cls_loss.activation == "sigmoid"
         check_pairing(
             "the RoI head",
@@ -130,6 +132,11 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         """The columns of (R, C) scores that the loss uses."""
         return scores[:, : self.cls_loss.num_outputs(self.num_classes)]
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (R, C) and deltas (R, 4) or (R, K * 4); the memory keeps those of drawn rows."""
+        scores, deltas = super().forward(x)
+        return (scores, deltas) if self.memory is None else self.memory.split(scores, deltas)
+
     def losses(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor]:
@@ -141,8 +148,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         else:
             guess = self.cls_loss.probabilities(samples.logits)
         _log_classification_stats(guess.detach(), samples.labels)
-        return detection_losses(
-            samples,
+        losses = detection_losses(
+            samples if self.memory is None else self.memory.join(samples),
             self.cls_loss,
             self.box_loss,
             self.reweighters,
@@ -150,6 +157,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             cls_weight=self.cls_weight,
             box_weight=self.box_weight,
         )
+        if self.memory is not None:
+            self.memory.remember(samples)
+        return losses
 
     @torch.no_grad()
     def row_losses(

@@ -8,6 +8,7 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.structures import ImageList
 
 from ..data.image_labels import ImageLabels
+from .feature_memory import build_memories
 
 
 @META_ARCH_REGISTRY.register()
@@ -27,6 +28,7 @@ class BalancedRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         ret = super().from_config(cfg)
+        build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
         ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret
 
