@@ -51,8 +51,8 @@ def read(file):
 
 
 def num_classes(cfg):
-    dense = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
-    return (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    dense = {"BalancedRetinaNet": "RETINANET", "BalancedFCOS": "FCOS"}
+    return cfg.MODEL[dense.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")].NUM_CLASSES
 
 
 def cpu_cfg(file, folder):
@@ -136,7 +136,8 @@ def test_file_builds_takes_one_training_step_and_predicts(file, tmp_path):
     with EventStorage():
         losses = model(batch)
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
-    found = [key for key in losses if key.startswith(("loss_cls", "loss_box_reg", "loss_mask"))]
+    heads = ("loss_cls", "loss_box_reg", "loss_mask", "loss_fcos")
+    found = [key for key in losses if key.startswith(heads)]
     assert any(key.startswith("loss_mask") for key in found) == cfg.MODEL.MASK_ON
     assert all(losses[key] > 0 for key in found), losses  # an object was matched everywhere
     sum(losses.values()).backward()
@@ -229,7 +230,7 @@ def test_baselines_have_the_settings_of_the_model_zoo(file, stock, differences):
     found = {
         key: value
         for key, value in leaves(read(f"{file}.yaml"))
-        if not key.startswith(("MODEL.BALANCE.", "DATASETS.REGISTER"))
+        if not key.startswith(("MODEL.BALANCE.", "MODEL.FCOS.", "DATASETS.REGISTER"))
     }
     assert found.keys() == expected.keys()
     assert {key for key, value in found.items() if value != expected[key]} == differences
@@ -284,7 +285,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_coco_files_keep_the_published_settings(method):
-    files = [f for f in FILES if f.startswith("COCO-") and method in f]
+    files = [f for f in FILES if f.startswith("COCO-Detection/retinanet") and method in f]
     assert len(files) >= 2
     for file in files:
         found = dict(leaves(read(file).MODEL))
