@@ -109,17 +109,27 @@ class FeatureMemory(nn.Module):
         """
         if not len(labels):
             return
-        trash = len(self.features) - 1
-        rank = rank_within(labels, torch.arange(len(labels), device=labels.device))
         new = torch.zeros_like(self.count).index_add_(0, labels, torch.ones_like(labels))
-        place = labels * self.length + (self.pointer[labels] + rank) % self.length
-        # more rows of a class than it has room for: the last ones stay, each in a slot of its own
-        place = place.masked_fill(rank < new[labels] - self.length, trash)
+        place = self.places(labels, new)
         most = torch.finfo(self.features.dtype).max
         self.features.index_copy_(0, place, features.clamp(-most, most).to(self.features.dtype))
-        self.features[trash].zero_()
+        self.features[-1].zero_()
         self.pointer.add_(new).remainder_(self.length)
         self.count.add_(new).clamp_(max=self.length)
+
+    def places(self, labels: Tensor, new: Tensor) -> Tensor:
+        """Where entries go: (P,) indices of `features`, none of them twice but the last row.
+
+        More entries of a class than it has room for: the last ones stay, the others go to the last
+        row. Which of two writes to one place wins is not defined on a GPU.
+
+        Args:
+            labels: (P,) int64 in [0, K).
+            new: (K,) how many of them each class has.
+        """
+        rank = rank_within(labels, torch.arange(len(labels), device=labels.device))
+        place = labels * self.length + (self.pointer[labels] + rank) % self.length
+        return place.masked_fill(rank < new[labels] - self.length, len(self.features) - 1)
 
     @torch.no_grad()
     def draw(self, mean_score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
