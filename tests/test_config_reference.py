@@ -1,4 +1,4 @@
-"""Every key of MODEL.BALANCE can be set on the command line and is described in docs/config.md."""
+"""Every key of MODEL.BALANCE and MODEL.FCOS can be set and is described in docs/config.md."""
 
 import inspect
 import sys
@@ -21,7 +21,11 @@ def default_cfg():
     return cfg
 
 
-KEYS = dict(leaves(default_cfg().MODEL.BALANCE, "MODEL.BALANCE."))
+KEYS = {
+    key: value
+    for node in ("BALANCE", "FCOS")
+    for key, value in leaves(default_cfg().MODEL[node], f"MODEL.{node}.")
+}
 
 
 def value_of(cfg, key):
