@@ -9,7 +9,7 @@ from d2_balance.losses import ALRP, AP, RankSort, Samples
 from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.ap import ap_loss_and_gradient
 from d2_balance.losses.rank_sort import rank_sort_and_gradient
-from d2_balance.losses.ranking import StepBuckets
+from d2_balance.losses.ranking import StepBuckets, find_buckets
 from tests.conftest import make_inputs, small_cfg
 
 
@@ -203,3 +203,15 @@ def test_sums_over_pairs_equal_the_matrix_with_ties():
 def test_delta_must_be_positive(cls):
     with pytest.raises(ValueError, match=f"{cls.__name__}: delta=0.0 is not allowed"):
         cls(delta=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0, 1e6])
+def test_the_grid_places_values_as_the_binary_search_does(dtype, spread):
+    edges = (torch.randn(6, dtype=torch.float64) * spread).sort().values
+    values = torch.randn(5000, dtype=dtype) * spread * 2
+    values[:600] = edges.to(dtype).repeat(100)  # ties, and neighbours of ties
+    values[600:1200] = torch.nextafter(values[:600], values.new_tensor(-torch.inf))
+    values[1200:1203] = values.new_tensor([torch.inf, -torch.inf, 1e30])
+    expected = torch.searchsorted(edges, values.double(), right=True)
+    assert torch.equal(find_buckets(edges, values), expected)
