@@ -22,7 +22,7 @@ import math
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,12 +94,14 @@ class ForegroundPrior:
         instance_count: K objects of each class in the whole training set.
         class_names: K names.
         num_images: pictures whose rows were counted, at least 1.
+        source: file that the counts come from, for messages.
     """
 
     parts: dict[str, PartCount]
     instance_count: tuple[int, ...]
     class_names: tuple[str, ...]
     num_images: int
+    source: str = field(default="", compare=False)
 
     def class_thresholds(self, part: str) -> Tensor:
         """(K,) float64: theta_j, share of rows that belong to class j."""
@@ -163,7 +165,7 @@ class ForegroundPrior:
         data = {
             "num_images": self.num_images,
             "parts": {
-                name: {field: getattr(part, field) for field in _COUNTS}
+                name: {count: getattr(part, count) for count in _COUNTS}
                 for name, part in self.parts.items()
             },
             "classes": [{"name": name, "instance_count": count} for name, count in classes],
@@ -191,7 +193,7 @@ class ForegroundPrior:
         for name, part in parts.items():
             _require(path, f"parts.{name}", part, _COUNTS)
             try:
-                counts[name] = PartCount(*(part[field] for field in _COUNTS))
+                counts[name] = PartCount(*(part[count] for count in _COUNTS))
             except ValueError as error:
                 raise ValueError(f"{path}: parts.{name}: {error}") from error
         _require(path, "the top level", data, ("num_images",))
@@ -200,14 +202,15 @@ class ForegroundPrior:
             tuple(entry["instance_count"] for entry in classes),
             tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
             data["num_images"],
+            path,
         )
 
 
 def _require(path: str, place: str, entry: Any, fields: Sequence[str]) -> None:
-    for field in fields:
-        value = entry.get(field) if isinstance(entry, dict) else None
+    for name in fields:
+        value = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{path}: {place}: {field!r} must be a whole number from 0 on")
+            raise ValueError(f"{path}: {place}: {name!r} must be a whole number from 0 on")
 
 
 def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tensor]:

@@ -15,13 +15,14 @@ from detectron2.modeling import (
     build_backbone,
 )
 from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.meta_arch.fcos import FCOS as PointDetector
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN, ProposalNetwork
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.modeling.proposal_generator import RPN as RegionProposals
-from detectron2.structures import Boxes, ImageList, pairwise_iou
-from torch import Tensor
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from torch import Tensor, nn
 
-from .prior import RETINANET, ROI_HEADS, RPN
+from .prior import FCOS, RETINANET, ROI_HEADS, RPN
 
 # ((height, width), boxes (M, 4)) -> (positives, rows that are not ignored)
 RowCounter = Callable[[tuple[int, int], Tensor], tuple[int, int]]
@@ -44,6 +45,8 @@ def row_counters(cfg: CfgNode) -> dict[str, RowCounter]:
         with torch.device("meta"):
             parts = RetinaNet.from_config(cfg)
         return {RETINANET: AnchorCounter(cfg, backbone, cfg.MODEL.RETINANET.IN_FEATURES, parts)}
+    if issubclass(arch, PointDetector):
+        return {FCOS: PointCounter(cfg, backbone)}
     counters: dict[str, RowCounter] = {}
     if issubclass(arch, GeneralizedRCNN | ProposalNetwork):
         generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
@@ -106,12 +109,39 @@ class AnchorCounter:
         return int((labels == 1).sum()), int((labels >= 0).sum())
 
 
+class PointCounter:
+    """Anchor points of FCOS, which ignores none; labelled by Detectron2's class without a head.
+
+    Args:
+        cfg: full config.
+        backbone: gives strides and padding.
+    """
+
+    def __init__(self, cfg: CfgNode, backbone: Backbone) -> None:
+        node, shapes = cfg.MODEL.FCOS, backbone.output_shape()
+        self._model = PointDetector(
+            backbone=backbone,
+            head=nn.Identity(),
+            head_in_features=node.IN_FEATURES,
+            num_classes=1,
+            center_sampling_radius=node.CENTER_SAMPLING_RADIUS,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        )
+        levels = [shapes[name] for name in node.IN_FEATURES]
+        self._grid = AnchorGrid(backbone, levels, self._model.anchor_generator)
+
+    def __call__(self, size: tuple[int, int], boxes: Tensor) -> tuple[int, int]:
+        classes = torch.zeros(len(boxes), dtype=torch.int64)
+        objects = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+        (labels,), _ = self._model.label_anchors(self._grid(size), [objects])
+        return int((labels == 0).sum()), len(labels)
+
+
 class AnchorGrid:
     """Anchors of a picture by its size, from the shapes of the feature maps alone."""
 
-    def __init__(
-        self, backbone: Backbone, shapes: list[ShapeSpec], generator: torch.nn.Module
-    ) -> None:
+    def __init__(self, backbone: Backbone, shapes: list[ShapeSpec], generator: nn.Module) -> None:
         self._padding = {
             "size_divisibility": backbone.size_divisibility,
             "padding_constraints": backbone.padding_constraints,

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ..data.image_labels import ImageLabels
+from ..data.prior import ForegroundPrior
 from ..losses import BoxLoss, ClassificationLoss, Samples
 from ..reweight import GuidedScale
 from .build import (
@@ -22,6 +23,7 @@ from .build import (
 )
 from .compatibility import check_pairing
 from .criterion import PositiveEMA, detection_losses
+from .foreground import load_prior, set_class_thresholds, set_sigmoid_prior
 from .objects import classes_of_ids, ids_as_classes, number_objects
 
 
@@ -38,6 +40,8 @@ def loss_arguments(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
         "cls_weight": cfg.MODEL.BALANCE.CLS_WEIGHT,
         "box_weight": cfg.MODEL.BALANCE.BOX_WEIGHT,
         "guided": build_guided(cfg),
+        "prior": load_prior(cfg),
+        "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
         "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
     }
 
@@ -49,7 +53,7 @@ class BalancedDense(nn.Module):
     continues with it.
 
     Subclasses set the class attributes and implement the two defaults:
-        head_name: entry of `compatibility.HEADS`.
+        head_name: entry of `compatibility.HEADS` and of `data.prior.PARTS`.
         initial_normalizer: positives that the normaliser starts with.
 
     Args:
@@ -59,6 +63,8 @@ class BalancedDense(nn.Module):
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
         guided: scales the classification loss to the size of the box loss; None: leaves it.
+        prior: counts that set the start of the classifier; None: it stays as the head made it.
+        class_thresholds: whether the counts also set a score threshold for each class at test.
         image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
         **kwargs: as Detectron2's class.
 
@@ -79,6 +85,8 @@ class BalancedDense(nn.Module):
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
         guided: GuidedScale | None = None,
+        prior: ForegroundPrior | None = None,
+        class_thresholds: bool = False,
         image_labels: ImageLabels | None = None,
         **kwargs,
     ) -> None:
@@ -98,6 +106,10 @@ class BalancedDense(nn.Module):
             guided=guided is not None,
         )
         check_class_quantities(self.cls_loss, self.num_classes)
+        if prior is not None:
+            set_sigmoid_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
+        if class_thresholds:
+            set_class_thresholds(self, prior, self.head_name, self.num_classes)
 
     def default_cls_loss(self) -> ClassificationLoss:
         """Detectron2's classification loss of this model as one of ours."""

@@ -12,11 +12,14 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.prior import ROI_HEADS, ForegroundPrior
 from ..losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
 from ..losses.base import per_row
+from ..reweight import GuidedScale
 from .build import (
     build_box_loss,
     build_cls_loss,
+    build_guided,
     build_reweighters,
     check_class_quantities,
     class_quantity,
@@ -24,8 +27,9 @@ from .build import (
 )
 from .calibration import norcal
 from .compatibility import check_pairing
-from .criterion import RowNormalizer, box_inputs, detection_losses
+from .criterion import PositiveNormalizer, RowNormalizer, box_inputs, detection_losses
 from .feature_memory import FeatureMemory
+from .foreground import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
 
 
 class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -41,7 +45,11 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         reweighters: modules that weight rows.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
+        guided: scales the classification loss to the box loss, which then is a mean over positives
+            (as is the classification loss, whose own scale drops out); None: leaves it.
         prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
+        prior: counts that set the start in place of prior_prob, of softmax losses as well.
+        class_thresholds: whether the counts also set a score threshold for each class at test.
         norcal_gamma: exponent of the calibration at test (see `norcal`), 0 is off.
         class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
         background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
@@ -62,7 +70,10 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         reweighters: nn.ModuleList | None = None,
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
+        guided: GuidedScale | None = None,
         prior_prob: float = 0.001,
+        prior: ForegroundPrior | None = None,
+        class_thresholds: bool = False,
         background_column: bool = True,
         norcal_gamma: float = 0.0,
         class_count: Tensor | None = None,
@@ -79,17 +90,17 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.reweighters = reweighters or nn.ModuleList()
         self.cls_weight = cls_weight
         self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
-        self.normalizer = RowNormalizer()
+        self.guided = guided
+        self.normalizer = RowNormalizer() if guided is None else PositiveNormalizer()
         self.listed: Tensor | None = None  # image-level labels of the batch, set by the RoI heads
         self.memory: FeatureMemory | None = None  # see `build_memories`
         sigmoid = self.cls_loss.activation == "sigmoid"
         check_pairing(
-            "the RoI head",
+            "RoI heads",
             self.cls_loss,
             self.box_loss,
             self.reweighters,
-            softmax=True,
-            levels=False,
+            guided=guided is not None,
         )
         check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
@@ -101,6 +112,11 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             if not 0 < prior_prob < 1:
                 raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
             nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        if prior is not None:
+            set_prior = set_sigmoid_prior if sigmoid else set_softmax_prior
+            set_prior(self, self.cls_score, prior, ROI_HEADS, self.num_classes)
+        if class_thresholds:
+            set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
 
         self.norcal_gamma = norcal_gamma
         if norcal_gamma < 0 or (norcal_gamma and sigmoid):
@@ -121,7 +137,10 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         ret["reweighters"] = build_reweighters(cfg, num_classes)
         ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_WEIGHT
         ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
+        ret["guided"] = build_guided(cfg)
         ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
+        ret["prior"] = load_prior(cfg)
+        ret["class_thresholds"] = cfg.MODEL.BALANCE.CLASS_THRESHOLDS
         ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
         ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
         if ret["norcal_gamma"] > 0:
@@ -156,6 +175,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.normalizer,
             cls_weight=self.cls_weight,
             box_weight=self.box_weight,
+            guided=self.guided,
         )
         if self.memory is not None:
             self.memory.remember(samples)

@@ -5,6 +5,8 @@ Shapes: A anchors of an image, A_l of a level, N images, R rows that count, P po
 
 from __future__ import annotations
 
+import math
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
@@ -14,14 +16,14 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..data.prior import RPN as PART
-from ..data.prior import PartCount
+from ..data.prior import ForegroundPrior
 from ..losses import BoxLoss, ClassificationLoss, Samples, SigmoidCE
 from ..losses.distributed import world_size
 from ..reweight import GuidedScale
 from .build import build_box_loss, build_cls_loss, build_guided, stock_box_loss
 from .compatibility import check_pairing
 from .criterion import Normalizer, PositiveEMA, detection_losses
-from .foreground import part_prior, prior_bias, set_prior
+from .foreground import load_prior, set_sigmoid_prior
 
 OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 for an object
 
@@ -83,7 +85,7 @@ class BalancedRPN(RPN):
         guided: GuidedScale | None = None,
         sample: bool = True,
         prior_prob: float = 0.5,
-        prior: PartCount | None = None,
+        prior: ForegroundPrior | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -107,8 +109,9 @@ class BalancedRPN(RPN):
                     f"`objectness_logits`, which {type(self.rpn_head).__name__} "
                     "(MODEL.RPN.HEAD_NAME) does not have; allowed is StandardRPNHead."
                 )
-            nn.init.constant_(classifier.bias, prior_bias(prior_prob))
-            set_prior(self, classifier, prior)
+            nn.init.constant_(classifier.bias, -math.log((1 - prior_prob) / prior_prob))
+            if prior is not None:
+                set_sigmoid_prior(self, classifier, prior, PART, 1)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -120,7 +123,7 @@ class BalancedRPN(RPN):
         ret["guided"] = build_guided(cfg, PART)
         ret["sample"] = node.SAMPLE
         ret["prior_prob"] = node.PRIOR_PROB
-        ret["prior"] = part_prior(cfg, PART, 1)
+        ret["prior"] = load_prior(cfg)
         return ret
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
