@@ -14,6 +14,8 @@ back in `split`; `join` adds them to the samples of the loss; `remember` keeps t
 Ranks: each rank keeps what it saw and draws for itself. A checkpoint has the entries of the first
 rank, and a resumed run starts with these on all ranks. The mean scores are those of all ranks.
 
+Rows of empty queues are zeros of weight 0. A box head with batch norm would count them.
+
 L: entries per class. M: drawn rows, classes_per_step * features_per_class. C, h, w: feature shape.
 """
 
