@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
 from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ..reweight import REWEIGHTERS, GuidedScale, Selector
-from .compatibility import HEADS, check_pairing
+from .compatibility import HEADS, check_pairing, check_selector
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -145,16 +145,26 @@ def build_box_loss(cfg: CfgNode, num_classes: int, part: str = "") -> BoxLoss | 
     return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, part) if name else None
 
 
-def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
+def build_reweighters(cfg: CfgNode, num_classes: int, head: str = "RoI heads") -> nn.ModuleList:
     """The reweighters that MODEL.BALANCE.REWEIGHT lists, in order, without the selectors.
 
+    Args:
+        cfg: full config.
+        num_classes: K.
+        head: entry of `compatibility.HEADS`; one without proposals has no use for selectors.
+
     Raises:
-        ValueError: a name is unknown or an argument out of range; the message names the key.
+        ValueError: a name is unknown, an argument out of range, or there is a selector and the head
+            has no proposals; the message names the key.
     """
+    found = {name: _lookup(REWEIGHTERS, "REWEIGHT", name) for name in cfg.MODEL.BALANCE.REWEIGHT}
+    for cls in found.values():
+        if issubclass(cls, Selector):
+            check_selector(head, cls)
     return nn.ModuleList(
         _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes)
-        for name in cfg.MODEL.BALANCE.REWEIGHT
-        if not issubclass(_lookup(REWEIGHTERS, "REWEIGHT", name), Selector)
+        for name, cls in found.items()
+        if not issubclass(cls, Selector)
     )
 
 

@@ -257,7 +257,15 @@ def check_pairing(
     Raises:
         ValueError: names both sides and says what works.
     """
-    for old in ("softmax", "levels"):  # TODO remove with the last caller
-        others.pop(old, None)
-    head = {"the RoI head": "RoI heads"}.get(head, head)
     check_parts(Parts(HEADS[head], cls_loss, box_loss, tuple(reweighters), **others))
+
+
+def check_selector(head: str, selector: Any) -> None:
+    """Refuses a selector where there are no proposals to choose from.
+
+    Raises:
+        ValueError: names both and says what works.
+    """
+    message = _proposals(Parts(HEADS[head], None, None, selector=selector))
+    if message is not None:
+        raise ValueError(message)

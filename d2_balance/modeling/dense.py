@@ -27,7 +27,7 @@ from .foreground import load_prior, set_class_thresholds, set_sigmoid_prior
 from .objects import classes_of_ids, ids_as_classes, number_objects
 
 
-def loss_arguments(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
+def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     """The constructor arguments of `BalancedDense` that MODEL.BALANCE sets.
 
     Raises:
@@ -36,7 +36,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),
-        "reweighters": build_reweighters(cfg, num_classes),
+        "reweighters": build_reweighters(cfg, num_classes, head),
         "cls_weight": cfg.MODEL.BALANCE.CLS_WEIGHT,
         "box_weight": cfg.MODEL.BALANCE.BOX_WEIGHT,
         "guided": build_guided(cfg),

@@ -98,7 +98,7 @@ class BalancedFCOS(BalancedDense, FCOS):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            **loss_arguments(cfg, node.NUM_CLASSES),
+            **loss_arguments(cfg, node.NUM_CLASSES, cls.head_name),
         }
 
     def default_cls_loss(self) -> ClassificationLoss:

@@ -26,7 +26,9 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return super().from_config(cfg) | loss_arguments(cfg, cfg.MODEL.RETINANET.NUM_CLASSES)
+        return super().from_config(cfg) | loss_arguments(
+            cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name
+        )
 
     def default_cls_loss(self) -> ClassificationLoss:
         return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)

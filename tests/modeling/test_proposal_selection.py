@@ -230,3 +230,10 @@ def test_every_elementwise_loss_can_be_mined(statistics_file):
             model = build("faster", "MODEL.BALANCE.CLASS_STATISTICS", statistics_file,
                           "MODEL.BALANCE.CLS_LOSS", name, REWEIGHT, ["OHEM"])  # fmt: skip
             assert sum(train_step(model, make_inputs(2, empty=(0,))).values()).isfinite(), name
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("selector", ["OHEM", "ISRN", "IoUBalanced"])
+def test_dense_heads_refuse_selectors(kind, selector):
+    with pytest.raises(ValueError, match=f"REWEIGHT {selector} chooses proposals and .* has none"):
+        build(kind, REWEIGHT, ["ISR", selector])
