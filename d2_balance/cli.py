@@ -12,6 +12,7 @@ COMMANDS = {
     "analyze": ("d2_balance.analyze", "print how long the tail of a data set is; lambda for EQL"),
     "methods": ("d2_balance.methods", "list every method, and which go together"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
+    "prior": ("d2_balance.prior", "count the start bias that foreground needs in a training set"),
 }
 
 

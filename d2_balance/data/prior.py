@@ -94,6 +94,7 @@ class ForegroundPrior:
         instance_count: K objects of each class in the whole training set.
         class_names: K names.
         num_images: pictures whose rows were counted, at least 1.
+        total_images: pictures of the training set.
         source: file that the counts come from, for messages.
     """
 
@@ -101,6 +102,7 @@ class ForegroundPrior:
     instance_count: tuple[int, ...]
     class_names: tuple[str, ...]
     num_images: int
+    total_images: int
     source: str = field(default="", compare=False)
 
     def class_thresholds(self, part: str) -> Tensor:
@@ -151,6 +153,7 @@ class ForegroundPrior:
             tuple(statistics.instance_count.tolist()),
             statistics.class_names,
             len(records),
+            statistics.num_images,
         )
 
     def save(self, path: str, overwrite: bool = False) -> None:
@@ -164,6 +167,7 @@ class ForegroundPrior:
         classes = zip(self.class_names, self.instance_count, strict=True)
         data = {
             "num_images": self.num_images,
+            "total_images": self.total_images,
             "parts": {
                 name: {count: getattr(part, count) for count in _COUNTS}
                 for name, part in self.parts.items()
@@ -196,12 +200,13 @@ class ForegroundPrior:
                 counts[name] = PartCount(*(part[count] for count in _COUNTS))
             except ValueError as error:
                 raise ValueError(f"{path}: parts.{name}: {error}") from error
-        _require(path, "the top level", data, ("num_images",))
+        _require(path, "the top level", data, ("num_images", "total_images"))
         return cls(
             counts,
             tuple(entry["instance_count"] for entry in classes),
             tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
             data["num_images"],
+            data["total_images"],
             path,
         )
 
