@@ -13,6 +13,8 @@ from detectron2.utils import comm
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, BetaDecay, LossStats, SeedSteps
 from d2_balance.engine.random_state import seed_everything
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
+from d2_balance.modeling.compatibility import has_class_columns_only
 
 from .conftest import TEST, TRAIN, run_cfg
 
@@ -76,6 +78,41 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(dataset, tmp_path, ki
         assert found["normalizer.loss_normalizer"] != 100
         # beta .11, down .01 every 2 iterations; the last iteration is 5: floor(5 / 2) = 2
         assert found["box_loss.beta"].item() == pytest.approx(0.09)
+
+
+def stateful():
+    """Every loss that learns from batches, in a model that takes it, and other state of a run."""
+    for registry, key in ((CLS_LOSSES, "CLS_LOSS"), (BOX_LOSSES, "BOX_LOSS")):
+        base = ClassificationLoss if registry is CLS_LOSSES else BoxLoss
+        for name, cls in registry:
+            if cls.statistics is base.statistics:
+                continue
+            dense = registry is BOX_LOSSES or has_class_columns_only(cls)
+            yield pytest.param(
+                "retinanet" if dense else "faster", [f"MODEL.BALANCE.{key}", name], id=name
+            )
+    ghm = ["MODEL.BALANCE.CLS_LOSS", "GHMC"]
+    yield pytest.param("fcos", ghm, id="FCOS")
+    rpn = ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAMPLE", "False"]
+    yield pytest.param("faster", [*rpn, "MODEL.BALANCE.RPN.CLS_LOSS", "GHMC"], id="RPN")
+    memory = ["MODEL.BALANCE.CLS_LOSS", "LOCE", "MODEL.BALANCE.LOCE_MEMORY.ENABLED", "True"]
+    yield pytest.param("cascade", memory, id="memory")
+    selection = ["MODEL.BALANCE.REWEIGHT", "['ISR','ISRN','CARL']"]
+    yield pytest.param("faster", selection, id="ISRN")
+    sampler = ["DATALOADER.SAMPLER_TRAIN", "ClassAwareTrainingSampler"]
+    yield pytest.param("retinanet", sampler, id="class-aware")
+
+
+@pytest.mark.parametrize(("kind", "overrides"), stateful())
+def test_state_of_every_method_survives_a_kill(dataset, tmp_path, kind, overrides):
+    overrides = [*overrides, "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "4"]
+    whole = trained(run_cfg(tmp_path / "whole", *overrides, kind=kind))
+    cfg = run_cfg(tmp_path / "parts", *overrides, kind=kind)
+    trained(cfg, kill_at=3)
+    resumed = trained(cfg, resume=True)
+    assert resumed.start_iter == 2
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
 def test_without_a_checkpoint_resuming_starts_afresh(dataset, tmp_path):
