@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..files import atomic_path
 from ..losses import BoxLoss, ClassificationLoss, SmoothL1
-from ..reweight import Reweighter
+from ..reweight import GuidedScale, Reweighter
 from .random_state import seed_everything
 
 BETA_MODES = ("floor", "sawtooth", "linear")
@@ -197,7 +197,7 @@ class LossStats(HookBase):
 
 def _named_sources(model: nn.Module) -> dict[str, nn.Module]:
     """Modules with stats by class name; a number is added where a class occurs more than once."""
-    kinds = (ClassificationLoss, BoxLoss, Reweighter)
+    kinds = (ClassificationLoss, BoxLoss, Reweighter, GuidedScale)
     found = [m for m in model.modules() if isinstance(m, kinds) and hasattr(m, "stats")]
     names = [type(m).__name__ for m in found]
     sources = {}
