@@ -40,6 +40,8 @@ def another(value):
         return not value
     if isinstance(value, list):
         return [*value, "Name"]
+    if isinstance(value, tuple):
+        return (*value, 10 * value[-1])
     return f"{value}x" if isinstance(value, str) else value + 1
 
 
