@@ -28,13 +28,29 @@ from .objects import classes_of_ids, ids_as_classes, number_objects
 from .proposal_selection import ProposalSelection
 
 
-class _BatchContext(ProposalSelection):
-    """Gives the output layers the image-level labels and the object ids of a batch."""
+class BalancedROIHeads(ProposalSelection):
+    """What both heads share; in front of Detectron2's class in the order of inheritance.
 
-    def set_selection(
-        self, selector: Selector | None, sample_proposals: bool, masks_per_image: int
+    Args:
+        selector: chooses the proposals that train; None: Detectron2's random drawing.
+        sample_proposals: False: all proposals train that are not ignored (sampling-free).
+        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        **kwargs: as Detectron2's class.
+
+    Raises:
+        ValueError: the parts cannot work together.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        selector: Selector | None = None,
+        sample_proposals: bool = True,
+        masks_per_image: int = 128,
+        **kwargs,
     ) -> None:
-        """Takes over the arguments that both heads have beside Detectron2's."""
+        super().__init__(**kwargs)
         self.selector = selector
         self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
         self._features: list[Tensor] = []  # of the batch, for the mining pass
@@ -82,30 +98,8 @@ class _BatchContext(ProposalSelection):
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedStandardROIHeads(_BatchContext, StandardROIHeads):
-    """StandardROIHeads with `BalancedFastRCNNOutputLayers`.
-
-    Args:
-        selector: chooses the proposals that train; None: Detectron2's random drawing.
-        sample_proposals: False: all proposals train that are not ignored (sampling-free).
-        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
-        **kwargs: as Detectron2's StandardROIHeads.
-
-    Raises:
-        ValueError: the parts cannot work together.
-    """
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        selector: Selector | None = None,
-        sample_proposals: bool = True,
-        masks_per_image: int = 128,
-        **kwargs,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.set_selection(selector, sample_proposals, masks_per_image)
+class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
+    """StandardROIHeads with `BalancedFastRCNNOutputLayers`; arguments as `BalancedROIHeads`."""
 
     def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
         return self.box_head, self.box_predictor
@@ -123,32 +117,16 @@ class BalancedStandardROIHeads(_BatchContext, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedCascadeROIHeads(_BatchContext, CascadeROIHeads):
+class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
     """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own.
 
     A selector that reads losses or scores chooses for each stage among the boxes that the stage
     before made of all proposals, not of those it trained on.
 
-    Args:
-        selector, sample_proposals, masks_per_image: as in `BalancedStandardROIHeads`.
-        **kwargs: as Detectron2's CascadeROIHeads.
-
-    Raises:
-        ValueError: the parts cannot work together.
+    Arguments as `BalancedROIHeads`.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        selector: Selector | None = None,
-        sample_proposals: bool = True,
-        masks_per_image: int = 128,
-        **kwargs,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.set_selection(selector, sample_proposals, masks_per_image)
-        self._refined: list[Tensor] = []  # boxes of the last mining pass
+    _refined: Sequence[Tensor] = ()  # boxes of the last mining pass
 
     def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
         return self.box_head[stage], self.box_predictor[stage]
@@ -157,7 +135,7 @@ class BalancedCascadeROIHeads(_BatchContext, CascadeROIHeads):
         return self._run_stage(self._features, proposals, stage)
 
     def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
-        self._refined = list(boxes)
+        self._refined = boxes
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

@@ -60,12 +60,7 @@ class IoUBalanced(Selector):
         check(self, "floor", floor, 0 <= floor < 1, "a number in [0, 1)")
         self.bins, self.floor = bins, floor
 
-    def forward(
-        self, candidates: list[Candidates], batch_size: int, positive_fraction: float
-    ) -> list[Selection]:
-        return [self._one(c, batch_size, positive_fraction) for c in candidates]
-
-    def _one(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
+    def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
         positive = draw_positives(c, batch_size, positive_fraction)
         count = batch_size - len(positive)
         negative = c.negative[draw_evenly(c.iou[c.negative], count, self.bins, self.floor)]

@@ -201,12 +201,7 @@ class ISRN(Selector):
         self.k, self.bias = k, bias
         self.score_threshold, self.iou_threshold = score_threshold, iou_threshold
 
-    def forward(
-        self, candidates: list[Candidates], batch_size: int, positive_fraction: float
-    ) -> list[Selection]:
-        return [self._one(c, batch_size, positive_fraction) for c in candidates]
-
-    def _one(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
+    def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
         positive = draw_positives(c, batch_size, positive_fraction)
         wanted = batch_size - len(positive)
         high = c.scores[c.negative] > self.score_threshold

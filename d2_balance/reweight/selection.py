@@ -79,6 +79,10 @@ class Selector(nn.Module):
         Returns:
             N selections.
         """
+        return [self.select(c, batch_size, positive_fraction) for c in candidates]
+
+    def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
+        """Selects proposals of one picture; arguments as above."""
         raise NotImplementedError
 
 
