@@ -101,6 +101,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.box_loss,
             self.reweighters,
             guided=guided is not None,
+            norcal=norcal_gamma > 0,
         )
         check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
@@ -119,10 +120,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
 
         self.norcal_gamma = norcal_gamma
-        if norcal_gamma < 0 or (norcal_gamma and sigmoid):
+        if norcal_gamma < 0:
             raise ValueError(
-                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; allowed is a number of at least 0, "
-                "and 0 for sigmoid losses: NorCal calibrates softmax heads."
+                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; allowed is a number of at least 0."
             )
         if norcal_gamma:
             # of this data set, not of the run whose weights are loaded

@@ -285,11 +285,12 @@ def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> Non
             f"{type(layers.box_loss).__name__} counts all rows; BOX_LOSS that work: "
             f"{', '.join(allowed)}."
         )
-    if len(layers.reweighters):
-        names = ", ".join(type(reweighter).__name__ for reweighter in layers.reweighters)
+    users = [f"REWEIGHT {type(reweighter).__name__}" for reweighter in layers.reweighters]
+    users += [] if layers.guided is None else ["GUIDED_SCALE"]
+    if users:
         raise ValueError(
-            f"{KEY}.ENABLED True adds rows without a box and MODEL.BALANCE.REWEIGHT {names} "
-            "compares the boxes of positives; take it off the list."
+            f"{KEY}.ENABLED True adds rows without a box and MODEL.BALANCE.{users[0]} "
+            "compares the boxes of positives; switch one of them off."
         )
     layers.memory = memory
     layers.normalizer = UsedRowNormalizer()

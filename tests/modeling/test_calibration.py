@@ -35,13 +35,16 @@ def test_a_model_without_it_and_with_it(statistics_file):
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "message"),
     [
-        ["MODEL.BALANCE.NORCAL.GAMMA", -1.0],
-        ["MODEL.BALANCE.NORCAL.GAMMA", 0.5, "MODEL.BALANCE.CLS_LOSS", "SigmoidCE"],
+        (["MODEL.BALANCE.NORCAL.GAMMA", -1.0], "NORCAL.GAMMA is -1.0; allowed is a number of at"),
+        (
+            ["MODEL.BALANCE.NORCAL.GAMMA", 0.5, "MODEL.BALANCE.CLS_LOSS", "SigmoidCE"],
+            "NORCAL.GAMMA calibrates .* and CLS_LOSS SigmoidCE is a sigmoid loss; set it to 0",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused(overrides, statistics_file):
+def test_what_cannot_work_is_refused(overrides, message, statistics_file):
     keys = [*overrides, "MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
-    with pytest.raises(ValueError, match="MODEL.BALANCE.NORCAL.GAMMA is .* allowed is a number"):
+    with pytest.raises(ValueError, match=message):
         build_model(small_cfg("faster", *keys))

@@ -192,6 +192,7 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
         ([NODE + "FEATURES_PER_CLASS", 0], "features_per_class=0"),
         (["MODEL.BALANCE.BOX_LOSS", "GHMR"], "BOX_LOSS GHMR counts all rows; BOX_LOSS that work"),
         (["MODEL.BALANCE.REWEIGHT", ["ISR"]], "REWEIGHT ISR compares the boxes of positives"),
+        (["MODEL.BALANCE.GUIDED_SCALE", 2.0], "GUIDED_SCALE compares the boxes of positives"),
         (["MODEL.BALANCE.CLS_LOSS", "Seesaw"], "CLS_LOSS is 'Seesaw'; allowed is LOCE"),
     ],
 )
