@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
 from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
+from d2_balance.modeling.rpn import ImageNormalizer
 from tests.losses.test_contract import Deltas, build
 
 K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
@@ -16,9 +17,14 @@ PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on
 PAIRS = sorted(
     {(cls, "SmoothL1", norm) for cls, _ in CLS_LOSSES for norm in ("PositiveEMA", "RowNormalizer")}
     | {("Focal", box, "PositiveEMA") for box, _ in BOX_LOSSES}
+    | {("SigmoidCE", "SmoothL1", "ImageNormalizer")}
     | {("GHMC" + PER_LEVEL, "GHMR" + PER_LEVEL, "PositiveEMA")}
 )
-NORMALIZERS = {"PositiveEMA": PositiveEMA, "RowNormalizer": RowNormalizer}
+NORMALIZERS = {
+    "PositiveEMA": PositiveEMA,
+    "RowNormalizer": RowNormalizer,
+    "ImageNormalizer": lambda: ImageNormalizer(rows=256),
+}
 
 
 def rows_of(step, rank, columns):
