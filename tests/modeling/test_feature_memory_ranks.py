@@ -1,4 +1,4 @@
-"""LOCE and its memory on two gloo ranks: one set of mean scores, a memory of each rank's own rows."""
+"""LOCE and its memory on two gloo ranks: common mean scores, a memory of each rank's own rows."""
 
 import os
 
