@@ -57,11 +57,18 @@ def write_per_class(records: dict[str, dict], stem: str) -> None:
     }
     with atomic_path(f"{stem}.json") as path, open(path, "w") as f:
         json.dump(clean, f, indent=1, allow_nan=False)
-    columns = ["class", *next(iter(clean.values()), {})]
-    with atomic_path(f"{stem}.csv") as path, open(path, "w", newline="") as f:
+    write_csv(records, f"{stem}.csv")
+
+
+def write_csv(records: dict[str, dict], path: str) -> None:
+    """Write one line per class to `path`, NaN as an empty field, atomically."""
+    columns = ["class", *next(iter(records.values()), {})]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
-        writer.writerows({"class": name, **record} for name, record in clean.items())
+        for name, record in records.items():
+            clean = {k: None if _is_nan(v) else v for k, v in record.items()}
+            writer.writerow({"class": name, **clean})
 
 
 def read_per_class(path: str) -> dict[str, dict]:

@@ -1,0 +1,114 @@
+"""Prediction files in the result format of COCO and LVIS, checked before they are evaluated."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from d2_balance.data.json_loader import read_json
+
+FIELDS = ("image_id", "category_id", "score")
+_SHOWN = 5
+
+Detections = dict[int | str, list[dict[str, Any]]]
+
+
+def read_predictions(path: str, truth: Mapping[str, Any], source: str) -> Detections:
+    """Detections of a JSON file by image id; an empty list of them is valid.
+
+    A detection has `image_id`, `category_id`, `score`, and `bbox` (x, y, width, height in pixels)
+    or `segmentation` (RLE of the picture's size), or both.
+
+    Args:
+        path: the file, a JSON list.
+        truth: content of the annotation file the detections are for.
+        source: its name, for messages.
+
+    Raises:
+        ValueError: with file, number of the detection and remedy: a file that is empty, cut off or
+            no list; a field that is missing; a score or box that is not finite; a box of negative
+            size; a mask of another size than its picture; images or classes that `truth` lacks.
+    """
+    found = read_json(path)
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{path}: predictions must be a list of detections, not a {type(found).__name__}; "
+            "an annotation file is given with --dataset"
+        )
+    check_predictions(found, truth, path, source)
+    by_image = defaultdict(list)
+    for detection in found:
+        by_image[detection["image_id"]].append(detection)
+    return dict(by_image)
+
+
+def check_predictions(
+    found: Sequence[Any], truth: Mapping[str, Any], path: str, source: str
+) -> None:
+    """Check every detection of a list; arguments and errors as in `read_predictions`."""
+    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in truth["images"]}
+    classes = {c["id"] for c in truth["categories"]}
+    foreign, unknown = [], []
+    for number, detection in enumerate(tqdm(found, "checking detections", delay=2, disable=None)):
+        problem = _problem(detection, sizes)
+        if problem:
+            raise ValueError(f"{path}: detection {number}: {problem}")
+        if detection["image_id"] not in sizes:
+            foreign.append(detection["image_id"])
+        elif detection["category_id"] not in classes:
+            unknown.append(detection["category_id"])
+    if foreign:
+        raise ValueError(
+            f"{path}: {len(foreign):,} of {len(found):,} detections are of {len(set(foreign)):,} "
+            f"images that {source} does not have, ids {_some(foreign)}; give the data set that "
+            "these predictions were made for"
+        )
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown):,} of {len(found):,} detections have a category_id that "
+            f"{source} does not have: {_some(unknown)}; it must be the id of the annotation file's "
+            f"'categories' ({min(classes)} to {max(classes)}), not the model's class index"
+        )
+
+
+def _problem(detection: Any, sizes: Mapping) -> str:
+    """What is wrong with one detection, "" if nothing."""
+    if not isinstance(detection, dict):
+        return f"{detection!r} is no object"
+    for field in FIELDS:
+        if field not in detection:
+            return f"lacks {field!r}; needed are {', '.join(FIELDS)} and bbox or segmentation"
+        if isinstance(detection[field], list | dict):
+            return f"{field!r} is {detection[field]!r}; it must be a number or, for ids, a text"
+    if not _is_number(detection["score"]):
+        return f"score is {detection['score']!r}; it must be a finite number"
+    box, mask = detection.get("bbox"), detection.get("segmentation")
+    if box is None and mask is None:
+        return "has neither bbox nor segmentation; one of them is needed"
+    if box is not None:
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            return f"bbox is {box!r}; it must be [x, y, width, height], four finite numbers"
+        if box[2] < 0 or box[3] < 0:
+            return f"bbox is {box!r}; width and height must be at least 0 (x, y, width, height)"
+    if mask is not None:
+        size = sizes.get(detection["image_id"])
+        if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
+            return "segmentation must be an RLE: an object with 'size' and 'counts'"
+        if size is not None and None not in size and tuple(mask["size"]) != size:
+            return (
+                f"the mask is {mask['size']} pixels (height, width), but image "
+                f"{detection['image_id']!r} is {list(size)}; masks must have the picture's size"
+            )
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _some(values: Iterable) -> str:
+    values = list(dict.fromkeys(values))
+    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
+    return ", ".join(map(repr, values[:_SHOWN])) + more
