@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from d2_balance.evaluation import COCOGroupEvaluator
 
+TINY = Path(__file__).parents[2] / "../shared/data/tiny_coco/instances_val2017.json"
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 
@@ -53,6 +55,21 @@ def test_metrics_equal_pycocotools(sets, rng, tmp_path, masks):
         ours = [record["AP" + suffix] for record in evaluator.per_class.values()]
         per_class = precision[:, :, :, 0, -1].mean(axis=(0, 1)) * 100
         np.testing.assert_allclose(ours, np.where(per_class < 0, np.nan, per_class), atol=1e-6)
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="../shared/data/tiny_coco is not there")
+def test_metrics_equal_pycocotools_on_real_annotations(sets, rng, tmp_path):
+    dataset = json.loads(TINY.read_text())
+    assert any(a["iscrowd"] for a in dataset["annotations"])
+    name = sets.register(dataset, "coco")
+    evaluator = COCOGroupEvaluator(name, output_dir=str(tmp_path / "out"))
+    results = sets.feed(evaluator, dataset, sets.make_detections(rng, dataset), masks=True)
+    saved = json.loads((tmp_path / f"out/predictions_{name}.json").read_text())
+    for task in ("bbox", "segm"):
+        theirs, _ = pycocotools_result(TINY, saved, task)
+        for metric in METRICS:
+            assert results[task][metric] == pytest.approx(theirs[metric], abs=1e-6), metric
+        assert results[task]["AP"] > 5
 
 
 def test_the_limit_of_detections_is_per_image_and_class(sets, rng, tmp_path):

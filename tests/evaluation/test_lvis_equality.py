@@ -63,6 +63,19 @@ def test_metrics_equal_the_lvis_package(sets, rng, tmp_path, masks):
         np.testing.assert_allclose(ours, np.where(per_class < 0, np.nan, per_class), atol=1e-6)
 
 
+def test_metrics_of_a_federated_set_of_300_classes_equal_the_lvis_package(sets, rng, tmp_path):
+    dataset = sets.make_dataset(rng, num_classes=300, num_images=150)
+    detections = sets.make_detections(rng, dataset)
+    name = sets.register(dataset, "lvis")
+    evaluator = LVISGroupEvaluator(name, output_dir=str(tmp_path / "out"))
+    results = sets.feed(evaluator, dataset, detections)
+    saved = json.loads((tmp_path / f"out/predictions_{name}.json").read_text())
+    theirs, _ = lvis_package(tmp_path / f"{name}.json", saved, "bbox")
+    assert_equal(results["bbox"], theirs)
+    seen = {a["category_id"] for a in dataset["annotations"]}
+    assert 100 < len(seen) < 297  # the others have no AP and do not count
+
+
 @pytest.mark.parametrize("max_dets", [1, 5, 40])
 def test_limit_of_detections_counts_before_unlisted_classes_are_dropped(
     sets, rng, tmp_path, max_dets
