@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Time and memory of an LVIS evaluation: ours against the lvis package, on the same files.
+
+    python benchmarks/bm_evaluation.py [--images N] [--classes K] [--objects G] [--per-image D]
+
+The defaults have the size of LVIS v1 val: 20,000 pictures, 1,203 classes, 250,000 objects, and 100
+detections a picture. Each evaluator runs in a process of its own, one after the other, from reading
+the two files to the nine metrics; peak memory is that of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from d2_balance.files import atomic_path
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+HEIGHT, WIDTH = 480, 640
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 4) boxes x, y, width, height inside the picture, most of them small."""
+    size = np.exp(rng.uniform(2.3, 5.6, (count, 2))).clip(max=(WIDTH - 1, HEIGHT - 1))
+    corner = rng.uniform(0, 1, (count, 2)) * ((WIDTH, HEIGHT) - size)
+    return np.concatenate([corner, size], axis=1).round(2)
+
+
+def make_files(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Ground truth in LVIS format, and detections: moved objects, look-alikes and noise."""
+    rng = np.random.default_rng(0)
+    classes = np.arange(1, args.classes + 1)
+    share = 1 / classes**1.1
+    categories = [
+        {"id": int(c), "name": f"class{c}", "frequency": "fcr"[min(2, int(3 * n // len(classes)))]}
+        for n, c in enumerate(classes)
+    ]
+    owner = np.sort(rng.integers(0, args.images, args.objects))
+    kinds = rng.choice(classes, args.objects, p=share / share.sum())
+    boxes = random_boxes(rng, args.objects)
+    annotations = [
+        {"id": n, "image_id": int(i) + 1, "category_id": int(c), "bbox": b, "area": b[2] * b[3]}
+        for n, (i, c, b) in enumerate(zip(owner, kinds, boxes.tolist(), strict=True), start=1)
+    ]
+    starts = np.searchsorted(owner, np.arange(args.images + 1))
+    images, found = [], []
+    for i in tqdm(range(args.images), "making detections", disable=None):
+        own = slice(starts[i], starts[i + 1])
+        present = np.unique(kinds[own])
+        absent = np.setdiff1d(rng.choice(classes, 12), present)
+        images.append(
+            {
+                "id": i + 1,
+                "height": HEIGHT,
+                "width": WIDTH,
+                "neg_category_ids": absent.tolist(),
+                "not_exhaustive_category_ids": present[rng.random(len(present)) < 0.1].tolist(),
+            }
+        )
+        found += detections_of(rng, i + 1, boxes[own], kinds[own], classes, args.per_image)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    paths = folder / "truth.json", folder / "detections.json"
+    for path, data in zip(paths, (content, found), strict=True):
+        path.write_text(json.dumps(data))
+    return paths
+
+
+def detections_of(
+    rng: np.random.Generator,
+    image: int,
+    boxes: np.ndarray,
+    kinds: np.ndarray,
+    classes: np.ndarray,
+    count: int,
+) -> list[dict]:
+    """Detections of a picture: up to half of them moved objects, most of the right class."""
+    hits = min(len(boxes) * 2, count // 2)
+    chosen = rng.integers(0, max(len(boxes), 1), hits)
+    noise = random_boxes(rng, count - hits)
+    moved = boxes[chosen] + rng.normal(0, 0.08, (hits, 4)) * np.tile(boxes[chosen, 2:], 2)
+    every = np.concatenate([moved, noise]).round(2)
+    every[:, 2:] = every[:, 2:].clip(min=1)
+    kind = np.concatenate([kinds[chosen], rng.choice(classes, count - hits)])
+    wrong = rng.random(count) < 0.2
+    kind[wrong] = rng.choice(classes, wrong.sum())
+    score = rng.random(count).round(4)
+    return [
+        {"image_id": image, "category_id": int(c), "bbox": b, "score": s}
+        for c, b, s in zip(kind, every.tolist(), score.tolist(), strict=True)
+    ]
+
+
+def with_ours(truth: str, detections: str) -> dict[str, float]:
+    """The metrics of `d2-balance eval`."""
+    from d2_balance.evaluation.offline import evaluate_predictions
+    from d2_balance.evaluation.predictions import read_predictions
+    from d2_balance.evaluation.sources import Annotations
+
+    ground = Annotations.load(truth)
+    found = read_predictions(detections, ground.data, truth)
+    return evaluate_predictions(ground, found).results["bbox"]
+
+
+def with_lvis(truth: str, detections: str) -> dict[str, float]:
+    """The metrics of the lvis package."""
+    np.float = float  # an alias that numpy dropped and lvis 0.5.3 still uses
+    from lvis import LVIS, LVISEval, LVISResults
+
+    ground = LVIS(truth)
+    evaluator = LVISEval(ground, LVISResults(ground, detections), "bbox")
+    evaluator.run()
+    return {metric: float(evaluator.results[metric] * 100) for metric in METRICS}
+
+
+CHILDREN = {"d2_balance": with_ours, "lvis": with_lvis}
+
+
+def child(name: str, truth: str, detections: str) -> None:
+    """Runs one evaluator and prints what it took as one line of JSON."""
+    start = time.perf_counter()
+    metrics = CHILDREN[name](truth, detections)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB to GiB
+    print(json.dumps({"seconds": seconds, "gib": peak, "metrics": metrics}))
+
+
+def measure(name: str, *paths: Path) -> dict:
+    command = [sys.executable, __file__, "--child", name, *map(str, paths)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--classes", type=int, default=1_203)
+    parser.add_argument("--objects", type=int, default=250_000)
+    parser.add_argument("--per-image", type=int, default=100, help="detections of a picture")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_files(Path(folder), args)
+        figures = {name: measure(name, *paths) for name in CHILDREN}
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{args.images:,} pictures, {args.classes:,} classes, {args.objects:,} objects, "
+        f"{args.images * args.per_image:,} detections\n"
+    )
+    rows = [
+        [name, f"{f['seconds']:.1f} s", f"{f['gib']:.2f} GiB", f"{f['metrics']['AP']:.6f}"]
+        for name, f in figures.items()
+    ]
+    print(tabulate(rows, headers=["", "time", "peak memory", "AP"], tablefmt="github"))
+    ours, theirs = (figures[name] for name in CHILDREN)
+    gap = max(abs(ours["metrics"][m] - theirs["metrics"][m]) for m in METRICS)
+    print(
+        f"\n{theirs['seconds'] / ours['seconds']:.1f} times faster, "
+        f"{ours['gib'] / theirs['gib']:.2f} of the memory, largest difference of a metric {gap:.1e}"
+    )
+    if args.json:
+        with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
