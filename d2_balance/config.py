@@ -34,6 +34,11 @@ def add_balance_config(cfg: CfgNode) -> None:
     # is recognised.
     cfg.DATASETS.REGISTER = []
 
+    # Detections that the evaluation counts: per picture with LVIS rules, per picture and class with
+    # COCO rules; 0 takes the rules' own limits, 300 and 100. TEST.DETECTIONS_PER_IMAGE is what the
+    # model gives.
+    cfg.TEST.EVAL_MAX_DETS = 0
+
     # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; the
     # names are those of MODEL.RETINANET.
     cfg.MODEL.FCOS = CfgNode()

@@ -76,8 +76,9 @@ def reference_page() -> str:
     nodes = {key for key, value in balance.items() if isinstance(value, CfgNode)}
     own = {key: value for key, value in balance.items() if key not in nodes}
     named = {name.upper() for registry in SECTIONS.values() for name, _ in registry}
-    registered = {"REGISTER": cfg.DATASETS.REGISTER}
-    parts = [HEAD, "## DATASETS\n", _table("DATASETS", registered, comments)]
+    parts = [HEAD]
+    for place, keys in added_keys(cfg, get_cfg()).items():
+        parts += [f"## {place}\n", _table(place, keys, comments)]
     parts += ["## MODEL.FCOS\n", f"{comments['MODEL.FCOS']}\n"]
     parts += [_table("MODEL.FCOS", cfg.MODEL.FCOS, comments)]
     parts += ["## MODEL.BALANCE\n", _table("MODEL.BALANCE", own, comments)]
@@ -92,6 +93,17 @@ def reference_page() -> str:
         entries = [_entry(name, cls, balance.get(name.upper())) for name, cls in registry]
         parts += [f"## {title}\n", *entries] if entries else []
     return "\n".join(parts)
+
+
+def added_keys(cfg: CfgNode, stock: CfgNode, place: str = "") -> dict[str, dict[str, Any]]:
+    """Keys that were added to nodes which Detectron2 has, by the node's full name."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in cfg.items():
+        if key not in stock and not isinstance(value, CfgNode):
+            found.setdefault(place, {})[key] = value
+        elif key in stock and isinstance(value, CfgNode):
+            found |= added_keys(value, stock[key], f"{place}.{key}".lstrip("."))
+    return found
 
 
 def _argument_texts(place: str) -> dict[str, str]:

@@ -53,7 +53,7 @@ def build_evaluator(
         output_dir: folder for predictions and tables; None: OUTPUT_DIR/inference.
 
     Raises:
-        ValueError: a type without evaluator.
+        ValueError: a type without evaluator, or TEST.EVAL_MAX_DETS below 0.
     """
     if output_dir is None:
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -63,7 +63,10 @@ def build_evaluator(
         return COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
     if kind in _BY_GROUP:
         return _BY_GROUP[kind](
-            dataset_name, output_dir=output_dir, train_image_count=lambda: _train_counts(cfg)
+            dataset_name,
+            output_dir=output_dir,
+            max_dets=_max_dets(cfg),
+            train_image_count=lambda: _train_counts(cfg),
         )
     if kind in _DETECTRON2:
         return _DETECTRON2[kind](dataset_name, output_dir)
@@ -71,6 +74,16 @@ def build_evaluator(
         f"data set {dataset_name!r} has evaluator_type {kind!r} in its metadata; allowed are "
         + ", ".join(sorted([*_BY_GROUP, *_DETECTRON2]))
     )
+
+
+def _max_dets(cfg: CfgNode) -> int | None:
+    limit = cfg.TEST.get("EVAL_MAX_DETS", 0)
+    if limit < 0:
+        raise ValueError(
+            f"TEST.EVAL_MAX_DETS is {limit}; it must be 0 for the rules' own limit, or the number "
+            "of detections that count"
+        )
+    return limit or None
 
 
 def _train_counts(cfg: CfgNode) -> dict[str, int] | None:

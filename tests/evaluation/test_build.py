@@ -97,6 +97,16 @@ def test_lvis_sets_get_lvis_rules_and_a_folder_of_their_own(cfg, sets, rng, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_the_limit_of_detections_can_be_set(cfg, sets, rng):
+    name = sets.register(sets.make_dataset(rng, 4, 4), "lvis")
+    assert build_evaluator(cfg, name)._max_dets == 300
+    cfg.TEST.EVAL_MAX_DETS = 1000
+    assert build_evaluator(cfg, name)._max_dets == 1000
+    cfg.TEST.EVAL_MAX_DETS = -1
+    with pytest.raises(ValueError, match="TEST.EVAL_MAX_DETS is -1; it must be 0"):
+        build_evaluator(cfg, name)
+
+
 def test_keypoint_models_and_other_types_get_detectron2s_evaluators(cfg, sets, rng):
     cfg.MODEL.KEYPOINT_ON = True
     name = sets.register(sets.make_dataset(rng, 4, 4, lvis=False), "coco")
