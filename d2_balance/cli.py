@@ -10,9 +10,11 @@ from collections.abc import Sequence
 # module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
 COMMANDS = {
     "analyze": ("d2_balance.analyze", "print how long the tail of a data set is; lambda for EQL"),
+    "compare": ("d2_balance.compare", "put evaluations side by side: groups and classes that gain"),
     "eval": ("d2_balance.eval", "evaluate a file of predictions, by frequency group and class"),
     "methods": ("d2_balance.methods", "list every method, and which go together"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
+    "replay": ("d2_balance.replay", "run the batch again whose loss was not finite"),
     "prior": ("d2_balance.prior", "count the start bias that foreground needs in a training set"),
 }
 

@@ -4,7 +4,6 @@ with LVIS rules for LVIS-style files and COCO rules for others."""
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from .evaluation.offline import Evaluation
+    from .evaluation.predictions import Detections
+    from .evaluation.record import Evaluation
+    from .evaluation.sources import Annotations
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write every figure to this file")
     parser.add_argument("--csv", metavar="FILE", help="write the table of classes to this file")
+    parser.add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="write a page with precision-recall curves, calibration, error types and confusion",
+    )
     parser.add_argument("--max-dets", type=int, help="detections that count (LVIS 300, COCO 100)")
     parser.add_argument("--style", choices=("coco", "lvis"), help="rules, if not the file's own")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), help="boxes, masks, or both")
@@ -53,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
     from .evaluation.offline import evaluate_predictions
     from .evaluation.predictions import read_predictions
     from .evaluation.sources import Annotations
+    from .files import check_new
 
     try:
-        check_outputs([args.json, args.csv], args.overwrite)  # before the work
+        page = args.report and os.path.join(args.report, "report.html")
+        check_new([args.json, args.csv, page], args.overwrite)  # before the work
         train = Annotations.load(args.train, "--train") if args.train else None
         truth = Annotations.load(args.dataset, "--dataset", args.style)
         detections = read_predictions(args.predictions, truth.data, truth.path)
@@ -72,28 +80,30 @@ def run(args: argparse.Namespace) -> int:
         return 2
     print(report(found, args.classes))
     write(found, args.json, args.csv)
+    if args.report:
+        write_diagnosis(args, truth, detections, found)
     return 0
 
 
-def check_outputs(paths: list[str | None], overwrite: bool) -> None:
-    """Refuse to replace files.
+def write_diagnosis(
+    args: argparse.Namespace, truth: Annotations, detections: Detections, found: Evaluation
+) -> None:
+    """Write the page, its figures and the plots into the folder --report."""
+    from .evaluation.diagnosis import diagnose
+    from .evaluation.diagnosis_plots import write_report
 
-    Raises:
-        FileExistsError: naming the first file that exists.
-    """
-    for path in paths:
-        if path and os.path.exists(path) and not overwrite:
-            raise FileExistsError(f"{path} exists; --overwrite replaces it")
+    parts = [diagnose(truth, detections, found, task) for task in found.results]
+    name = os.path.basename(args.predictions)
+    page, *_ = write_report(args.report, found, parts, name)
+    print(f"\n{page}")
 
 
 def write(found: Evaluation, json_file: str | None, csv_file: str | None) -> None:
     """Write the figures as JSON, and the classes as CSV, each atomically."""
     from .evaluation.per_class import write_csv
-    from .files import atomic_path
 
     if json_file:
-        with atomic_path(json_file) as path, open(path, "w", encoding="utf-8") as file:
-            json.dump(found.as_json(), file, indent=1, allow_nan=False)
+        found.write(json_file)
     if csv_file:
         write_csv(found.classes, csv_file)
 

@@ -28,10 +28,12 @@ from d2_balance.evaluation.groups import (
     TrainCounts,
     check_groups,
     group_metrics,
+    log_classes_without_truth,
     resolve_groups,
     training_counts,
 )
 from d2_balance.evaluation.per_class import class_records, write_per_class
+from d2_balance.evaluation.record import Evaluation
 
 TASKS = ("bbox", "segm")
 
@@ -43,7 +45,8 @@ class COCOGroupEvaluator(COCOEvaluator):
 
     After `evaluate()` on rank 0, `per_class` holds one record per class (see `class_records`). With
     an `output_dir` these files are written there: `predictions_<dataset>.json` (COCO results with
-    the data set's own category ids), `per_class_ap_<dataset>.json` and `.csv`.
+    the data set's own category ids), `per_class_ap_<dataset>.json` and `.csv`, and
+    `evaluation_<dataset>.json` with every figure (see `Evaluation`).
 
     Args:
         dataset_name: a registered data set with COCO-style JSON, or any of Detectron2's standard
@@ -181,9 +184,10 @@ class COCOGroupEvaluator(COCOEvaluator):
         if self._output_dir:
             name = f"predictions_{file_name_of(self._dataset_name)}.json"
             self._files.write_results(ranks, os.path.join(self._output_dir, name))
-        detections, has_masks = {}, False
+        detections, has_masks, self._found = {}, False, 0
         for image_id, masks, found in self._files.read(ranks):
             has_masks |= masks
+            self._found += len(found)
             if image_id not in self._coco_api.imgs:
                 raise ValueError(
                     f"predictions for image {image_id!r}, which is not in {self._dataset_name}"
@@ -198,19 +202,32 @@ class COCOGroupEvaluator(COCOEvaluator):
         in_file = [self._coco_api.cats[c] for c in truth.class_ids] if self.federated else []
         counts = training_counts(names, self._train_image_count, in_file, self._dataset_name)
         groups = resolve_groups(names, self._groups, in_file, counts, self._cuts)
-        self._results = OrderedDict()
+        self._results, notes = OrderedDict(), []
         for task, table in tables.items():
             metrics, reasons = group_metrics(table, groups, self._dataset_name)
             self._results[task] = metrics
             logger.info(f"Evaluation results for {task}:\n{create_small_table(metrics)}")
+            notes += [reason for reason in reasons if reason not in notes]
             for reason in reasons:
                 log_first_n(logging.WARNING, reason, key="message")
         instances = [truth.instance_count(c) for c in truth.class_ids]
-        self._log_classes_without_truth(names, instances)
+        log_classes_without_truth(names, instances, self._dataset_name)
         self.per_class = class_records(truth.class_ids, names, groups, counts, instances, tables)
         if self._output_dir:
-            stem = f"per_class_ap_{file_name_of(self._dataset_name)}"
-            write_per_class(self.per_class, os.path.join(self._output_dir, stem))
+            name = file_name_of(self._dataset_name)
+            write_per_class(self.per_class, os.path.join(self._output_dir, f"per_class_ap_{name}"))
+            figures = Evaluation(
+                dataset=self._dataset_name,
+                train="",
+                rules="lvis" if self.federated else "coco",
+                max_dets=self._max_dets,
+                images=len(truth.images),
+                detections=self._found,
+                results=dict(self._results),
+                classes=self.per_class,
+                notes=notes,
+            )
+            figures.write(os.path.join(self._output_dir, f"evaluation_{name}.json"))
         return copy.deepcopy(self._results)
 
     def _tasks_of(self, truth: GroundTruth, has_masks: bool) -> list[str]:
@@ -262,14 +279,6 @@ class COCOGroupEvaluator(COCOEvaluator):
         known = dict(enumerate(self._metadata.get("thing_classes") or ()))
         in_file = self._coco_api.cats
         return [known.get(index.get(c)) or str(in_file[c].get("name", c)) for c in class_ids]
-
-    def _log_classes_without_truth(self, names: list[str], instances: list[int]) -> None:
-        empty = [n for n, count in zip(names, instances, strict=True) if not count]
-        if empty:
-            shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-            message = f"AP is NaN for {len(empty)} of {len(names)} classes: no ground truth of them"
-            message += f" in {self._dataset_name}: {shown}"
-            log_first_n(logging.WARNING, message, key="message")
 
 
 class LVISGroupEvaluator(COCOGroupEvaluator):

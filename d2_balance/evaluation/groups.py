@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from detectron2.utils.logger import log_first_n
 
 from d2_balance.data.groups import GROUPS, groups_from_counts
 from d2_balance.evaluation.average_precision import SIZES, APTable
@@ -115,3 +116,14 @@ def group_metrics(
         if not len(values):
             reasons.append(f"{key} is NaN: {reason} in {dataset_name}")
     return metrics, reasons
+
+
+def log_classes_without_truth(
+    names: Sequence[str], instances: Sequence[int], dataset_name: str
+) -> None:
+    """Say once which of the classes have no ground truth, and hence no AP."""
+    empty = [name for name, count in zip(names, instances, strict=True) if not count]
+    if empty:
+        shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+        message = f"AP is NaN for {len(empty)} of {len(names)} classes: no ground truth of them"
+        log_first_n(logging.WARNING, f"{message} in {dataset_name}: {shown}", key="message")

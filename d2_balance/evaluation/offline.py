@@ -1,10 +1,7 @@
 """Evaluates a prediction file without a model: what `d2-balance eval` does."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from d2_balance.data.annotation_checks import find_bad_annotations
 from d2_balance.data.groups import LVIS_CUTS
@@ -13,40 +10,10 @@ from d2_balance.evaluation.group_evaluator import COCOGroupEvaluator, LVISGroupE
 from d2_balance.evaluation.groups import group_metrics, resolve_groups, training_counts
 from d2_balance.evaluation.per_class import class_records
 from d2_balance.evaluation.predictions import Detections
+from d2_balance.evaluation.record import Evaluation
 from d2_balance.evaluation.sources import Annotations
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Evaluation:
-    """Figures of one prediction file; AP in percent, NaN where nothing can be measured.
-
-    Attributes:
-        dataset: the data set, as the user named it.
-        train: the training set that classes are grouped by, "" where the file says it itself.
-        rules: "lvis" (federated) or "coco".
-        max_dets: detections that count, per image (lvis) or per image and class (coco).
-        images: images of the data set.
-        detections: detections in the prediction file.
-        results: task ("bbox", "segm") to AP, AP50, AP75, APs, APm, APl, APr, APc, APf.
-        classes: class name to record, see `class_records`.
-        notes: why figures are NaN, and what was left out.
-    """
-
-    dataset: str
-    train: str
-    rules: str
-    max_dets: int
-    images: int
-    detections: int
-    results: dict[str, dict[str, float]]
-    classes: dict[str, dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """The same fields as a JSON object, NaN as null."""
-        return _without_nan(vars(self))
 
 
 def evaluate_predictions(
@@ -165,11 +132,3 @@ def _unseen(names: Sequence[str], counts: Mapping[str, int], dataset: str, train
             shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
             notes.append(f"{len(found)} of {len(names)} classes of {dataset} are {what}: {shown}")
     return notes
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -10,7 +10,7 @@ from d2_balance.data.groups import GROUPS
 from d2_balance.files import atomic_path
 
 # Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
-_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}
+GROUP_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}
 _MAX_LABELS = 30
 # Where a label may stand beside its point: (dx, dy) in points, horizontal, vertical alignment.
 _PLACES = (
@@ -73,7 +73,7 @@ def _draw_group(axes, points: Sequence[tuple], group: str | None) -> None:
     mean = sum(values) / len(values)
     name = GROUPS.get(group, "no group")
     label = f"{name}: mean {mean:.1f} ({len(points)} class{'es' * (len(points) > 1)})"
-    colour = _COLOURS[group]
+    colour = GROUP_COLOURS[group]
     size = 28 if len(points) <= 100 else 10
     axes.scatter(counts, values, s=size, color=colour, alpha=0.75, linewidths=0, zorder=3)
     # A group of one count would have a line of no length: widen by a fifth either way.
@@ -88,7 +88,7 @@ def _style_axes(axes, points: Sequence[tuple], metric: str) -> None:
     axes.set_xlim(low / 1.6, high * 1.9)
     axes.set_ylim(-3, min(max(max(p[1] for p in points) * 1.15, 10), 104))
     zero = [0.5] if low < 1 else []
-    ticks = _count_ticks(low / 1.6, high * 1.9)
+    ticks = count_ticks(low / 1.6, high * 1.9)
     axes.set_xticks([*zero, *ticks], ["0"] * len(zero) + [f"{t:,}" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("training images that show the class")
@@ -97,7 +97,7 @@ def _style_axes(axes, points: Sequence[tuple], metric: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _count_ticks(low: float, high: float) -> list[int]:
+def count_ticks(low: float, high: float) -> list[int]:
     """Whole counts from `low` to `high` that part a log axis well."""
     decades = [10**k for k in range(math.ceil(math.log10(high)) + 1)]
     for steps in ((1,), (1, 2, 5), range(1, 10)):
@@ -128,7 +128,7 @@ def _write_names(figure, axes, points: Sequence[tuple]) -> None:
                 ha=ha,
                 va=va,
                 fontsize=7,
-                color=_COLOURS[group],
+                color=GROUP_COLOURS[group],
             )
             box = text.get_window_extent()
             clear = not any(

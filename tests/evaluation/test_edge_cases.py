@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from d2_balance.evaluation import COCOGroupEvaluator, LVISGroupEvaluator, read_per_class
+from d2_balance.evaluation.record import Evaluation
 
 
 def one_image(neg=(), not_exhaustive=(), classes=(1,), frequency="frc"):
@@ -146,7 +147,18 @@ def test_files_hold_null_and_empty_fields_for_nan(sets, tmp_path):
     assert math.isnan(again["c2"]["AP"]) and again["c1"] == evaluator.per_class["c1"]
     # nothing else remains: no rank files, no temporary names
     written = {p.name for p in tmp_path.iterdir()} - {f"{name}.json"}
-    assert written == {f"predictions_{name}.json", path.name, path.with_suffix(".csv").name}
+    figures = tmp_path / f"evaluation_{name}.json"
+    assert written == {
+        f"predictions_{name}.json",
+        figures.name,
+        path.name,
+        path.with_suffix(".csv").name,
+    }
+    every = Evaluation.read(str(figures))
+    assert (every.dataset, every.rules, every.images, every.detections) == (name, "lvis", 1, 1)
+    assert math.isnan(every.results["bbox"]["APr"]) and every.results["bbox"]["AP"] == 100
+    assert every.classes["c1"] == evaluator.per_class["c1"]
+    assert any("APr is NaN" in note for note in every.notes)
 
 
 def test_boxes_only_annotations_skip_masks_with_the_reason(sets, caplog):

@@ -1,0 +1,192 @@
+"""Pictures and the page of a diagnosis."""
+
+import json
+import math
+import os
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from d2_balance.data.groups import GROUPS
+from d2_balance.evaluation.diagnosis import Diagnosis
+from d2_balance.evaluation.plots import GROUP_COLOURS
+from d2_balance.evaluation.record import Evaluation
+from d2_balance.files import atomic_path
+from d2_balance.page import Page
+
+COLOURS = {"all": "#1a1a1a"} | {name: GROUP_COLOURS[letter] for letter, name in GROUPS.items()}
+MARKERS = "osD^v"
+MOST_CLASSES = 30
+TASKS = {"bbox": "box", "segm": "mask"}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without pyplot, so that a caller's own backend stays."""
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_curves(found: Diagnosis) -> Figure:
+    """Precision over recall of each group, with score thresholds on the curves."""
+    figure = new_figure(7.5, 4.6)
+    axes = figure.add_subplot()
+    for name, curve in found.curves.items():
+        area = 100 * float(np.mean(curve.precision))
+        axes.plot(
+            curve.recall,
+            curve.precision,
+            color=COLOURS[name],
+            lw=2 if name != "all" else 1.2,
+            label=f"{name}: AP50 {area:.1f}",
+        )
+        for marker, (recall, precision) in zip(MARKERS, curve.marks.values(), strict=False):
+            axes.plot(recall, precision, marker, color=COLOURS[name], ms=6)
+    shown = sorted({t for curve in found.curves.values() for t in curve.marks})
+    for marker, threshold in zip(MARKERS, shown, strict=False):
+        axes.plot([], [], marker, color="#888888", ms=6, label=f"score {threshold:g}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(fontsize=8, frameon=False, loc="upper right")
+    return _plain(figure)
+
+
+def plot_calibration(found: Diagnosis) -> Figure:
+    """Share of right detections over confidence, one panel a group."""
+    groups = found.calibration
+    figure = new_figure(2.9 * max(len(groups), 1), 3.1)
+    panels = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
+    for axes, (name, part) in zip(panels, groups.items(), strict=False):
+        bins = [b for b in part.bins if b["count"]]
+        left = [b["lower"] for b in bins]
+        heights = [b["accuracy"] for b in bins]
+        axes.bar(left, heights, width=0.1, align="edge", color=COLOURS[name], alpha=0.75)
+        axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1)
+        axes.set_title(f"{name}: ECE {part.ece:.3f}\n{part.detections:,} detections", fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
+    panels[0].set_ylabel("share that is right")
+    return _plain(figure)
+
+
+def plot_errors(found: Diagnosis) -> Figure:
+    """AP50 that each kind of error costs, and how often it occurs."""
+    figure = new_figure(7.5, 2.8)
+    axes = figure.add_subplot()
+    names = list(found.errors)[::-1]
+    lost = [found.errors[name]["AP50 lost"] for name in names]
+    axes.barh(names, lost, color="#56B4E9")
+    for row, name in enumerate(names):
+        text = f" {lost[row]:.1f} ({found.errors[name]['count']:,})"
+        axes.text(max(lost[row], 0), row, text, va="center", fontsize=8)
+    axes.set_xlim(min(0, *lost), max(*lost, 1) * 1.25)
+    axes.set_xlabel("AP50 that would be gained without these errors (their number)")
+    return _plain(figure)
+
+
+def plot_confusion(found: Diagnosis) -> Figure:
+    """Shares of each class's objects; of many classes those that are confused most."""
+    matrix = found.confusion.astype(float)
+    shown = list(range(len(found.classes)))
+    if len(shown) > MOST_CLASSES:
+        pairs = found.most_confused(10 * MOST_CLASSES)
+        names = list(dict.fromkeys(name for a, b, *_ in pairs for name in (a, b)))[:MOST_CLASSES]
+        shown = [found.classes.index(name) for name in names]
+    rows = matrix[shown] / matrix[shown].sum(axis=1, keepdims=True).clip(min=1)  # objects
+    share = np.concatenate([rows[:, shown], rows[:, -1:]], axis=1)
+    size = max(4.5, 0.26 * len(shown) + 2)
+    figure = new_figure(size + 1, size)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    labels = [found.classes[k] for k in shown]
+    axes.set_xticks(range(len(labels) + 1), [*labels, "(missed)"], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    if len(shown) <= 10:
+        for (i, j), value in np.ndenumerate(share):
+            colour = "white" if value > 0.6 else "black"
+            axes.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="detected as", ylabel="object")
+    figure.colorbar(image, shrink=0.7, label="share of the class's objects")
+    return figure
+
+
+def _plain(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) -> Page:
+    """Everything on one page.
+
+    Args:
+        found: the evaluation.
+        parts: one diagnosis per task.
+        predictions: name of the file, for the heading.
+    """
+    page = Page(f"{predictions} on {found.dataset}")
+    page.text(
+        f"{found.detections:,} detections on {found.images:,} images, {found.rules.upper()} rules, "
+        f"{found.max_dets} detections that count."
+        + (f" Groups by the images of {found.train}." if found.train else "")
+    )
+    metrics = list(next(iter(found.results.values())))
+    rows = [[TASKS[t], *(_percent(m[k]) for k in metrics)] for t, m in found.results.items()]
+    page.table(rows, ["", *metrics])
+    page.items(found.notes) if found.notes else None
+    for part in parts:
+        kind = TASKS[part.task]
+        page.heading(f"Precision and recall ({kind})")
+        text = "Means over the classes of a group, at IoU 0.5. Marks show where a score threshold "
+        page.figure(plot_curves(part), text + "cuts the curve.")
+        page.heading(f"Calibration ({kind})")
+        text = "A bar below the dashed line is overconfidence. ECE is the mean distance to the line"
+        page.figure(plot_calibration(part), text + ", weighted by the number of detections.")
+        page.heading(f"Kinds of errors ({kind})")
+        page.figure(plot_errors(part), "TIDE error types at IoU 0.5; background means IoU < 0.1.")
+        page.heading(f"Confusion of classes ({kind})")
+        text = f"Detections with a score of {part.min_score:g} and more, matched at IoU 0.5."
+        page.figure(plot_confusion(part), text)
+        rows = [[a, b, n, f"{100 * share:.0f} %"] for a, b, n, share in part.most_confused(15)]
+        if rows:
+            page.table(rows, ["object", "detected as", "times", "share of the objects"])
+    page.heading("Classes, rarest first")
+    columns = list(next(iter(found.classes.values()), {}))
+    order = sorted(found.classes.items(), key=lambda item: item[1]["train_image_count"] or 0)
+    page.table([[n, *(_cell(r[c]) for c in columns)] for n, r in order], ["class", *columns])
+    return page
+
+
+def write_report(
+    folder: str, found: Evaluation, parts: list[Diagnosis], predictions: str
+) -> list[str]:
+    """Write report.html, diagnosis.json and the plots as PNG; returns their paths."""
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, "report.html"), os.path.join(folder, "diagnosis.json")]
+    diagnosis_page(found, parts, predictions).write(paths[0])
+    content = {"evaluation": found.as_json(), "diagnosis": [part.as_json() for part in parts]}
+    with atomic_path(paths[1]) as path, open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    drawings = {
+        "precision_recall": plot_curves,
+        "calibration": plot_calibration,
+        "errors": plot_errors,
+        "confusion": plot_confusion,
+    }
+    for part in parts:
+        for name, draw in drawings.items():
+            paths.append(os.path.join(folder, f"{name}_{TASKS[part.task]}.png"))
+            with atomic_path(paths[-1]) as temporary:
+                draw(part).savefig(temporary, format="png")
+    return paths
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return _percent(value) if isinstance(value, float) else str(value)

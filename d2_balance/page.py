@@ -1,0 +1,89 @@
+"""Self-contained HTML pages: text, tables and pictures in one file that opens anywhere."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from .files import atomic_path
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:62rem;margin:2rem auto;
+padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;
+border-bottom:1px solid #ddd;padding-bottom:.2rem}
+table{border-collapse:collapse;margin:.8rem 0;font-size:14px}
+th,td{padding:.25rem .7rem;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}
+th{background:#f6f6f6}td{font-variant-numeric:tabular-nums}
+img{max-width:100%;height:auto;display:block;margin:.8rem 0}
+pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:13px}
+.note{color:#555}.warning{border-left:4px solid #D55E00;padding-left:.7rem}
+.scroll{overflow-x:auto}
+"""
+
+
+class Page:
+    """Collects the parts of a page; `write` puts them into one file.
+
+    Args:
+        title: heading of the page.
+    """
+
+    def __init__(self, title: str):
+        self.title = title
+        self._parts: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str, kind: str = "") -> None:
+        """Add a paragraph; `kind` is "", "note" or "warning"."""
+        label = f' class="{kind}"' if kind else ""
+        self._parts.append(f"<p{label}>{html.escape(text)}</p>")
+
+    def items(self, lines: Sequence[str]) -> None:
+        """Add a list."""
+        inner = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        self._parts.append(f"<ul>{inner}</ul>")
+
+    def code(self, text: str) -> None:
+        """Add text whose line breaks and spaces matter."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, rows: Sequence[Sequence], headers: Sequence[str]) -> None:
+        """Add a table; numbers are shown as given."""
+        body = tabulate(rows, headers=headers, tablefmt="html", disable_numparse=True)
+        self._parts.append(f'<div class="scroll">{body}</div>')
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        """Add a picture as PNG within the page; `caption` says what it shows."""
+        data = base64.b64encode(png(figure)).decode("ascii")
+        text = html.escape(caption)
+        self._parts.append(f'<img alt="{text}" src="data:image/png;base64,{data}">')
+        self._parts.append(f'<p class="note">{text}</p>')
+
+    def html(self) -> str:
+        """The whole page."""
+        title = html.escape(self.title)
+        head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        body = "\n".join(self._parts)
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n'
+            f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        )
+
+    def write(self, path: str) -> None:
+        """Write the page to `path`, atomically."""
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(self.html())
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
