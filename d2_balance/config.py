@@ -34,6 +34,10 @@ def add_balance_config(cfg: CfgNode) -> None:
     # is recognised.
     cfg.DATASETS.REGISTER = []
 
+    # Different training pictures of a process that may be unreadable, at least 0: they are skipped
+    # and named, and one more ends the run.
+    cfg.DATALOADER.MAX_BROKEN_PICTURES = 10
+
     # Detections that the evaluation counts: per picture with LVIS rules, per picture and class with
     # COCO rules; 0 takes the rules' own limits, 300 and 100. TEST.DETECTIONS_PER_IMAGE is what the
     # model gives.
@@ -173,6 +177,68 @@ def add_balance_config(cfg: CfgNode) -> None:
             if node:
                 _C.RPN[name.upper()] = node
     cfg.register_renamed_key("MODEL.BALANCE.EQL.LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
+    add_training_config(cfg)
+
+
+def add_training_config(cfg: CfgNode) -> None:
+    """Adds the keys of the training loop: precision, accumulation, averages, best model, logs."""
+    # Type of mixed precision where SOLVER.AMP.ENABLED is True: "fp16", whose gradients are scaled,
+    # or "bf16". Losses are computed in float32.
+    cfg.SOLVER.AMP.PRECISION = "fp16"
+    # Scale of the loss at the start, for fp16; above 0.
+    cfg.SOLVER.AMP.INIT_SCALE = 65536.0
+    # Overflows in a row that end the run; each alone skips one step. At least 1.
+    cfg.SOLVER.AMP.MAX_SKIPPED = 50
+    # Micro-batches that the share of a rank in IMS_PER_BATCH is split into, at least 1: less memory
+    # for the same batch. Costs a second forward pass.
+    cfg.SOLVER.ACCUMULATE = 1
+    # IMS_PER_BATCH that learning rate, warm-up, steps, length and periods of the config were chosen
+    # for; they are scaled where IMS_PER_BATCH is another. 0 is off.
+    cfg.SOLVER.REFERENCE_BATCH = 0
+
+    # Moving average of the weights.
+    cfg.SOLVER.EMA = CfgNode()
+    # Whether it is kept, evaluated in place of the weights, and saved as model_final_ema.pth.
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the old average, in [0, 1); smaller in the first steps t: (1 + t) / (10 + t).
+    cfg.SOLVER.EMA.DECAY = 0.9998
+
+    # The best model by a metric, saved as model_best.pth.
+    cfg.TEST.BEST = CfgNode()
+    # Name of the metric as metrics.json has it: bbox/AP, bbox/APr, segm/APr, val_loss/total_loss;
+    # with several test sets <data set>/bbox/AP. "" is off.
+    cfg.TEST.BEST.METRIC = ""
+    # "max", or "min" for losses.
+    cfg.TEST.BEST.MODE = "max"
+    # Evaluations without a better TEST.BEST.METRIC that end the run; 0 is off.
+    cfg.TEST.BEST.PATIENCE = 0
+    # How much better a metric must be to count as better for PATIENCE, at least 0.
+    cfg.TEST.BEST.MIN_DELTA = 0.0
+
+    # Losses on DATASETS.TEST while training, as val_loss/<name>.
+    cfg.TEST.LOSS = CfgNode()
+    # Iterations between two measurements; 0 is off.
+    cfg.TEST.LOSS.PERIOD = 0
+    # Pictures of each data set, the first ones of its file; 0 takes all.
+    cfg.TEST.LOSS.IMAGES = 0
+    # Whether AP of every class goes to TensorBoard after each evaluation.
+    cfg.TEST.CLASS_AP = True
+
+    # Logs besides metrics.json and TensorBoard.
+    cfg.LOG = CfgNode()
+    # Whether metrics.csv is written: lines of iteration, name, value.
+    cfg.LOG.CSV = False
+    # Project of Weights & Biases to log to; "" is off. Needs the package wandb.
+    cfg.LOG.WANDB_PROJECT = ""
+    # "online", or "offline" for machines without network.
+    cfg.LOG.WANDB_MODE = "online"
+
+    _C = cfg.MODEL.BALANCE
+    # Whether torch.compile compiles the losses; where that fails they run as ever, with a warning.
+    _C.COMPILE = False
+    # Parts of parameter names that are not taken from MODEL.WEIGHTS, such as cls_score where the
+    # number of classes is the same and the classes are others.
+    _C.REINITIALIZE = []
 
 
 def argument_help(cls: type) -> dict[str, str]:

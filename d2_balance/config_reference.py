@@ -15,7 +15,7 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_balance_config, argument_help
+from .config import add_balance_config, add_training_config, argument_help
 from .files import atomic_path
 from .losses import BOX_LOSSES, CLS_LOSSES
 from .modeling.build import DATA_ARGUMENTS
@@ -30,6 +30,7 @@ The losses are used by `MODEL.META_ARCHITECTURE: BalancedRetinaNet` and `Balance
 
 This page is made by `python -m d2_balance.config_reference docs/config.md`; do not edit it.
 """
+_OF_MODELS = ("MODEL.FCOS", "MODEL.BALANCE")  # have sections of their own
 SECTIONS = {
     "Classification losses (`CLS_LOSS`)": CLS_LOSSES,
     "Box losses (`BOX_LOSS`)": BOX_LOSSES,
@@ -47,10 +48,11 @@ def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def key_comments() -> dict[str, str]:
-    """The comments above the assignments in `add_balance_config`, by full name of the key."""
+    """The comments above the assignments in `config.py`, by full name of the key."""
     comments: dict[str, str] = {}
     block: list[str] = []
-    for line in inspect.getsource(add_balance_config).splitlines():
+    sources = (add_balance_config, add_training_config)
+    for line in "\n".join(map(inspect.getsource, sources)).splitlines():
         comment = re.match(r"\s*# (.*)", line)
         key = re.match(r"\s*(_C|cfg)\.([A-Z_.0-9]+) = ", line)
         if comment:
@@ -78,7 +80,8 @@ def reference_page() -> str:
     named = {name.upper() for registry in SECTIONS.values() for name, _ in registry}
     parts = [HEAD]
     for place, keys in added_keys(cfg, get_cfg()).items():
-        parts += [f"## {place}\n", _table(place, keys, comments)]
+        about = [f"{comments[place]}\n"] if place in comments else []
+        parts += [f"## {place}\n", *about, _table(place, keys, comments)]
     parts += ["## MODEL.FCOS\n", f"{comments['MODEL.FCOS']}\n"]
     parts += [_table("MODEL.FCOS", cfg.MODEL.FCOS, comments)]
     parts += ["## MODEL.BALANCE\n", _table("MODEL.BALANCE", own, comments)]
@@ -96,13 +99,14 @@ def reference_page() -> str:
 
 
 def added_keys(cfg: CfgNode, stock: CfgNode, place: str = "") -> dict[str, dict[str, Any]]:
-    """Keys that were added to nodes which Detectron2 has, by the node's full name."""
+    """Keys that Detectron2 lacks, by the full name of their node; without those of the models."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in cfg.items():
-        if key not in stock and not isinstance(value, CfgNode):
+        name = f"{place}.{key}".lstrip(".")
+        if isinstance(value, CfgNode) and name not in _OF_MODELS:
+            found |= added_keys(value, stock.get(key, {}), name)
+        elif key not in stock and name not in _OF_MODELS:
             found.setdefault(place, {})[key] = value
-        elif key in stock and isinstance(value, CfgNode):
-            found |= added_keys(value, stock[key], f"{place}.{key}".lstrip("."))
     return found
 
 

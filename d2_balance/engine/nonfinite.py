@@ -3,6 +3,9 @@
 The check stands between the backward pass and the step of the optimizer, so that no weights and no
 checkpoint are spoilt. What it costs in healthy iterations is a sum of the losses, which Detectron2
 reads at the same place, and with several ranks one number that they add up.
+
+In mixed precision the losses are looked at before they are scaled, so that an overflow of scaled
+gradients is none of this module's business: `StepTrainer` skips that step.
 """
 
 from __future__ import annotations
@@ -20,9 +23,15 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..losses.distributed import world_size
+from .errors import RunStopped
 from .replay import Replay, bad_inputs, first_non_finite, speaks_of_non_finite
+from .saved_batch import BatchSaver
 
 _BAD_WEIGHTS = "Lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True."
+_OVERFLOW = (
+    "In float32 the loss of this batch is finite: half precision has overflowed in the forward "
+    "pass. Set SOLVER.AMP.PRECISION bf16 or SOLVER.AMP.ENABLED False."
+)
 _BAD_INPUT = "Mend these pictures or their annotations, or take them out."
 _SHOWN = 8  # pictures and classes that a message lists
 
@@ -67,6 +76,8 @@ class Report:
         bad_input: whether the batch itself is not finite.
         pictures: name of each suspect picture and what is wrong with it.
         classes: names of the classes, without repetition.
+        overflow: whether the loss is finite in float32.
+        saved: file with the batch, "" for none.
     """
 
     losses: dict[str, float] = field(default_factory=dict)
@@ -74,6 +85,8 @@ class Report:
     bad_input: bool = False
     pictures: dict[str, str] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    overflow: bool = False
+    saved: str = ""
 
 
 class FiniteLosses(HookBase):
@@ -84,14 +97,17 @@ class FiniteLosses(HookBase):
     Args:
         model: wrapped in DDP or not.
         class_names: K names; None: classes are called by their index.
-        seed: of `SeedSteps`, whose random numbers the diagnosis draws again; below 0: unknown.
+        saver: keeps the batch for `d2-balance replay`; None: it is not kept.
     """
 
     def __init__(
-        self, model: nn.Module, class_names: Sequence[str] | None = None, seed: int = -1
+        self,
+        model: nn.Module,
+        class_names: Sequence[str] | None = None,
+        saver: BatchSaver | None = None,
     ) -> None:
         self._model = getattr(model, "module", model)
-        self._names, self._seed = class_names, seed
+        self._names, self._saver = class_names, saver
         self._batch: list[dict[str, Any]] = []
         self._losses: dict[str, Tensor] = {}
         model.register_forward_pre_hook(self._before_forward)
@@ -143,16 +159,17 @@ class FiniteLosses(HookBase):
 
     def _report(self) -> Report:
         batch, report = self._batch, Report(_non_finite(self._losses))
-        replay = Replay(
-            self._model,
-            batch,
-            seed=self._seed,
-            iteration=self.trainer.iter,
-            precision=getattr(self.trainer, "precision", None),
-        )
+        precision = getattr(self.trainer, "precision", None)
+        key = getattr(self.trainer, "random_key", None)
+        settings = {"key": key, "iteration": self.trainer.iter}
+        replay = Replay(self._model, batch, precision=precision, **settings)
         try:
+            if self._saver is not None:
+                report.saved = self._saver.save(batch, precision=precision, **settings)
             report.parameter = first_non_finite(self._model.named_parameters())
             found = replay.run()
+            if precision is not None and not (found.bad_input or report.parameter):
+                report.overflow = Replay(self._model, batch, **settings).is_finite()
         except Exception:  # a second error must not hide the first one
             logger.exception("The batch of the loss that is not finite could not be run again.")
             found = bad_inputs(batch)
@@ -198,14 +215,14 @@ class FiniteWeights(HookBase):
 
 @contextmanager
 def errors_without_traceback() -> Iterator[None]:
-    """Detectron2 logs what ends a run; inside of the block a `NonFiniteLossError` by its message.
+    """Detectron2 logs what ends a run; inside of the block errors for users by their message only.
 
     Where it was raised tells a user nothing.
     """
 
     def shorten(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, NonFiniteLossError):
+        if isinstance(error, NonFiniteLossError | RunStopped):
             record.msg, record.args, record.exc_info = str(error), (), None
         return True
 
@@ -255,7 +272,12 @@ def _error(
     if shown:
         text.append(f"Pictures: {_listed(shown)}.")
     bad_input = any(report.bad_input for report in reports)
-    text.append(_BAD_INPUT if bad_input and not parameter else _BAD_WEIGHTS)
+    if any(report.overflow for report in reports):
+        text.append(_OVERFLOW)
+    else:
+        text.append(_BAD_INPUT if bad_input and not parameter else _BAD_WEIGHTS)
+    files = [report.saved for report in reports if report.saved]
+    text += [f"Run the batch again: d2-balance replay {path}" for path in files[:1]]
     return NonFiniteLossError(
         " ".join(text),
         iteration=iteration,

@@ -50,7 +50,7 @@ class Replay:
     Args:
         model: in training mode, not wrapped in DDP.
         batch: Detectron2's inputs.
-        seed: of `SeedSteps`; below 0 the random numbers of the step are unknown.
+        key: what the random generators of the step were seeded with; None: unknown.
         iteration: from 0.
         precision: of mixed precision; None: it is off.
     """
@@ -60,12 +60,13 @@ class Replay:
         model: nn.Module,
         batch: list[dict[str, Any]],
         *,
-        seed: int,
+        key: tuple[int, ...] | None,
         iteration: int,
         precision: torch.dtype | None = None,
     ) -> None:
         self._model, self._batch = model, batch
-        self._seed, self._iteration, self._precision = seed, iteration, precision
+        self._key, self._iteration, self._precision = key, iteration, precision
+        self.losses: dict[str, float] = {}  # of the whole batch, once it was run
 
     def run(self) -> Found:
         """Looks at the inputs, then at the rows of all heads, then at each picture alone."""
@@ -90,11 +91,16 @@ class Replay:
                 found.add(index, what)
         return found
 
+    def is_finite(self) -> bool:
+        """Whether the losses of the whole batch are finite."""
+        with self._untouched():
+            return self._forward(self._batch, Found()) is True
+
     def _forward(self, batch: list[dict[str, Any]], rows: Found | None = None) -> bool | None:
         """Whether the losses of a batch are finite; None where the model cannot run it."""
         found = Found() if rows is None else rows
-        if self._seed >= 0:
-            seed_everything(self._seed, comm.get_rank(), self._iteration)
+        if self._key is not None:
+            seed_everything(*self._key)
         try:
             with watched(lambda *seen: _bad_rows(found, *seen)):
                 losses = self._model(batch)
@@ -104,8 +110,10 @@ class Replay:
             # such as batch norm over a single value
             logger.debug(f"{type(error).__name__} when {len(batch)} pictures were run: {error}")
             return None
-        losses = losses if isinstance(losses, Tensor) else sum(losses.values())
-        return bool(losses.isfinite())
+        losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
+        if rows is not None:
+            self.losses = {name: float(value) for name, value in losses.items()}
+        return bool(sum(losses.values()).isfinite())
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:

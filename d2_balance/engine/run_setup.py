@@ -19,6 +19,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_balance_config
 from ..data.statistics import FROM_CHECKPOINT
+from .checkpoint import resumable_files
+from .same_run import check_same_model
 from .validate import closest
 
 CONFIG_ERROR = 2
@@ -109,9 +111,10 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
     - An evaluation writes beside a run: to OUTPUT_DIR/eval_1, eval_2 and so on. With `resume` it
       takes the last checkpoint of OUTPUT_DIR. Losses take class counts from the weights.
     - SEED below 0 becomes the seed of the run that is resumed, else a drawn one.
+    - Only the same model is resumed: another architecture, loss or number of classes is refused.
 
     Raises:
-        ValueError: OUTPUT_DIR holds a run.
+        ValueError: OUTPUT_DIR holds a run, or the run that it holds is one of another model.
     """
 
     def decide() -> tuple[str, str, int]:
@@ -121,8 +124,11 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
                 f"OUTPUT_DIR {folder} holds a run already, and nothing is overwritten: pass "
                 "--resume to continue it, or set another OUTPUT_DIR."
             )
-        if seed < 0 and resume:
-            seed = _seed_of_run(folder)
+        saved = _config_of_run(folder) if resume else ""
+        if resume and not eval_only:
+            check_same_model(saved, cfg, f"the run in {folder}")
+        if seed < 0:
+            seed = int((yaml.safe_load(saved) or {}).get("SEED", -1))
         if seed < 0:
             # Detectron2 adds the rank, and numpy takes seeds below 2^32
             seed = secrets.randbelow(2**31)
@@ -157,19 +163,16 @@ def holds_run(folder: str) -> bool:
 
 def last_checkpoint(folder: str) -> str:
     """Path of the last checkpoint of a run, "" where there is none."""
-    path = os.path.join(folder, "last_checkpoint")
-    if not PathManager.isfile(path):
-        return ""
-    with PathManager.open(path) as file:
-        return os.path.join(folder, file.read().strip())
+    return next(iter(resumable_files(folder)), "")
 
 
-def _seed_of_run(folder: str) -> int:
+def _config_of_run(folder: str) -> str:
+    """The config.yaml of the run in a folder, "" where there is none."""
     path = os.path.join(folder, "config.yaml")
     if not (holds_run(folder) and PathManager.isfile(path)):
-        return -1
+        return ""
     with PathManager.open(path) as file:
-        return int(yaml.safe_load(file).get("SEED", -1))
+        return file.read()
 
 
 def _evaluation_folder(folder: str) -> str:
@@ -183,7 +186,9 @@ def _evaluation_folder(folder: str) -> str:
 
 
 @contextmanager
-def short_messages(program: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+def short_messages(
+    program: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
     """Ends the program with one message, without traceback, where the user has to change something.
 
     That is an exception of `kind` raised by this package, Detectron2 or their config library. All

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..data.samplers import ClassAwareTrainingSampler
+from .errors import RunStopped
+from .pictures import KEY as BROKEN_KEY
+from .pictures import BrokenPictures, SeededPictures
 from .random_state import seeded
 
 # Samplers of this package, besides those that Detectron2 builds by name.
@@ -32,11 +40,17 @@ TRAINING_SAMPLERS = (  # Detectron2 keeps no list of them
     *SAMPLERS,
 )
 
+_RESTARTS = 3  # of loading processes in a row, without a batch in between
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
+
 logger = logging.getLogger(__name__)
 
 
 class TrainStream:
     """Endless batches of one rank.
+
+    A picture that cannot be read is replaced, see `SeededPictures`. Loading processes that were
+    killed are started again at the batch that is missing.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
@@ -46,6 +60,7 @@ class TrainStream:
         group_by_aspect: whether a batch holds either wide or high pictures only.
         num_workers: loading processes; 0 loads in this one.
         seed: seeds the augmentations, at least 0.
+        max_broken: different pictures that may be unreadable before the run ends, at least 0.
 
     Attributes:
         start: batch at which the next iteration over the stream begins.
@@ -61,25 +76,61 @@ class TrainStream:
         group_by_aspect: bool,
         num_workers: int,
         seed: int,
+        max_broken: int = 0,
     ) -> None:
         self._wide = [group_by_aspect and d["width"] > d["height"] for d in dataset_dicts]
-        pictures = MapDataset(DatasetFromList(dataset_dicts, copy=False), mapper)
-        self._pictures = _SeededPictures(pictures, seed)
+        self._pictures = SeededPictures(dataset_dicts, mapper, self._wide, seed)
         self._sampler, self._batch_size = sampler, batch_size
         self._num_workers, self._seed = num_workers, seed
+        self._broken = BrokenPictures(max_broken)
         self.start = 0
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """Pictures that were skipped on this rank, and what was wrong with them."""
+        return self._broken.found
+
     def __iter__(self) -> Iterator[list[dict]]:
+        """Batches from `start` on.
+
+        Raises:
+            RunStopped: too many pictures cannot be read, or loading processes die again and again.
+        """
+        place, deaths = self.start, 0
+        while True:
+            try:
+                for batch in self._loaded(place):
+                    self._broken.take_note(batch)
+                    yield batch
+                    place, deaths = place + 1, 0
+                return
+            except RuntimeError as error:
+                if not _WORKER_DIED.search(str(error)):
+                    raise
+                deaths += 1
+                text = f"{error} Usually there was too little memory: lower DATALOADER.NUM_WORKERS."
+                if deaths > _RESTARTS:
+                    raise RunStopped(f"{text} --resume continues.") from error
+                logger.warning(f"{text} The loading processes start again at batch {place}.")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"broken": self.broken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._broken.found = dict(state["broken"])
+
+    def _loaded(self, start: int) -> Iterator[list[dict]]:
         loader = DataLoader(
             self._pictures,
-            batch_sampler=itertools.islice(self.batches(), self.start, None),
+            batch_sampler=itertools.islice(self.batches(), start, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
             # Without one of its own, a loader draws from the global generator when it starts, and
             # the first step of a resumed run would see other random numbers.
             generator=torch.Generator().manual_seed(self._seed),
         )
-        return iter(loader)
+        with _deaths_found_when_waiting():
+            return iter(loader)
 
     def batches(self) -> Iterator[list[tuple[int, int]]]:
         """Batches of (position in the stream, index of the picture), from the first one on."""
@@ -92,24 +143,26 @@ class TrainStream:
                 batch.clear()
 
 
-class _SeededPictures(Dataset):
-    """Pictures whose augmentation is seeded by the run's seed, the rank and the position."""
+@contextmanager
+def _deaths_found_when_waiting() -> Iterator[None]:
+    """Keeps PyTorch from raising wherever the run is when a loading process dies.
 
-    def __init__(self, pictures: Dataset, seed: int) -> None:
-        self._pictures = pictures
-        self._seed, self._rank = seed, comm.get_rank()
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        position, index = key
-        with seeded(self._seed, self._rank, position):
-            return self._pictures[index]
+    Its handler of SIGCHLD would break off a step that has changed the state of a loss already. The
+    loader finds the death itself, within seconds, when the next batch is missing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and PyTorch sets none elsewhere
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch."):
+        before = signal.SIG_DFL
+    yield
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Checks the name of the training sampler, and that repeat factors repeat something.
+    """Checks the training sampler, repeat factors, and the limit of broken pictures.
 
     Raises:
         ValueError: naming the key and what is allowed.
@@ -124,6 +177,11 @@ def check_sampler(cfg: CfgNode) -> None:
         raise ValueError(
             f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no picture; "
             "allowed is a frequency above 0, below which classes are repeated (LVIS: 0.001)."
+        )
+    if cfg.DATALOADER.MAX_BROKEN_PICTURES < 0:
+        raise ValueError(
+            f"{BROKEN_KEY} is {cfg.DATALOADER.MAX_BROKEN_PICTURES}; allowed is a whole number of "
+            "at least 0."
         )
 
 
@@ -157,6 +215,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         group_by_aspect=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
         seed=seed,
+        max_broken=cfg.DATALOADER.MAX_BROKEN_PICTURES,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -20,9 +21,13 @@ from ..losses import BoxLoss, ClassificationLoss
 from ..modeling.criterion import Normalizer
 from ..modeling.feature_memory import FeatureMemory
 from ..reweight import Reweighter
+from .checkpoint import BalancedCheckpointer
 from .decoupled import train_only
 from .hooks import BetaDecay, LossStats, SeedSteps
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
+from .saved_batch import BatchSaver
+from .step import our_steps
+from .run_state import FinishIteration, RunState
 from .train_stream import TrainStream, build_train_stream
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
@@ -54,7 +59,7 @@ class BalancedTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        with _ddp_on_cpu(cfg.MODEL.DEVICE):
+        with _ddp_on_cpu(cfg.MODEL.DEVICE), our_steps(cfg):
             super().__init__(cfg)
         # this one calls backward and the optimizer
         self._trainer.register_hooks([self._finite_losses])
@@ -65,9 +70,14 @@ class BalancedTrainer(DefaultTrainer):
         The main process has hooks that the others lack (checkpoints, writers), so places are
         counted from the front, where all ranks agree.
         """
+        self.checkpointer = BalancedCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg, trainer=weakref.proxy(self)
+        )
         found = super().build_hooks()
         names = [MetadataCatalog.get(n).get("thing_classes") for n in self.cfg.DATASETS.TRAIN[:1]]
-        self._finite_losses = FiniteLosses(self.model, *names, seed=self.cfg.SEED)
+        model = getattr(self.model, "module", self.model)
+        saver = BatchSaver(model, self.cfg.dump(), self.cfg.OUTPUT_DIR, *names)
+        self._finite_losses = FiniteLosses(self.model, names[0] if names else None, saver)
         place = 1 + next(i for i, h in enumerate(found) if isinstance(h, hooks.LRScheduler))
         found[place:place] = [
             SeedSteps(self.cfg.SEED) if self.cfg.SEED >= 0 else None,
@@ -75,7 +85,11 @@ class BalancedTrainer(DefaultTrainer):
             LossStats(self.model, self.cfg.OUTPUT_DIR),
             FiniteWeights(self.model, self.cfg.SOLVER.CHECKPOINT_PERIOD, self._finite_losses),
         ]
-        return found
+        state = RunState(self.model, self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        behind = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        found.insert(next(i for i, h in enumerate(found) if isinstance(h, behind)), state)
+        # must stay the last one
+        return [*found, FinishIteration(state, self.cfg.TEST.EVAL_PERIOD)]
 
     def run_step(self) -> None:
         """One iteration.

@@ -27,6 +27,8 @@ from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
 from ..modeling.fcos import BalancedFCOS
 from ..modeling.feature_memory import check_memory
+from .amp import check_step
+from .checkpoint import resumable_files
 from .hooks import check_beta_decay
 from .train_stream import check_sampler
 from .unused import check_losses_are_used
@@ -45,7 +47,8 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     Raises:
         ValueError: naming the key or file and what is allowed.
     """
-    check_device(cfg)
+    if not eval_only:
+        check_step(cfg)
     check_registered_names(cfg)
     check_losses_are_used(cfg)
     check_losses(cfg, eval_only)
@@ -65,19 +68,6 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     if similar:
         return f"did you mean {' or '.join(similar)}?"
     return f"allowed: {', '.join(allowed)}." if len(allowed) <= 30 else ""
-
-
-def check_device(cfg: CfgNode) -> None:
-    """Refuses mixed precision where Detectron2 does not have it.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(
-            f"SOLVER.AMP.ENABLED True needs a CUDA device and MODEL.DEVICE is {cfg.MODEL.DEVICE}: "
-            "set SOLVER.AMP.ENABLED False."
-        )
 
 
 def check_registered_names(cfg: CfgNode) -> None:
@@ -176,7 +166,7 @@ def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -
         ValueError: saying what to set.
     """
     weights = cfg.MODEL.WEIGHTS
-    if resume and PathManager.isfile(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
+    if resume and resumable_files(cfg.OUTPUT_DIR):
         return
     if not weights:
         if eval_only:

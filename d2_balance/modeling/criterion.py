@@ -173,7 +173,31 @@ def detection_losses(
     Returns:
         "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any row.
     """
-    samples = samples.upcast()
+    # autocast would bring matrix products inside of a loss back to half precision
+    with torch.autocast(samples.logits.device.type, enabled=False):
+        return _detection_losses(
+            samples.upcast(),
+            cls_loss,
+            box_loss,
+            reweighters,
+            normalizer,
+            cls_weight=cls_weight,
+            box_weight=box_weight,
+            guided=guided,
+        )
+
+
+def _detection_losses(
+    samples: Samples,
+    cls_loss: ClassificationLoss,
+    box_loss: BoxLoss,
+    reweighters: Sequence[Reweighter],
+    normalizer: Normalizer,
+    *,
+    cls_weight: float,
+    box_weight: float,
+    guided: GuidedScale | None,
+) -> dict[str, Tensor]:
     boxes = box_inputs(samples, box_loss)
     if normalizer.training:
         parts = [

@@ -131,7 +131,9 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
             [*CLS[:1], "EQL", BALANCE + "CLASS_STATISTICS", "checkpoint"],
             r"CLASS_STATISTICS \"checkpoint\" is for --eval-only; allowed in training is",
         ),
-        (["SOLVER.AMP.ENABLED", "True"], r"needs a CUDA device.*set SOLVER.AMP.ENABLED False"),
+        (["SOLVER.AMP.PRECISION", "half"], r"SOLVER.AMP.PRECISION is 'half'; .* fp16, bf16"),
+        (["SOLVER.AMP.INIT_SCALE", "0.0"], r"SOLVER.AMP.INIT_SCALE is 0.0 .* above 0"),
+        (["SOLVER.ACCUMULATE", "3"], r"SOLVER.ACCUMULATE is 3; .*IMS_PER_BATCH 2 over 1 proc"),
         (
             ["DATALOADER.SAMPLER_TRAIN", "ClassAwareSampler"],
             r"DATALOADER.SAMPLER_TRAIN: 'ClassAwareSampler' is unknown; allowed: TrainingSampler, "

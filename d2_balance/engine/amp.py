@@ -1,0 +1,56 @@
+"""Mixed precision: its keys, and a gradient scaler whose ranks skip a step together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_step(cfg: CfgNode) -> None:
+    """Checks SOLVER.AMP and SOLVER.ACCUMULATE.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    amp, ranks = cfg.SOLVER.AMP, comm.get_world_size()
+    if amp.PRECISION not in PRECISIONS:
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}; allowed is one of {', '.join(PRECISIONS)}."
+        )
+    if not 0 < amp.INIT_SCALE < float("inf") or amp.MAX_SKIPPED < 1:
+        raise ValueError(
+            f"SOLVER.AMP.INIT_SCALE is {amp.INIT_SCALE} and MAX_SKIPPED {amp.MAX_SKIPPED}; allowed "
+            "are a number above 0 and a whole number of at least 1."
+        )
+    cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+    if amp.ENABLED and amp.PRECISION == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise ValueError("SOLVER.AMP.PRECISION bf16 is beyond this GPU; set fp16.")
+    count, batch = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH
+    if count < 1 or batch % (ranks * count):
+        raise ValueError(
+            f"SOLVER.ACCUMULATE is {count}; allowed is a whole number of at least 1 that divides "
+            f"the pictures of a rank, SOLVER.IMS_PER_BATCH {batch} over {ranks} processes."
+        )
+
+
+class RanksGradScaler(torch.amp.GradScaler):
+    """A GradScaler that skips a step on every rank where one rank has an overflow.
+
+    Attributes:
+        overflowed: whether the last `step` was skipped.
+    """
+
+    overflowed = False
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        super().unscale_(optimizer)
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        # DDP has averaged the gradients and ranks agree; a model that is not wrapped need not
+        if comm.get_world_size() > 1:
+            for value in found.values():
+                dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        self.overflowed = any(value.item() for value in found.values())

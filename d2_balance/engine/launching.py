@@ -1,0 +1,103 @@
+"""Starts the processes of a run, or joins those that torchrun has started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables of torchrun; LOCAL_WORLD_SIZE comes with them."""
+
+
+def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Calls `main(args)` in every process of the run.
+
+    Under torchrun the processes are there already, and this one joins them. Otherwise Detectron2's
+    `launch` starts --num-gpus processes on this machine; without a GPU they are joined by gloo.
+
+    Raises:
+        ValueError: the arguments contradict torchrun or ask for more GPUs than there are.
+        SystemExit: a started process has failed; with its exit status.
+    """
+    if under_torchrun():
+        check_torchrun(args)
+        join_torchrun()
+        main(args)
+        comm.synchronize()
+        dist.destroy_process_group()
+        return
+    check_launch(args)
+    try:
+        launch(
+            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
+        )
+    except ProcessExitedException as error:
+        if error.signal_name:  # otherwise the process itself has printed why it ended
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a program that sets the same variables, has started this process."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def check_torchrun(args: argparse.Namespace) -> None:
+    """Refuses arguments that would start processes once more.
+
+    Raises:
+        ValueError: naming the arguments.
+    """
+    given = {"--num-gpus": args.num_gpus, "--num-machines": args.num_machines}
+    wrong = [f"{name} {value}" for name, value in given.items() if value != 1]
+    if wrong:
+        raise ValueError(
+            f"torchrun has started the processes already: leave out {' and '.join(wrong)} "
+            "(torchrun takes --nproc-per-node and --nnodes), or call train_net.py without torchrun."
+        )
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if torch.cuda.is_available() and local >= gpus:
+        raise ValueError(
+            f"torchrun has started more processes on this machine than its {gpus} GPUs; allowed is "
+            f"--nproc-per-node {gpus} at most."
+        )
+
+
+def check_launch(args: argparse.Namespace) -> None:
+    """Refuses numbers of processes and machines that cannot be started.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    gpus = torch.cuda.device_count()
+    if args.num_gpus < 1 or (torch.cuda.is_available() and args.num_gpus > gpus):
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}; allowed is a number from 1"
+            + (f" to {gpus}, the GPUs of this machine." if torch.cuda.is_available() else ".")
+        )
+    if args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--machine-rank is {args.machine_rank} and --num-machines {args.num_machines}; "
+            "allowed are a number of at least 1, and a rank from 0 to one less."
+        )
+
+
+def join_torchrun(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    """Joins the processes of torchrun, with what Detectron2's `launch` sets up."""
+    has_gpu = torch.cuda.is_available()
+    local = int(os.environ["LOCAL_RANK"])
+    if has_gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if has_gpu else "gloo", init_method="env://", timeout=timeout)
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+    comm.synchronize()
