@@ -158,8 +158,8 @@ def _check_compiled() -> Finding:
     state = "absent" if isinstance(compiled, ModuleNotFoundError) else _say(compiled)
     return Finding(
         "detectron2._C",
-        f"{state}; rotated boxes and Detectron2's own deformable convolution fail, all else works",
-        f"only for rotated boxes or deformable convolution, compile Detectron2: {UPSTREAM}",
+        f"{state}; rotated boxes fail, all else works (deformable convolution by torchvision)",
+        f"only for rotated boxes, compile Detectron2: {UPSTREAM}",
     )
 
 

@@ -1,6 +1,7 @@
 """Where the losses meet Detectron2."""
 
 from .criterion import detection_losses
+from .deformable import use_in_resnets
 from .fast_rcnn import BalancedFastRCNNOutputLayers
 from .fcos import BalancedFCOS
 from .rcnn import BalancedRCNN
@@ -18,3 +19,5 @@ __all__ = [
     "BalancedStandardROIHeads",
     "detection_losses",
 ]
+
+use_in_resnets()
