@@ -10,11 +10,17 @@ section 3.1, equation 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import entry_losses, softplus
 from .samples import Samples
+
+Weight = float | Tensor | Callable[[slice], Tensor]
 
 
 def sigmoid_ce_loss(logits: Tensor, onehot: Tensor) -> Tensor:
@@ -44,6 +50,45 @@ def balanced_ce_loss(logits: Tensor, onehot: Tensor, alpha: float) -> Tensor:
     return sigmoid_ce_loss(logits, onehot) * (onehot * (2 * alpha - 1) + (1 - alpha))
 
 
+class NegativeCE:
+    """Weighted cross-entropy of negatives, for `entry_losses`.
+
+    Args:
+        weight: one number, (C,) per column, or a function of a slice of r rows that gives (r, C).
+    """
+
+    def __init__(self, weight: Weight = 1.0) -> None:
+        self.weight = weight
+
+    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor | None) -> None:
+        outputs = [softplus(logits, out=value)]
+        if slope is not None:
+            outputs.append(torch.sigmoid(logits, out=slope))
+        weight = self.weight(rows) if callable(self.weight) else self.weight
+        if isinstance(weight, Tensor) or weight != 1:
+            for out in outputs:
+                out.mul_(weight)
+
+
+def weighted_ce(samples: Samples, weight: Weight, own_weight: float | Tensor) -> Tensor:
+    """Binary cross-entropy with a weight for each entry.
+
+    Args:
+        samples: K columns of logits.
+        weight: of negatives, see `NegativeCE`.
+        own_weight: number or (R, 1), weight of the entry in `samples.column`.
+
+    Returns:
+        (R, K).
+    """
+    return entry_losses(
+        samples.logits,
+        samples.column,
+        NegativeCE(weight),
+        lambda own: sigmoid_ce_loss(own, samples.hit) * own_weight,
+    )
+
+
 @CLS_LOSSES.register()
 class SigmoidCE(ClassificationLoss):
     """One binary cross-entropy per class: the baseline of all sigmoid losses."""
@@ -52,7 +97,7 @@ class SigmoidCE(ClassificationLoss):
     activation = "sigmoid"
 
     def compute(self, samples: Samples) -> Tensor:
-        return sigmoid_ce_loss(samples.logits, samples.onehot)
+        return weighted_ce(samples, 1.0, 1.0)
 
 
 @CLS_LOSSES.register()
@@ -75,7 +120,12 @@ class BalancedCE(ClassificationLoss):
         self.alpha = alpha
 
     def compute(self, samples: Samples) -> Tensor:
-        return balanced_ce_loss(samples.logits, samples.onehot, self.alpha)
+        return entry_losses(
+            samples.logits,
+            samples.column,
+            NegativeCE(1 - self.alpha),
+            lambda own: balanced_ce_loss(own, samples.hit, self.alpha),
+        )
 
 
 @CLS_LOSSES.register()

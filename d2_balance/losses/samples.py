@@ -88,11 +88,27 @@ class Samples:
         return self.foreground.nonzero().squeeze(1)
 
     @cached_property
+    def column(self) -> Tensor:
+        """(R, 1) int64 in [0, K), the label's column; for background the last one."""
+        return self.labels.clamp(max=self.num_classes - 1).unsqueeze(1)
+
+    @cached_property
+    def hit(self) -> Tensor:
+        """(R, 1) in the type of the logits, the target in `column`: 1 for positives, else 0."""
+        return self.foreground.to(self.logits.dtype).unsqueeze(1)
+
+    @cached_property
     def onehot(self) -> Tensor:
         """(R, K) in the type of the logits; background rows are all zero."""
-        column = self.labels.clamp(max=self.num_classes - 1).unsqueeze(1)  # (R, 1)
-        hit = self.foreground.to(self.logits.dtype).unsqueeze(1)  # (R, 1)
-        return self.logits.new_zeros(len(self.labels), self.num_classes).scatter_(1, column, hit)
+        zeros = self.logits.new_zeros(len(self.labels), self.num_classes)
+        return zeros.scatter_(1, self.column, self.hit)
+
+    @cached_property
+    def class_counts(self) -> Tensor:
+        """(K,) float64, positive rows of each class."""
+        counts = self.labels.new_zeros(self.num_classes + 1, dtype=torch.float64)
+        ones = counts.new_ones(()).expand_as(self.labels)
+        return counts.scatter_add_(0, self.labels, ones)[:-1]
 
     @cached_property
     def images(self) -> int:
