@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import entry_losses, softplus
 from .samples import Samples
 
 
@@ -36,6 +37,43 @@ def focal_loss(logits: Tensor, onehot: Tensor, alpha: float, gamma: float) -> Te
     ce = -F.logsigmoid(margin)
     loss = ce * torch.exp(-gamma * (margin + ce))
     return loss if alpha < 0 else loss * (onehot * (2 * alpha - 1) + (1 - alpha))
+
+
+class NegativeFocal:
+    """w p^gamma ce(p) of negatives for `entry_losses`, with ce = -log(1 - p).
+
+    The derivative by the logit is w p^gamma (gamma (1 - p) ce + p).
+
+    Args:
+        weight: w, a number or (C,).
+        gamma: focusing exponent, a number or (C,).
+    """
+
+    def __init__(self, weight: float | Tensor, gamma: float | Tensor) -> None:
+        self.weight, self.gamma = weight, gamma
+
+    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor | None) -> None:
+        ce, prob = softplus(logits, out=value), logits.sigmoid()
+        factor = self._modulation(logits, ce, prob)
+        if slope is not None:
+            torch.addcmul(ce, ce, prob, value=-1, out=slope)  # (1 - p) ce
+            if isinstance(self.gamma, Tensor):
+                slope.mul_(self.gamma).add_(prob)
+            else:
+                torch.add(prob, slope, alpha=self.gamma, out=slope)
+            slope.mul_(factor)
+        ce.mul_(factor)
+
+    def _modulation(self, logits: Tensor, ce: Tensor, prob: Tensor) -> Tensor:
+        """(r, C) new tensor w p^gamma."""
+        if isinstance(self.gamma, Tensor):  # log p = z - ce
+            factor = (logits - ce).mul_(self.gamma).exp_()
+        elif self.gamma == 2:  # a product takes a fifth of the time of `pow`
+            factor = prob * prob
+        else:
+            factor = prob.pow(self.gamma)
+        plain = not isinstance(self.weight, Tensor) and self.weight == 1
+        return factor if plain else factor.mul_(self.weight)
 
 
 @CLS_LOSSES.register()
@@ -60,4 +98,9 @@ class Focal(ClassificationLoss):
         self.alpha, self.gamma = alpha, gamma
 
     def compute(self, samples: Samples) -> Tensor:
-        return focal_loss(samples.logits, samples.onehot, self.alpha, self.gamma)
+        return entry_losses(
+            samples.logits,
+            samples.column,
+            NegativeFocal(1.0 if self.alpha < 0 else 1 - self.alpha, self.gamma),
+            lambda own: focal_loss(own, samples.hit, self.alpha, self.gamma),
+        )
