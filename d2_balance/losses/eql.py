@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import CLS_LOSSES, ClassificationLoss, check
-from .cross_entropy import sigmoid_ce_loss
+from .cross_entropy import sigmoid_ce_loss, weighted_ce
 from .samples import Samples
 
 THRESHOLDS = ("step", "exponential", "gompertz")
@@ -165,5 +165,18 @@ class EQL(ClassificationLoss):
         return tail_weight(self.class_frequency, self.lambda_, self.threshold)
 
     def compute(self, samples: Samples) -> Tensor:
-        listed = samples.row_listed if self.image_labels else None
-        return eql_loss(samples.logits, samples.onehot, samples.foreground, self.tail, listed)
+        table, group = self._class_weights(samples)
+        return weighted_ce(samples, lambda rows: table.index_select(0, group[rows]), 1.0)
+
+    def _class_weights(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """(G, K) weights of negatives for G kinds of rows, and the kind (R,) of each row.
+
+        Row 0 of the table is for background, the others for foreground rows, by image.
+        """
+        kept = 1 - self.tail.to(samples.logits.dtype).unsqueeze(0)  # (1, K)
+        kind = samples.foreground.long()
+        if self.image_labels and samples.listed is not None:
+            kept = torch.where(samples.listed, torch.ones_like(kept), kept)  # (N, K)
+            if samples.image is not None:
+                kind = kind * (samples.image + 1)
+        return torch.cat([torch.ones_like(kept[:1]), kept]), kind
