@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import CLS_LOSSES
-from .cross_entropy import sigmoid_ce_loss
+from .cross_entropy import sigmoid_ce_loss, weighted_ce
 from .eql import EQL
 from .samples import Samples
 
@@ -62,8 +62,15 @@ class DropLoss(EQL):
         )
 
     def compute(self, samples: Samples) -> Tensor:
-        fg, tail = samples.foreground, self.tail
-        in_tail = (samples.onehot * tail.to(samples.onehot.dtype)).sum()
-        kept = torch.where(fg.any(), in_tail / fg.sum().clamp(min=1), torch.ones_like(in_tail))
-        dropped = torch.rand_like(samples.onehot) >= kept
-        return drop_loss(samples.logits, samples.onehot, fg, tail, dropped)
+        tail = self.tail.to(samples.logits.dtype)
+        one = torch.ones_like(tail)
+        fg, own_tail = samples.hit, tail[samples.column]  # (R, 1)
+        kept = (fg * own_tail).sum() / fg.sum().clamp(min=1)
+        kept = torch.where(fg.any(), kept, torch.ones_like(kept))
+        dropped = (torch.rand_like(samples.logits) >= kept).logical_or_(fg)  # (R, K)
+        own = 1 - own_tail * (1 - fg) * dropped.gather(1, samples.column)
+
+        def weight(rows: slice) -> Tensor:
+            return torch.addcmul(one, tail, dropped[rows].to(tail.dtype), value=-1)
+
+        return weighted_ce(samples, weight, own)

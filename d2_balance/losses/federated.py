@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import CLS_LOSSES, ClassificationLoss, check
-from .cross_entropy import sigmoid_ce_loss
+from .cross_entropy import weighted_ce
 from .samples import Samples
 
 
@@ -77,14 +77,12 @@ class Federated(ClassificationLoss):
         self.register_buffer("weight", count.pow(power) * (count > 0))
 
     def compute(self, samples: Samples) -> Tensor:
-        onehot = samples.onehot
-        required = onehot.new_zeros(1, samples.num_classes, dtype=torch.bool)
-        required |= (onehot > 0).any(dim=0, keepdim=True)
+        required = samples.class_counts.unsqueeze(0) > 0  # (1, K)
         if self.image_labels and samples.listed is not None:
             required = required | samples.listed
         chosen = federated_classes(required, self.weight, self.num_sampled)  # (1 or N, K)
-        if len(chosen) > 1 and samples.image is not None:
-            chosen = chosen[samples.image]
-        elif len(chosen) > 1:
-            chosen = chosen[:1]
-        return sigmoid_ce_loss(samples.logits, onehot) * chosen
+        chosen = chosen.to(samples.logits.dtype)
+        if len(chosen) == 1 or samples.image is None:
+            return weighted_ce(samples, chosen[0], chosen[0][samples.column])
+        own = chosen[samples.image, samples.column.squeeze(1)].unsqueeze(1)
+        return weighted_ce(samples, lambda rows: chosen[samples.image[rows]], own)
