@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
-from .cross_entropy import sigmoid_ce_loss
+from .cross_entropy import NegativeCE, sigmoid_ce_loss
+from .entries import entry_pass, gradient_sums, with_slope
 from .samples import Samples
 
 BALANCED = 100.0  # ratio g before the first batch: all weights are 1
@@ -53,6 +54,7 @@ class EQLv2(ClassificationLoss):
         check(self, "gamma", gamma, gamma > 0, "a number above 0")
         check(self, "alpha", alpha, alpha >= 0, "a number of at least 0")
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
+        self._passed: tuple[Samples, Tensor, Tensor] | None = None
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("pos_neg", torch.full((num_classes,), BALANCED, dtype=torch.float64))
@@ -65,18 +67,25 @@ class EQLv2(ClassificationLoss):
         mapped = torch.sigmoid(self.gamma * (self.pos_neg - self.mu))
         return 1 + self.alpha * (1 - mapped), mapped
 
-    def weights(self, onehot: Tensor) -> Tensor:
-        """(R, K) weights of the class columns."""
-        positive, negative = (w.to(onehot.dtype) for w in self.class_weights())
-        return torch.where(onehot > 0, positive, negative)
+    def _pass(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Losses and derivatives, (R, K + 1) each, with the weights of the present state."""
+        positive, negative = (
+            F.pad(w.to(samples.logits.dtype), (0, 1), value=1.0) for w in self.class_weights()
+        )
+        label = samples.labels.unsqueeze(1)  # every row has a positive: background is column K
+        return entry_pass(
+            samples.logits.detach(),
+            label,
+            NegativeCE(negative),
+            lambda own: sigmoid_ce_loss(own, torch.ones_like(own)) * positive[label],
+        )
 
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
-        onehot = samples.onehot
-        prob = samples.logits[:, :-1].sigmoid()
-        grad = self.weights(onehot) * (prob - onehot).abs()
-        positive = (grad * onehot).sum(dim=0)
-        return torch.stack([positive, grad.sum(dim=0) - positive])  # (2, K)
+        value, slope = self._pass(samples)
+        self._passed = (samples, value, slope)  # `compute` sees the same weights
+        sums = gradient_sums(slope, samples.labels.unsqueeze(1))
+        return torch.stack([total[:-1] for total in sums])  # (2, K)
 
     def update(self, total: Tensor) -> None:
         self.pos_grad += total[0]
@@ -84,10 +93,10 @@ class EQLv2(ClassificationLoss):
         self.pos_neg.copy_(self.pos_grad / (self.neg_grad + 1e-10))
 
     def compute(self, samples: Samples) -> Tensor:
-        target = F.pad(samples.onehot, (0, 1))
-        target[:, -1] = (~samples.foreground).to(target.dtype)
-        weights = F.pad(self.weights(samples.onehot), (0, 1), value=1.0)
-        return sigmoid_ce_loss(samples.logits, target) * weights
+        (same, *passed), self._passed = self._passed or (None,), None
+        if same is not samples:
+            passed = self._pass(samples)
+        return with_slope(samples.logits, *passed)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         prob = logits.sigmoid()
