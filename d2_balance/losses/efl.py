@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import entry_pass, gradient_sums, with_slope
+from .focal import NegativeFocal
 from .samples import Samples
 
 
@@ -30,7 +32,7 @@ def equalized_focal_loss(
     Args:
         logits: (R, K).
         onehot: (R, K) in {0, 1}.
-        gamma: (K,) exponents, at least `base`.
+        gamma: (K,), or as the logits: exponents, at least `base`.
         alpha: weight of positives in [0, 1], negatives get `1 - alpha`.
         base: gamma_b, above 0.
 
@@ -41,17 +43,6 @@ def equalized_focal_loss(
     ce = -F.logsigmoid(margin)  # -log p_t, stable where p_t rounds to 0
     weight = (onehot * (2 * alpha - 1) + (1 - alpha)) * (gamma / base)
     return weight * torch.exp(-gamma * (margin + ce)) * ce
-
-
-@torch.no_grad()
-def gradient_norm(logits: Tensor, onehot: Tensor, gamma: Tensor, alpha: float, base: float):
-    """(R, K) absolute gradient of `equalized_focal_loss` with respect to the logits."""
-    margin = logits * (2 * onehot - 1)
-    ce = -F.logsigmoid(margin)
-    p_t = torch.exp(-ce)
-    miss = torch.exp(-(margin + ce))  # 1 - p_t
-    weight = (onehot * (2 * alpha - 1) + (1 - alpha)) * (gamma / base)
-    return weight * miss.pow(gamma) * (gamma * p_t * ce + miss)
 
 
 @CLS_LOSSES.register()
@@ -84,6 +75,7 @@ class EFL(ClassificationLoss):
         check(self, "alpha", alpha, 0 <= alpha <= 1, "a number in [0, 1]")
         check(self, "scale", scale, scale >= 0, "a number of at least 0")
         self.gamma, self.alpha, self.scale = gamma, alpha, scale
+        self._passed: tuple[Samples, Tensor, Tensor] | None = None
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("ratio", torch.ones(num_classes, dtype=torch.float64))
@@ -92,13 +84,24 @@ class EFL(ClassificationLoss):
         """(K,) exponents gamma_j."""
         return self.gamma + self.scale * (1 - self.ratio)
 
+    def _pass(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Losses and derivatives, (R, K) each, with the exponents of the present state."""
+        gamma = self.class_gamma().to(samples.logits.dtype)
+        return entry_pass(
+            samples.logits.detach(),
+            samples.column,
+            NegativeFocal((1 - self.alpha) * gamma / self.gamma, gamma),
+            lambda own: equalized_focal_loss(
+                own, samples.hit, gamma[samples.column], self.alpha, self.gamma
+            ),
+        )
+
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
-        gamma = self.class_gamma().to(samples.logits.dtype)
-        grad = gradient_norm(samples.logits, samples.onehot, gamma, self.alpha, self.gamma)
-        positive = (grad * samples.onehot).sum(dim=0)
-        count = samples.foreground.sum().expand_as(positive)
-        return torch.stack([positive, grad.sum(dim=0) - positive, count.to(grad.dtype)])
+        value, slope = self._pass(samples)
+        self._passed = (samples, value, slope)  # `compute` sees the same exponents
+        count = samples.foreground.sum().expand(slope.shape[1])
+        return torch.stack([*gradient_sums(slope, samples.column), count.double()])
 
     def update(self, total: Tensor) -> None:
         count = total[2].clamp(min=1)
@@ -108,8 +111,10 @@ class EFL(ClassificationLoss):
         self.ratio.copy_(torch.where(self.neg_grad > 0, ratio, 1.0).clamp(0, 1))
 
     def compute(self, samples: Samples) -> Tensor:
-        gamma = self.class_gamma().to(samples.logits.dtype)
-        return equalized_focal_loss(samples.logits, samples.onehot, gamma, self.alpha, self.gamma)
+        (same, *passed), self._passed = self._passed or (None,), None
+        if same is not samples:
+            passed = self._pass(samples)
+        return with_slope(samples.logits, *passed)
 
     def stats(self) -> dict[str, Tensor]:
         return {"gamma": self.class_gamma()}

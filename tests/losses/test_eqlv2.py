@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2_balance.losses import EFL, EQLv2, Focal, Samples, SigmoidCE
-from d2_balance.losses.efl import equalized_focal_loss, gradient_norm
+from d2_balance.losses.efl import equalized_focal_loss
 
 
 def samples(labels, num_classes, columns=None, seed=0, scale=1.0):
@@ -60,13 +60,17 @@ def test_efl_starts_as_the_focal_loss():
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_efl_gradient_in_closed_form_equals_autograd(scale):
+def test_efl_adds_up_the_gradients_of_autograd(scale):
     batch = samples([0, 1, 2, 2, 1], 2, scale=scale)
-    gamma = torch.tensor([2.0, 7.5]).double()
-    value = equalized_focal_loss(batch.logits, batch.onehot, gamma, 0.25, 2.0)
+    loss = EFL(num_classes=2)
+    loss.ratio.copy_(torch.tensor([1.0, 0.3125]))  # exponents 2 and 7.5
+    value = equalized_focal_loss(batch.logits, batch.onehot, loss.class_gamma(), 0.25, 2.0)
     (grad,) = torch.autograd.grad(value.sum(), batch.logits)
-    norm = gradient_norm(batch.logits.detach(), batch.onehot, gamma, 0.25, 2.0)
-    torch.testing.assert_close(norm, grad.abs(), rtol=1e-9, atol=1e-15)
+    positive, negative, count = loss.statistics(batch)
+    torch.testing.assert_close(positive, (grad.abs() * batch.onehot).sum(0), rtol=1e-9, atol=1e-15)
+    expected = (grad.abs() * (1 - batch.onehot)).sum(0)
+    torch.testing.assert_close(negative, expected, rtol=1e-9, atol=1e-15)
+    assert count.tolist() == [3, 3]
 
 
 def test_efl_gives_starved_classes_a_larger_exponent():
