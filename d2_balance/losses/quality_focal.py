@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import entry_losses
+from .focal import NegativeFocal
 from .samples import Samples
 
 
@@ -50,11 +52,10 @@ def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float, gamma: float) 
     return ce * torch.where(quality > 0, quality, negative)
 
 
-def quality_targets(samples: Samples) -> Tensor:
-    """(R, K) IoU of the decoded box on the object's class, 0 elsewhere."""
-    quality = torch.zeros_like(samples.onehot)
-    quality[samples.pos, samples.labels[samples.pos]] = samples.iou.to(quality.dtype)
-    return quality
+def row_quality(samples: Samples) -> Tensor:
+    """(R, 1) IoU of the decoded box with the object, 0 for background rows."""
+    quality = torch.zeros_like(samples.hit)
+    return quality.index_copy_(0, samples.pos, samples.iou.to(quality.dtype).unsqueeze(1))
 
 
 @CLS_LOSSES.register()
@@ -77,7 +78,13 @@ class QFL(ClassificationLoss):
         self.beta = beta
 
     def compute(self, samples: Samples) -> Tensor:
-        return quality_focal_loss(samples.logits, quality_targets(samples), self.beta)
+        quality = row_quality(samples)
+        return entry_losses(
+            samples.logits,
+            samples.column,
+            NegativeFocal(1.0, self.beta),
+            lambda own: quality_focal_loss(own, quality, self.beta),
+        )
 
 
 @CLS_LOSSES.register()
@@ -102,4 +109,10 @@ class VFL(ClassificationLoss):
         self.alpha, self.gamma = alpha, gamma
 
     def compute(self, samples: Samples) -> Tensor:
-        return varifocal_loss(samples.logits, quality_targets(samples), self.alpha, self.gamma)
+        quality = row_quality(samples)
+        return entry_losses(
+            samples.logits,
+            samples.column,
+            NegativeFocal(self.alpha, self.gamma),
+            lambda own: varifocal_loss(own, quality, self.alpha, self.gamma),
+        )
