@@ -84,7 +84,7 @@ class Seesaw(ClassificationLoss):
         return num_classes + 2
 
     def statistics(self, samples: Samples) -> Tensor:
-        return samples.onehot.sum(dim=0, dtype=torch.float64)
+        return samples.class_counts
 
     def update(self, total: Tensor) -> None:
         self.counts += total
