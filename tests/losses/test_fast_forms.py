@@ -1,0 +1,159 @@
+"""The losses that are computed in pieces equal the plain formulas and autograd's gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from d2_balance.losses import CLS_LOSSES, Samples, entries
+from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
+from d2_balance.losses.drop_loss import drop_loss
+from d2_balance.losses.efl import equalized_focal_loss
+from d2_balance.losses.eql import eql_loss
+from d2_balance.losses.federated import federated_classes
+from d2_balance.losses.focal import focal_loss
+from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
+
+from .test_contract import build, make
+
+
+def quality(s):
+    target = torch.zeros_like(s.onehot)
+    target[s.pos, s.labels[s.pos]] = s.iou.to(target.dtype)
+    return target
+
+
+def plain_drop(loss, s):
+    fg, tail = s.foreground, loss.tail
+    rare = (s.onehot * tail.to(s.onehot.dtype)).sum()
+    kept = rare / fg.sum() if fg.any() else torch.ones_like(rare)
+    return drop_loss(s.logits, s.onehot, fg, tail, torch.rand_like(s.onehot) >= kept)
+
+
+def plain_federated(loss, s):
+    required = (s.onehot > 0).any(dim=0, keepdim=True) | s.listed
+    chosen = federated_classes(required, loss.weight, loss.num_sampled)[s.image]
+    return sigmoid_ce_loss(s.logits, s.onehot) * chosen
+
+
+def plain_eqlv2(loss, s):
+    target = F.pad(s.onehot, (0, 1))
+    target[:, -1] = (~s.foreground).to(target.dtype)
+    positive, negative = (F.pad(w, (0, 1), value=1.0) for w in loss.class_weights())
+    return sigmoid_ce_loss(s.logits, target) * torch.where(target > 0, positive, negative)
+
+
+PLAIN = {
+    "SigmoidCE": lambda loss, s: sigmoid_ce_loss(s.logits, s.onehot),
+    "BalancedCE": lambda loss, s: balanced_ce_loss(s.logits, s.onehot, loss.alpha),
+    "Focal": lambda loss, s: focal_loss(s.logits, s.onehot, loss.alpha, loss.gamma),
+    "EQL": lambda loss, s: eql_loss(s.logits, s.onehot, s.foreground, loss.tail, s.row_listed),
+    "DropLoss": plain_drop,
+    "Federated": plain_federated,
+    "EQLv2": plain_eqlv2,
+    "EFL": lambda loss, s: equalized_focal_loss(
+        s.logits, s.onehot, loss.class_gamma(), loss.alpha, loss.gamma
+    ),
+    "QFL": lambda loss, s: quality_focal_loss(s.logits, quality(s), loss.beta),
+    "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
+}
+# rows, positives, classes
+SIZES = {"mixed": (60, 9, 7), "no positive": (60, 0, 7), "one class": (60, 9, 1), "all": (9, 9, 7)}
+
+
+def trained(name, classes):
+    """A loss whose state, if it has one, is that after two other batches."""
+    loss = build(CLS_LOSSES, name, num_classes=classes)
+    for seed in (5, 6):
+        loss(make(loss, num_classes=classes, seed=seed, dtype=torch.float64))
+    return loss
+
+
+def value_and_gradient(compute, samples, upstream):
+    torch.manual_seed(4)  # for the losses that draw
+    value = compute(samples)
+    (grad,) = torch.autograd.grad((value * upstream).sum(), samples.logits)
+    return value.detach(), grad
+
+
+def assert_equal_to_plain(name, loss, samples):
+    generator = torch.Generator().manual_seed(3)
+    upstream = torch.rand(len(samples.labels), 1, generator=generator, dtype=torch.float64)
+    plain = copy.deepcopy(loss)  # before the batch moves the state
+    if not loss.update_after:
+        plain(samples)
+    expected = value_and_gradient(lambda s: PLAIN[name](plain, s), samples, upstream)
+    found = value_and_gradient(loss, samples, upstream)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("piece", [7, 2**16], ids=["many pieces", "one piece"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_fast_form_equals_the_plain_one(name, size, piece, monkeypatch):
+    monkeypatch.setattr(entries, "PIECE", piece)
+    rows, positives, classes = SIZES[size]
+    loss = trained(name, classes)
+    samples = make(
+        loss, rows=rows, positives=positives, num_classes=classes, dtype=torch.float64, scale=3.0
+    )
+    assert_equal_to_plain(name, loss, samples)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_fast_form_equals_the_plain_one_at_extreme_logits(name):
+    loss = trained(name, 7)
+    samples = make(loss, dtype=torch.float64)
+    with torch.no_grad():
+        samples.logits.copy_(100 * samples.logits.sign())
+    assert_equal_to_plain(name, loss, samples)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_ignored_rows_get_no_gradient_and_leave_the_others_alone(name):
+    loss = trained(name, 7)
+    whole = make(loss, dtype=torch.float64)
+    kept = torch.arange(60) % 3 > 0
+    pos = whole.pos
+    part = {
+        field: getattr(whole, field)[kept[pos]]
+        for field in ("pred_deltas", "boxes", "gt_boxes", "gt_index")
+    }
+    rest = {"listed": whole.listed, "num_images": 2, "box_transform": whole.box_transform}
+    samples = Samples(
+        logits=whole.logits[kept],
+        labels=whole.labels[kept],
+        num_classes=7,
+        image=whole.image[kept],
+        **part,
+        **rest,
+    )
+    assert_equal_to_plain(name, copy.deepcopy(loss), samples)
+    (grad,) = torch.autograd.grad(loss(samples).sum(), whole.logits)
+    assert (grad[~kept] == 0).all() and grad[kept].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["SigmoidCE", "Focal", "EQL", "EFL", "VFL"])
+def test_gradient_is_the_derivative(name):
+    loss = build(CLS_LOSSES, name).eval()
+    samples = make(loss, rows=8, positives=3, dtype=torch.float64)
+
+    def value(logits):
+        fields = {k: getattr(samples, k) for k in samples.__dataclass_fields__}
+        return loss(Samples(**{**fields, "logits": logits}))
+
+    assert torch.autograd.gradcheck(value, samples.logits)
+
+
+def test_logits_that_are_a_view_are_read_by_their_strides():
+    wide = torch.randn(20, 9, dtype=torch.float64)
+    labels = torch.randint(0, 6, (20,))
+    values = []
+    for logits in (wide[:, 2:7], wide[:, 2:7].contiguous(), wide.t().contiguous().t()[:, 2:7]):
+        leaf = logits.requires_grad_() if logits.is_leaf else logits
+        loss = CLS_LOSSES.get("Focal")()
+        values.append(loss(Samples(logits=leaf, labels=labels, num_classes=5)).detach())
+    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(values[2], values[1], rtol=1e-12, atol=0)
