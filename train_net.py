@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> dict:
             trainer = BalancedTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)
     if args.eval_only:
-        results = BalancedTrainer.test(cfg, model)
+        results = BalancedTrainer.test_finished(cfg, model)
         if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
     else:

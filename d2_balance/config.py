@@ -43,6 +43,10 @@ def add_balance_config(cfg: CfgNode) -> None:
     # model gives.
     cfg.TEST.EVAL_MAX_DETS = 0
 
+    # Variants of a picture (sizes, mirrored) that go through the model at once with TEST.AUG, at
+    # least 1. TEST.AUG.ENABLED holds for --eval-only; evaluations while training are plain.
+    cfg.TEST.AUG.IMS_PER_BATCH = 1
+
     # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; the
     # names are those of MODEL.RETINANET.
     cfg.MODEL.FCOS = CfgNode()

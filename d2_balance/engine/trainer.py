@@ -20,6 +20,7 @@ from ..evaluation import build_evaluator
 from ..losses import BoxLoss, ClassificationLoss
 from ..modeling.criterion import Normalizer
 from ..modeling.feature_memory import FeatureMemory
+from ..modeling.multi_scale import AugmentedRCNN, augmentation_config
 from ..reweight import Reweighter
 from .checkpoint import BalancedCheckpointer
 from .decoupled import train_only
@@ -168,6 +169,13 @@ class BalancedTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `d2_balance.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_finished(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """As `test`, at several sizes and mirrored where TEST.AUG.ENABLED asks for it."""
+        if not cfg.TEST.AUG.ENABLED:
+            return cls.test(cfg, model)
+        return cls.test(augmentation_config(cfg), AugmentedRCNN(cfg, model))
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of OUTPUT_DIR, or MODEL.WEIGHTS where there is none.

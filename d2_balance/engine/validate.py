@@ -27,6 +27,7 @@ from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
 from ..modeling.fcos import BalancedFCOS
 from ..modeling.feature_memory import check_memory
+from ..modeling.multi_scale import check_test_augmentation
 from .amp import check_step
 from .checkpoint import resumable_files
 from .hooks import check_beta_decay
@@ -54,6 +55,7 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     check_losses(cfg, eval_only)
     check_numbers(cfg)
     check_beta_decay(cfg)
+    check_test_augmentation(cfg)
     if not eval_only:
         check_sampler(cfg)
     check_dataset_names(cfg, eval_only)
