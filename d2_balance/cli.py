@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "analyze": ("d2_balance.analyze", "print how long the tail of a data set is; lambda for EQL"),
     "compare": ("d2_balance.compare", "put evaluations side by side: groups and classes that gain"),
+    "ensemble": ("d2_balance.ensemble", "merge predictions of models, experts included"),
     "eval": ("d2_balance.eval", "evaluate a file of predictions, by frequency group and class"),
     "methods": ("d2_balance.methods", "list every method, and which go together"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),

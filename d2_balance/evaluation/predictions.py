@@ -48,29 +48,67 @@ def check_predictions(
     found: Sequence[Any], truth: Mapping[str, Any], path: str, source: str
 ) -> None:
     """Check every detection of a list; arguments and errors as in `read_predictions`."""
-    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in truth["images"]}
-    classes = {c["id"] for c in truth["categories"]}
-    foreign, unknown = [], []
-    for number, detection in enumerate(tqdm(found, "checking detections", delay=2, disable=None)):
-        problem = _problem(detection, sizes)
+    checks = PredictionChecks(truth["images"], truth["categories"], path, source)
+    for detection in tqdm(found, "checking detections", delay=2, disable=None):
+        checks.add(detection)
+    checks.finish()
+
+
+class PredictionChecks:
+    """Checks detections one by one, and reports foreign images and classes at the end.
+
+    Args:
+        images: `images` of the annotation file the detections are for.
+        categories: `categories` of the file whose classes they have.
+        path: the file of the detections, for messages.
+        source: name of the annotation file; `class_source` that of the categories, if another.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Mapping],
+        categories: Sequence[Mapping],
+        path: str,
+        source: str,
+        class_source: str = "",
+    ):
+        self.path, self.source, self.class_source = path, source, class_source or source
+        self.sizes = {i["id"]: (i.get("height"), i.get("width")) for i in images}
+        self.classes = {c["id"] for c in categories}
+        self.count = 0
+        self._foreign: list = []
+        self._unknown: list = []
+
+    def add(self, detection: Any) -> None:
+        """Check one detection.
+
+        Raises:
+            ValueError: with its number, where its form is wrong.
+        """
+        problem = _problem(detection, self.sizes)
         if problem:
-            raise ValueError(f"{path}: detection {number}: {problem}")
-        if detection["image_id"] not in sizes:
-            foreign.append(detection["image_id"])
-        elif detection["category_id"] not in classes:
-            unknown.append(detection["category_id"])
-    if foreign:
-        raise ValueError(
-            f"{path}: {len(foreign):,} of {len(found):,} detections are of {len(set(foreign)):,} "
-            f"images that {source} does not have, ids {_some(foreign)}; give the data set that "
-            "these predictions were made for"
-        )
-    if unknown:
-        raise ValueError(
-            f"{path}: {len(unknown):,} of {len(found):,} detections have a category_id that "
-            f"{source} does not have: {_some(unknown)}; it must be the id of the annotation file's "
-            f"'categories' ({min(classes)} to {max(classes)}), not the model's class index"
-        )
+            raise ValueError(f"{self.path}: detection {self.count}: {problem}")
+        if detection["image_id"] not in self.sizes:
+            self._foreign.append(detection["image_id"])
+        elif detection["category_id"] not in self.classes:
+            self._unknown.append(detection["category_id"])
+        self.count += 1
+
+    def finish(self) -> None:
+        """Raise ValueError where images or classes are none of the files'."""
+        if self._foreign:
+            raise ValueError(
+                f"{self.path}: {len(self._foreign):,} of {self.count:,} detections are of "
+                f"{len(set(self._foreign)):,} images that {self.source} does not have, ids "
+                f"{_some(self._foreign)}; give the data set that these predictions were made for"
+            )
+        if self._unknown:
+            raise ValueError(
+                f"{self.path}: {len(self._unknown):,} of {self.count:,} detections have a "
+                f"category_id that {self.class_source} does not have: {_some(self._unknown)}; it "
+                "must be the id of the annotation file's 'categories' "
+                f"({min(self.classes)} to {max(self.classes)}), not the model's class index"
+            )
 
 
 def _problem(detection: Any, sizes: Mapping) -> str:

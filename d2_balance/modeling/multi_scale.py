@@ -1,9 +1,9 @@
 """Testing at several sizes and mirrored, for boxes and masks, in bounded memory.
 
-Detectron2's GeneralizedRCNNWithTTA does the work: every variant of a picture is detected, the boxes
-of all are joined by non-maximum suppression, and the masks of the joined boxes are averaged over the
-variants. Scores come from the heads' own `predict_probs`, so that NorCal, BAGS and thresholds by
-class hold here as well.
+Detectron2's GeneralizedRCNNWithTTA does the work: every variant of a picture is detected, the
+boxes of all are joined by non-maximum suppression, and the masks of the joined boxes are averaged
+over the variants. Scores come from the heads' own `predict_probs`, so that NorCal, BAGS and
+thresholds by class hold here as well.
 """
 
 from __future__ import annotations
