@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("d2_balance.eval", "evaluate a file of predictions, by frequency group and class"),
     "methods": ("d2_balance.methods", "list every method, and which go together"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
+    "rescore": ("d2_balance.rescore", "raise scores of rare classes before the cap of 300"),
     "replay": ("d2_balance.replay", "run the batch again whose loss was not finite"),
     "prior": ("d2_balance.prior", "count the start bias that foreground needs in a training set"),
 }

@@ -45,7 +45,7 @@ def evaluate_predictions(
     if max_dets < 1:
         raise ValueError(f"max_dets must be at least 1, not {max_dets}")
     notes: list[str] = []
-    ground = _ground_truth(truth, notes)
+    ground = ground_truth(truth, notes)
     tasks = _tasks(tasks, detections, ground, notes)
     kept = {
         image: ground.select(image, found, max_dets)
@@ -80,7 +80,8 @@ def evaluate_predictions(
     )
 
 
-def _ground_truth(truth: Annotations, notes: list[str]) -> GroundTruth:
+def ground_truth(truth: Annotations, notes: list[str]) -> GroundTruth:
+    """The annotations for the engine without the bad ones, which `notes` gets a line about."""
     sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in truth.data["images"]}
     report = find_bad_annotations(truth.data["annotations"], sizes, truth.path).report
     skip = {i for ids in report.skipped.values() for i in ids}
