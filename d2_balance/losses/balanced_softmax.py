@@ -4,8 +4,9 @@
     test    softmax(z)
 
 pi of background is 1, which leaves its logit alone; a row of logits with K columns has no
-background. Balanced softmax takes the image frequency for pi, logit adjustment the share of a class
-among all objects.
+background. Balanced softmax takes for pi the number of training images of a class over that of the
+most frequent class, which competes with background as it does in plain softmax; logit adjustment
+takes the share of a class among all objects.
 
 Sources: Ren et al., Balanced Meta-Softmax, arXiv:2007.10740, equation 4; Menon et al., Long-Tail
 Learning via Logit Adjustment, arXiv:2007.07314, equation 10. Mean over rows.

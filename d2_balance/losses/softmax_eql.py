@@ -33,9 +33,9 @@ def softmax_eql_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (R,).
     """
-    # a logit of z + log w stands for w e^z; weight 0 takes the class out of the sum
-    floor = torch.finfo(logits.dtype).tiny
-    return F.cross_entropy(logits + weight.clamp(min=floor).log(), labels, reduction="none")
+    # a logit of z + log w stands for w e^z. log 0 = -inf takes the class out of the sum, however
+    # large z is; a small weight in the place of 0 would not, and the label keeps weight 1
+    return F.cross_entropy(logits + weight.log(), labels, reduction="none")
 
 
 @CLS_LOSSES.register()
