@@ -7,8 +7,11 @@ All start from one checkpoint: a Faster R-CNN that is trained once with plain cr
 (`--start` iterations). Backbone, pyramid, RPN and box head are taken from it where a method has
 them; the last classification layer starts anew for every method, because its shape is the loss's.
 Every method then trains with the settings of its file in configs/quick_schedules, for the same
-number of iterations on the same pictures. Figures are written after every method, and a second
-call with the same FILE goes on with the methods that are missing.
+number of iterations on the same pictures. `--train-only roi_heads` freezes the rest: methods of
+RoI heads then differ in nothing but the head, and an iteration takes a fraction of the time.
+
+Figures are written after every method, and a second call with the same FILE goes on with the
+methods that are missing.
 
 Times are seconds of this process on the processor, not of the clock on the wall, so that other
 work on the machine does not count; run it with OMP_NUM_THREADS=1.
@@ -56,9 +59,12 @@ class Clock(HookBase):
         self.times.append(time.process_time() - self._begin)
 
 
-def schedule(file: Path, iterations: int, weights: str, folder: str, seed: int) -> CfgNode:
+def schedule(
+    file: Path, iterations: int, weights: str, folder: str, seed: int, only: list[str] | None = None
+) -> CfgNode:
     """A quick schedule with the common number of iterations, threshold and start."""
     cfg = read_config(str(file))
+    cfg.MODEL.BALANCE.TRAIN_ONLY = only or []
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.SEED = weights, folder, seed
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = iterations, (int(iterations * 0.8),)
@@ -89,11 +95,13 @@ def start(path: Path, iterations: int) -> None:
         torch.save({"model": kept}, temporary)
 
 
-def measure(file: Path, iterations: int, weights: Path, seed: int) -> dict[str, object]:
+def measure(
+    file: Path, iterations: int, weights: Path, seed: int, only: list[str]
+) -> dict[str, object]:
     """A row of the table."""
     row: dict[str, object] = {"config": file.stem.removesuffix("_mini_lvis"), "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
-        cfg = schedule(file, iterations, str(weights), folder, seed)
+        cfg = schedule(file, iterations, str(weights), folder, seed, only)
         try:
             trainer, clock = train(cfg)
         except Exception as error:  # the other methods are still to be tried
@@ -112,6 +120,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="parts of names")
     parser.add_argument("--iterations", type=int, default=120, help="of every method (120)")
     parser.add_argument("--start", type=int, default=400, help="of the common start (400)")
+    parser.add_argument("--train-only", nargs="+", default=[], metavar="PART", help="of the model")
     parser.add_argument("--seed", type=int, default=1, help="order of pictures, new layers (1)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -122,6 +131,7 @@ def main() -> int:
     about = {
         "iterations": args.iterations,
         "start": args.start,
+        "train only": args.train_only,
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}",
         "rows": [],
@@ -137,7 +147,8 @@ def main() -> int:
     for name in dict.fromkeys(names):
         if (name, args.seed) in done:
             continue
-        row = measure(QUICK / f"{name}_mini_lvis.yaml", args.iterations, weights, args.seed)
+        file = QUICK / f"{name}_mini_lvis.yaml"
+        row = measure(file, args.iterations, weights, args.seed, args.train_only)
         figures["rows"].append(row)
         print(row, flush=True)
         with atomic_path(args.json) as path:
