@@ -98,6 +98,22 @@ def entry_losses(
     return with_slope(logits, *entry_pass(logits, column, negative, own, wanted))
 
 
+def entry_total(
+    logits: Tensor, column: Tensor, negative: Negative, own: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The sum of `entry_losses`, 0-d, without a tensor of the single values."""
+    with torch.no_grad():
+        own_value, own_slope = value_and_slope(own, logits.gather(1, column))
+        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        total = logits.new_zeros((), dtype=torch.float64)
+        for rows in row_pieces(logits):
+            value = torch.empty_like(slope[rows])
+            negative.write(logits[rows], rows, value, slope[rows])
+            total += value.scatter_(1, column[rows], own_value[rows]).sum()
+        slope.scatter_(1, column, own_slope)
+    return with_slope(logits, total.to(logits.dtype), slope)
+
+
 def with_slope(logits: Tensor, value: Tensor, slope: Tensor | None) -> Tensor:
     """A loss whose gradient is given.
 
