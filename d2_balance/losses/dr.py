@@ -18,11 +18,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import row_pieces
 from .samples import Samples
 
+SHARPEST = 60.0  # 1 / lambda_neg up to which exp((p - 1) / lambda_neg) is above 0 in float32
 NEGATIVE_H = 3.5  # the paper sets lambda by h: lambda_pos = 1 / ln e, lambda_neg = 0.1 / ln 3.5
 
 
@@ -81,12 +84,94 @@ def dr_loss(
     positive = onehot > 0
     neg, has_neg = softmax_mean(prob, prob / lambda_neg, ~positive, group, groups)
     column = onehot.argmax(dim=1, keepdim=True)  # (R, 1)
-    own = prob.gather(1, column)  # (R, 1), a row has one positive entry at most
-    fg = positive.gather(1, column)
-    pos, has_pos = softmax_mean(own, -own / lambda_pos, fg, group, groups)
+    own, fg = logits.gather(1, column), positive.gather(1, column)
+    return _ranked(neg, has_neg, own, fg, group, margin, L, tau, lambda_pos)
+
+
+def _ranked(
+    neg: Tensor,
+    has_neg: Tensor,
+    own: Tensor,
+    fg: Tensor,
+    group: Tensor,
+    margin: float,
+    L: float,
+    tau: float,
+    lambda_pos: float,
+) -> Tensor:
+    """The loss (G,) from P- (G,) and the logits (R, 1) of the positives, those with fg (R, 1)."""
+    own = own.sigmoid()  # a row has one positive entry at most
+    pos, has_pos = softmax_mean(own, -own / lambda_pos, fg, group, len(neg))
     pos = torch.where(has_pos, pos, torch.ones_like(pos))
     loss = tau / L * F.softplus(L * (neg - pos + margin))
     return torch.where(has_neg | has_pos, loss, torch.zeros_like(loss))
+
+
+def fast_dr_loss(
+    samples: Samples,
+    group: Tensor,
+    groups: int,
+    *,
+    margin: float,
+    L: float,
+    tau: float,
+    lambda_pos: float,
+    lambda_neg: float,
+) -> Tensor:
+    """`dr_loss` with the sums over negatives in pieces and their gradient in closed form."""
+    neg, has_neg, own = _NegativeMean.apply(
+        samples.logits, samples.column, samples.hit, group, groups, lambda_neg
+    )
+    fg = samples.foreground.unsqueeze(1)
+    return _ranked(neg, has_neg, own, fg, group, margin, L, tau, lambda_pos)
+
+
+class _NegativeMean(torch.autograd.Function):
+    """P- (G,), whether a group has a negative (G,), and the logits (R, 1) of `column`.
+
+    With e = exp((p - 1) / lambda), 0 for positives, P- = sum e p / sum e, and
+
+        dP- / dp_j = e_j / (sum e) (1 + (p_j - P-) / lambda)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, column, hit, group, groups, temperature):
+        own = logits.gather(1, column)
+        own_weight = _weights(own.sigmoid(), temperature).mul_(1 - hit)  # (R, 1)
+        sums = logits.new_empty(2, len(logits))
+        for rows in row_pieces(logits):
+            prob = logits[rows].sigmoid()
+            weight = _weights(prob, temperature).scatter_(1, column[rows], own_weight[rows])
+            torch.sum(weight, dim=1, out=sums[0, rows])
+            torch.sum(weight.mul_(prob), dim=1, out=sums[1, rows])
+        total = sums.new_zeros(2, groups, dtype=torch.float64).index_add_(1, group, sums.double())
+        filled = total[0] != 0  # NaN counts as filled, or a diverged image would weigh 0
+        total[0].masked_fill_(~filled, 1)
+        mean = total[1] / total[0]
+        ctx.save_for_backward(logits, column, own_weight, group, total[0], mean)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(filled)
+        return mean.to(logits.dtype), filled, own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean, _, grad_own):
+        logits, column, own_weight, group, total, mean = ctx.saved_tensors
+        factor = grad_mean.double() / total  # (G,)
+        slope, offset = factor / ctx.temperature, factor * (1 - mean / ctx.temperature)
+        slope, offset = (x.to(logits.dtype)[group].unsqueeze(1) for x in (slope, offset))  # (R, 1)
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for rows in row_pieces(logits):
+            prob = logits[rows].sigmoid()
+            weight = _weights(prob, ctx.temperature).scatter_(1, column[rows], own_weight[rows])
+            piece = torch.addcmul(offset[rows], slope[rows], prob, out=grad[rows])
+            piece.mul_(weight).mul_(prob.addcmul_(prob, prob, value=-1))  # times p (1 - p)
+        return grad.scatter_add_(1, column, grad_own), None, None, None, None, None
+
+
+def _weights(prob: Tensor, temperature: float) -> Tensor:
+    """exp((p - 1) / lambda), a new tensor of any shape."""
+    return (prob * (1 / temperature)).sub_(1 / temperature).exp_()
 
 
 @CLS_LOSSES.register()
@@ -137,4 +222,8 @@ class DR(ClassificationLoss):
         whole = self.scope == "batch" or samples.image is None
         group = torch.zeros_like(samples.labels) if whole else samples.image
         groups = 1 if whole else samples.images
-        return dr_loss(samples.logits, samples.onehot, group, groups, **self.arguments).mean()
+        if 1 / self.arguments["lambda_neg"] > SHARPEST:
+            loss = dr_loss(samples.logits, samples.onehot, group, groups, **self.arguments)
+        else:
+            loss = fast_dr_loss(samples, group, groups, **self.arguments)
+        return loss.mean()

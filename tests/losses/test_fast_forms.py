@@ -8,11 +8,14 @@ from torch.nn import functional as F
 
 from d2_balance.losses import CLS_LOSSES, Samples, entries
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
+from d2_balance.losses.density import count_bins
+from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.efl import equalized_focal_loss
 from d2_balance.losses.eql import eql_loss
 from d2_balance.losses.federated import federated_classes
 from d2_balance.losses.focal import focal_loss
+from d2_balance.losses.ghm import ghm_c_loss
 from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
 
 from .test_contract import build, make
@@ -56,6 +59,8 @@ PLAIN = {
         s.logits, s.onehot, loss.class_gamma(), loss.alpha, loss.gamma
     ),
     "QFL": lambda loss, s: quality_focal_loss(s.logits, quality(s), loss.beta),
+    "GHMC": lambda loss, s: ghm_c_loss(s.logits, s.onehot, loss.density.scales),
+    "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image, 2, **loss.arguments).mean(),
     "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
 }
 # rows, positives, classes
@@ -157,3 +162,42 @@ def test_logits_that_are_a_view_are_read_by_their_strides():
         values.append(loss(Samples(logits=leaf, labels=labels, num_classes=5)).detach())
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(values[2], values[1], rtol=1e-12, atol=0)
+
+
+def test_levels_of_ghm_share_one_histogram_pass():
+    torch.manual_seed(0)
+    loss = CLS_LOSSES.get("GHMC")(bins=60, per_level=True)  # 5 x 60 bins need more than a byte
+    fast, plain = copy.deepcopy(loss), copy.deepcopy(loss)
+    base = make(loss, dtype=torch.float64)
+    level = torch.arange(60) % 5
+    batch = Samples(
+        logits=base.logits, labels=base.labels, num_classes=7, level=level, num_levels=5
+    )
+    found = value_and_gradient(fast, batch, torch.ones(()))
+    plain(batch)
+    scales = plain.density.scales
+
+    def formula(s):
+        return ghm_c_loss(s.logits, s.onehot, scales, level)
+
+    expected = value_and_gradient(formula, batch, torch.ones(()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    norm = (base.logits.detach().sigmoid() - base.onehot).abs()
+    counts = plain.density.count(norm, level, 5)
+    assert torch.equal(loss.statistics(batch), counts) and counts.sum() == 60 * 7
+
+
+def test_sharp_dr_takes_the_form_that_cannot_underflow():
+    # lambda 0.005: exp((p - 1) / lambda) of a negative with p < 0.4 is 0 in float32
+    loss = CLS_LOSSES.get("DR")(lambda_neg=0.005)
+    logits = torch.full((4, 2), -3.0, requires_grad=True)
+    value = loss(Samples(logits=logits, labels=torch.tensor([0, 2, 2, 2]), num_classes=2))
+    (grad,) = torch.autograd.grad(value, logits)
+    assert grad[1, 0] > 0 and grad[0, 0] < 0
+
+
+def test_bins_are_counted_alike_without_bincount():
+    index = torch.randint(0, 150, (1000, 3), dtype=torch.uint8)
+    histogram = torch.histc(index.flatten().float(), bins=150, min=-0.5, max=149.5)
+    assert torch.equal(histogram.long(), count_bins(index, 150))  # what a GPU takes
