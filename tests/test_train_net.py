@@ -168,7 +168,9 @@ def test_training_that_diverges_ends_with_one_message_and_status_2(config, tmp_p
     assert end.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert ": error: The loss is not finite at iteration " in message
-    assert message.endswith("Lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True.")
+    assert "Lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True. Run" in message
+    (saved,) = out.glob("replay_*_rank0.pt")
+    assert message.endswith(f"d2-balance replay {saved}")
     log = (out / "log.txt").read_text()
     assert "The loss is not finite at iteration " in log and "Traceback" not in log
     assert not (out / "model_final.pth").exists() and not (out / "summary.md").exists()

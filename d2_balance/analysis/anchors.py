@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, pairwise_iou
 from tqdm import tqdm
 
 from ..data.prior import ROI_HEADS, PartCount, training_size

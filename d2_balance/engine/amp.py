@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from torch import Tensor, nn
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,3 +55,26 @@ class RanksGradScaler(torch.amp.GradScaler):
             for value in found.values():
                 dist.all_reduce(value, op=dist.ReduceOp.MAX)
         self.overflowed = any(value.item() for value in found.values())
+
+
+def widen_inputs_of_strided_convs(model: nn.Module) -> None:
+    """Keeps oneDNN from the case in which its gradients are memory that was never written.
+
+    That is the weight gradient of a 3 x 3 convolution with stride 2, in bfloat16 on a CPU, whose
+    input is one column wide (torch 2.14): P7 of a small picture. A second column of zeros is what
+    the padding would have put there, and the output is the same.
+    """
+
+    def widen(conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if inputs[0].shape[-1] == 1:
+            return (nn.functional.pad(inputs[0], (0, 1)), *inputs[1:])
+        return None
+
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and (module.kernel_size[1], module.stride[1]) == (3, 2)
+            and module.padding_mode == "zeros"
+            and module.padding[1] == 1
+        ):
+            module.register_forward_pre_hook(widen)

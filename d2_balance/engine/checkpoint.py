@@ -173,7 +173,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
         return chosen, self._on_all_ranks(chosen, checkpoint)
 
     def _on_all_ranks(self, path: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The content of the first rank's file, which others may not see (machines of their own)."""
+        """The content of the first rank's file, which other machines may not see."""
         if comm.get_world_size() == 1:
             return checkpoint
         mine = os.path.isfile(path)

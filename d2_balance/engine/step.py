@@ -24,7 +24,7 @@ from ..losses import BoxLoss, ClassificationLoss
 from ..losses.distributed import MicroBatches
 from ..modeling.criterion import Normalizer
 from ..reweight import GuidedScale
-from .amp import PRECISIONS, RanksGradScaler
+from .amp import PRECISIONS, RanksGradScaler, widen_inputs_of_strided_convs
 from .nonfinite import NonFiniteLossError, picture_name
 from .random_state import seed_everything
 from .replay import first_non_finite
@@ -78,6 +78,8 @@ class StepTrainer(SimpleTrainer):
         self._skipped, self._skipped_in_row = 0, 0
         self._device = next(model.parameters()).device
         module = getattr(model, "module", model)
+        if precision == torch.bfloat16 and self._device.type == "cpu":
+            widen_inputs_of_strided_convs(module)
         joined = [m for m in module.modules() if isinstance(m, _COUNTED_ONCE)]
         self._once = list({id(b): b for m in joined for b in m.buffers()}.values())
         self._passes = 1 + any(isinstance(m, GuidedScale) for m in joined)

@@ -26,9 +26,9 @@ from .checkpoint import BalancedCheckpointer
 from .decoupled import train_only
 from .hooks import BetaDecay, LossStats, SeedSteps
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
+from .run_state import FinishIteration, RunState
 from .saved_batch import BatchSaver
 from .step import our_steps
-from .run_state import FinishIteration, RunState
 from .train_stream import TrainStream, build_train_stream
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)

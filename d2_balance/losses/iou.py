@@ -10,10 +10,42 @@ Zheng et al., Distance-IoU Loss, arXiv:1911.08287, equations 7 and 10. Mean over
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
+from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
 from .base import BOX_LOSSES, BoxLoss
+from .samples import paired_iou
+
+_THIN = 1e-4  # pixels; sides below it count as this long in an aspect ratio
+
+
+def ciou_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """CIoU loss, arXiv:1911.08287, equations 8 to 11; alpha has no gradient.
+
+    torchvision's divides the width by a height of zero: a predicted box that has shrunk to a point
+    is NaN there. Here its aspect ratio is that of a flat box.
+
+    Args:
+        pred: (P, 4) x0 y0 x1 y1.
+        target: (P, 4).
+
+    Returns:
+        (P,), at least 0.
+    """
+    difference = _angle(target) - _angle(pred)
+    v = 4 / math.pi**2 * difference.square()
+    with torch.no_grad():
+        alpha = v / (1 - paired_iou(pred, target) + v).clamp(min=1e-7)
+    return distance_box_iou_loss(pred, target) + alpha * v
+
+
+def _angle(boxes: Tensor) -> Tensor:
+    """(P,) arcus tangens of width over height."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    return torch.atan(width / height.clamp(min=_THIN))
 
 
 @BOX_LOSSES.register()
@@ -46,4 +78,4 @@ class CIoU(BoxLoss):
     space = "boxes"
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        return complete_box_iou_loss(pred, target)
+        return ciou_loss(pred, target)

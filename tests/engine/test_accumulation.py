@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -19,7 +20,7 @@ from tests.conftest import make_inputs, small_cfg
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
 
-FROZEN = ["MODEL.RESNETS.NORM", "FrozenBN"]  # batch norm would see the micro-batch
+ALONE = ["MODEL.RESNETS.NORM", "LN"]  # batch norm would see the micro-batch
 # every proposal and anchor trains, so that nothing is drawn
 WHOLE = ["MODEL.BALANCE.SAMPLE_PROPOSALS", "False"]
 WHOLE += ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAMPLE", "False"]
@@ -35,7 +36,8 @@ def joining():
         yield pytest.param("retinanet", ["MODEL.BALANCE.BOX_LOSS", name], id=name)
     ghm = ["MODEL.BALANCE.CLS_LOSS", "GHMC"]
     yield pytest.param("fcos", ghm, id="FCOS")
-    yield pytest.param("retinanet", [*ghm, "MODEL.BALANCE.GUIDED_SCALE", "1.0"], id="guided")
+    focal = ["MODEL.BALANCE.CLS_LOSS", "Focal"]
+    yield pytest.param("retinanet", [*focal, "MODEL.BALANCE.GUIDED_SCALE", "1.0"], id="guided")
     yield pytest.param("faster", ["MODEL.BALANCE.RPN.CLS_LOSS", "GHMC"], id="RPN")
     yield pytest.param("cascade", ["MODEL.BALANCE.CLS_LOSS", "EQLv2"], id="cascade")
 
@@ -46,7 +48,7 @@ def steps(kind, overrides, micro_batches, statistics_file):
     if kind in ("faster", "cascade"):
         overrides = [*WHOLE, *overrides]
     counts = ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
-    model = BalancedTrainer.build_model(small_cfg(kind, *FROZEN, *counts, *overrides)).double()
+    model = BalancedTrainer.build_model(small_cfg(kind, *ALONE, *counts, *overrides)).double()
     for module in model.modules():  # proposals as the loss of the RPN leaves them
         if hasattr(module, "pixel_mean"):
             module.pixel_mean, module.pixel_std = module.pixel_mean.double(), module.pixel_std
@@ -66,8 +68,19 @@ def steps(kind, overrides, micro_batches, statistics_file):
     return gradients, dict(model.named_buffers()), trainer.storage.latest()
 
 
+@pytest.fixture
+def doubles(monkeypatch):
+    """Lets the RPN work in float64: its boxes are float32, and NMS wants one type of both."""
+    nms = proposal_utils.batched_nms
+    monkeypatch.setattr(
+        proposal_utils,
+        "batched_nms",
+        lambda boxes, scores, *more: nms(boxes, scores.float(), *more),
+    )
+
+
 @pytest.mark.parametrize(("kind", "overrides"), joining())
-def test_micro_batches_equal_the_whole_batch(kind, overrides, statistics_file):
+def test_micro_batches_equal_the_whole_batch(doubles, kind, overrides, statistics_file):
     whole, state, log = steps(kind, overrides, 1, statistics_file)
     parts, parts_state, parts_log = steps(kind, overrides, 2, statistics_file)
     for expected, found in zip(whole, parts, strict=True):
@@ -129,8 +142,10 @@ def _rank(rank, folder, files):
     for name in (TRAIN, TEST):
         register_json(name, *files)
     for count in (1, 2):
-        overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", str(count), *FROZEN]
+        overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", str(count), *ALONE]
         overrides += ["SOLVER.MAX_ITER", "3", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
+        # pictures of one size: a whole batch is padded to its largest, and padding has anchors
+        overrides += ["INPUT.MIN_SIZE_TRAIN", "(48,)"]
         trainer = trained(run_cfg(f"{folder}/out{count}", *overrides))
         torch.save(trainer.model.module.state_dict(), f"{folder}/{count}_{rank}.pth")
     dist.barrier()

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, NonFiniteLossError
+from d2_balance.engine.amp import widen_inputs_of_strided_convs
 from d2_balance.engine.random_state import seed_everything
 
 from .conftest import TEST, TRAIN, run_cfg
@@ -159,6 +160,25 @@ def test_scale_and_count_survive_a_kill(dataset, tmp_path):
     assert found["skipped"] == expected["skipped"] and found["skipped"][0] > 0
     weights = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (4, 1), (3, 2)])
+def test_strided_convolutions_of_narrow_maps_have_sound_gradients(size):
+    """Without the widening, some are memory that was never written (torch 2.14, no AMX)."""
+    torch.manual_seed(1)
+    conv = torch.nn.Conv2d(16, 16, 3, stride=2, padding=1)
+    x = torch.randn(2, 16, *size)
+    expected = conv(x)
+    expected.sum().backward()
+    gradient, conv.weight.grad = conv.weight.grad, None
+    widen_inputs_of_strided_convs(conv)
+    assert torch.equal(conv(x), expected)
+    for _ in range(5):
+        junk = [torch.full((10000,), 1e30) for _ in range(8)]
+        del junk
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            conv(x).float().sum().backward()
+    torch.testing.assert_close(conv.weight.grad / 5, gradient, rtol=0.02, atol=0.1)
 
 
 def _rank(rank, folder, files):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from fvcore.nn import smooth_l1_loss
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
-from d2_balance.losses import GIoU, SmoothL1
+from d2_balance.losses import CIoU, GIoU, SmoothL1
 
 
 def deltas(seed=0):
@@ -57,3 +57,21 @@ def test_giou_equals_torchvision_and_a_value_by_hand():
     # unit squares one apart: IoU 0, hull 3, union 2: 1 - 0 + (3 - 2) / 3
     value = GIoU()(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[2.0, 0, 3, 1]]))
     assert value.item() == pytest.approx(4 / 3, abs=1e-5)
+
+
+def test_ciou_equals_torchvision_on_sound_boxes():
+    boxes = torch.tensor([[0.0, 0, 10, 4], [3, 2, 9, 20]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[1.0, 1, 8, 8], [2, 2, 10, 17]], dtype=torch.float64)
+    expected = complete_box_iou_loss(boxes, target)
+    found = CIoU()(boxes, target)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.sum(), boxes)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("side", [(0, 0), (3, 0), (0, 3)])
+def test_a_box_that_has_shrunk_to_nothing_has_a_finite_ciou_loss(side):
+    boxes = torch.tensor([[5.0, 5, 5 + side[0], 5 + side[1]]], requires_grad=True)
+    loss = CIoU()(boxes, torch.tensor([[1.0, 1, 8, 8]]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and boxes.grad.isfinite().all()
