@@ -139,7 +139,10 @@ def child(name: str, truth: str, detections: str) -> None:
 def measure(name: str, *paths: Path) -> dict:
     command = [sys.executable, __file__, "--child", name, *map(str, paths)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    # at once, because the slower one may take half an hour, or more memory than there is
+    print(f"{name}: {found['seconds']:.1f} s, {found['gib']:.2f} GiB", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> int:

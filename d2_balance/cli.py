@@ -16,6 +16,7 @@ COMMANDS = {
     "methods": ("d2_balance.methods", "list every method, and which go together"),
     "doctor": ("d2_balance.doctor", "print versions, data sets, and what to do about the missing"),
     "rescore": ("d2_balance.rescore", "raise scores of rare classes before the cap of 300"),
+    "show": ("d2_balance.show", "draw objects and detections, rare classes first"),
     "replay": ("d2_balance.replay", "run the batch again whose loss was not finite"),
     "prior": ("d2_balance.prior", "count the start bias that foreground needs in a training set"),
 }

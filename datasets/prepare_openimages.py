@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from d2_balance.data import read_json
 from d2_balance.data.label_hierarchy import LabelHierarchy
+from d2_balance.data.pictures import picture_size
 from d2_balance.data.preparing import (
     add_output,
     counts_of_training,
-    picture_size,
     run_script,
     with_counts,
 )

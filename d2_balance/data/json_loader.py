@@ -39,7 +39,9 @@ def read_json(path: str) -> Any:
     except json.JSONDecodeError as error:
         text = error.doc.rstrip()
         cut = error.pos >= len(text) or not text.endswith(("}", "]"))
-        hint = "; the file ends too early" if cut else ""
+        hint = "; the file ends too early: copy or write it again" if cut else ""
+        if not text:
+            raise ValueError(f"{path}: the file is empty; copy or write it again") from error
         raise ValueError(
             f"{path}: not valid JSON at character {error.pos} of {len(error.doc)} (line "
             f"{error.lineno}, column {error.colno}): {error.msg}{hint}"

@@ -1,4 +1,4 @@
-"""What the scripts `datasets/prepare_*.py` share: sizes of pictures, class counts, whole files."""
+"""What the scripts `datasets/prepare_*.py` share: class counts, and files that are whole."""
 
 import argparse
 import json
@@ -7,35 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from ..files import atomic_path, check_new
 from .groups import LVIS_CUTS, groups_from_counts
 from .json_loader import read_json
 from .validation import category_name
-
-_ORIENTATION = 274  # EXIF tag
-_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
-
-
-def picture_size(path: str) -> tuple[int, int]:
-    """(height, width) in pixels of a picture as Detectron2 reads it, turned as its EXIF says.
-
-    Reads the head of the file only.
-
-    Raises:
-        ValueError: a file that is missing or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{path}: no picture that can be read ({type(error).__name__}); download it again or "
-            "leave it out of the annotations"
-        ) from error
-    return (width, height) if turned else (height, width)
 
 
 def with_counts(

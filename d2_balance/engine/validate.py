@@ -22,6 +22,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.file_io import PathManager
 
 from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
+from ..data.coverage import classes_with_objects, log_left_out_negatives, log_unseen_classes
+from ..data.pictures import check_picture_sizes
 from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
 from ..modeling.build import build_box_loss, build_cls_loss, build_guided, build_reweighters
@@ -33,6 +35,10 @@ from .checkpoint import resumable_files
 from .hooks import check_beta_decay
 from .train_stream import check_sampler
 from .unused import check_losses_are_used
+
+# Pictures of a set whose sizes are compared with the annotations before a run: enough to notice
+# another copy of the data set, and a second or two on a slow disk.
+_SIZES_LOOKED_AT = 200
 
 
 def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
@@ -202,16 +208,24 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     test = tuple(cfg.DATASETS.TEST)
-    for name in train:
+    seen: dict[str, set[int]] = {}
+    for name in dict.fromkeys((*train, *test)):
         dataset_dicts = load_dataset(name)
-        check_train_set(cfg, dataset_dicts, name)
-    for name in test:
-        load_dataset(name)
+        if name in train:
+            check_train_set(cfg, dataset_dicts, name)
+        if isinstance(dataset_dicts, list):
+            check_picture_sizes(dataset_dicts, name, limit=_SIZES_LOOKED_AT)
+            seen[name] = classes_with_objects(dataset_dicts)
     if _is_a(cfg, GeneralizedRCNN, RetinaNet, BalancedFCOS):  # other models have keys of their own
         check_num_classes(cfg, (*train, *test))
     described = [name for name in (*train, *test) if _has_classes(name)]
     if len(described) == len(train) + len(test):
         check_categories_match(train, test)
+        if train and all(name in seen for name in train):
+            trained = set().union(*(seen[name] for name in train))
+            for name in set(test) & set(seen):
+                classes = MetadataCatalog.get(name).thing_classes
+                log_unseen_classes(trained, seen[name], classes, (", ".join(train), name))
 
 
 def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name: str) -> None:
@@ -227,6 +241,8 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
             f"the data set {name!r} has {len(dataset_dicts)} pictures and no annotation; a "
             "training set needs at least one (DATASETS.TRAIN)."
         )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        log_left_out_negatives(dataset_dicts, name)
     loss = cfg.MODEL.BALANCE.CLS_LOSS
     if loss and cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False):
         key = f"MODEL.BALANCE.{loss.upper()}.IMAGE_LABELS"

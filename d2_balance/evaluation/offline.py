@@ -45,6 +45,11 @@ def evaluate_predictions(
     if max_dets < 1:
         raise ValueError(f"max_dets must be at least 1, not {max_dets}")
     notes: list[str] = []
+    if not any(detections.values()):
+        notes.append(
+            "the predictions hold no detection, so that every AP is 0; a model that finds nothing "
+            "may have a score threshold (SCORE_THRESH_TEST) above all its scores"
+        )
     ground = ground_truth(truth, notes)
     tasks = _tasks(tasks, detections, ground, notes)
     kept = {

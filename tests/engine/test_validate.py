@@ -248,3 +248,23 @@ def test_weights_that_cannot_be_downloaded_are_named(dataset, tmp_path, monkeypa
     text = message(run_cfg(tmp_path, "MODEL.WEIGHTS", "https://example.org/model.pkl"))
     assert "MODEL.WEIGHTS: https://example.org/model.pkl cannot be downloaded" in text
     assert "no route to host" in text
+
+
+def test_pictures_of_another_size_stop_the_run_before_it_starts(register, tmp_path, dataset):
+    name = register(lambda data: data["images"][4].update(width=65))
+    cfg = run_cfg(tmp_path, *CLS, "DATASETS.TRAIN", (name,))
+    text = message(cfg)
+    assert text.startswith(f"{name}: 1 of 12 pictures looked at are not of the size")
+    assert "image 5 (" in text and "is 64 x 48, not 65 x 48; give the pictures that" in text
+
+
+def test_classes_that_training_never_saw_are_named(register, tmp_path, caplog, dataset):
+    def change(data):
+        data["annotations"] = [a for a in data["annotations"] if a["category_id"] != 1]
+
+    name = register(change)
+    validate(run_cfg(tmp_path, *CLS, "DATASETS.TRAIN", (name,)))
+    assert f"have no object in {name}, and their AP will be 0: class0; add training" in caplog.text
+    caplog.clear()
+    validate(run_cfg(tmp_path, *CLS))
+    assert "have no object" not in caplog.text
