@@ -3,9 +3,10 @@
 
     train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
     train_net.py --config-file FILE --eval-only MODEL.WEIGHTS FILE
+    torchrun --nproc-per-node N train_net.py --config-file FILE [--resume] [KEY VALUE ...]
 
 Everything goes to OUTPUT_DIR: log.txt, metrics.json, checkpoints, TensorBoard, and summary.md with
-the results and plots. A stopped run continues with --resume.
+the results and plots. A stopped run continues with --resume; docs/training.md says more.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 
 # Detectron2 is older than these deprecations; a user can do nothing about them.
 warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
@@ -22,32 +24,39 @@ warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
 # ruff: noqa: E402  the filters must stand before the imports that warn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException
 
 import d2_balance  # noqa: F401  registers models, heads and data sets
 from d2_balance.data import register_from_config
 from d2_balance.engine import (
     BalancedTrainer,
     NonFiniteLossError,
+    RunStopped,
+    check_launch,
+    output_lock,
     prepare_run,
     read_config,
     short_messages,
+    start,
     use_cpu_without_cuda,
     validate,
     write_summary,
 )
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The checked config of the run; OUTPUT_DIR and the loggers are there afterwards."""
+def setup(args: argparse.Namespace, stack: ExitStack) -> CfgNode:
+    """The checked config of the run; OUTPUT_DIR and the loggers are there afterwards.
+
+    OUTPUT_DIR belongs to this run until `stack` is left.
+    """
     cfg = read_config(args.config_file, args.opts)
     without_cuda = use_cpu_without_cuda(cfg)
     prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
+    stack.enter_context(output_lock(cfg.OUTPUT_DIR))
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="d2_balance")
     if without_cuda:
@@ -59,9 +68,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> dict:
     """One rank: trains and evaluates, or evaluates only. Returns the results on the first rank."""
+    with ExitStack() as stack:
+        return run(args, stack)
+
+
+def run(args: argparse.Namespace, stack: ExitStack) -> dict:
+    """What `main` does, while OUTPUT_DIR belongs to this run."""
     program = os.path.basename(sys.argv[0])
     with short_messages(program):
-        cfg = setup(args)
+        cfg = setup(args, stack)
         if args.eval_only:
             model = BalancedTrainer.build_model(cfg)
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -73,7 +88,7 @@ def main(args: argparse.Namespace) -> dict:
         if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
     else:
-        with short_messages(program, NonFiniteLossError):
+        with short_messages(program, (NonFiniteLossError, RunStopped)):
             results = trainer.train()
     if comm.is_main_process():
         write_summary(cfg, results, config_file=args.config_file, eval_only=args.eval_only)
@@ -82,9 +97,6 @@ def main(args: argparse.Namespace) -> dict:
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    try:
-        launch(
-            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
-        )
-    except ProcessExitedException as error:
-        sys.exit(error.exit_code)  # the rank has printed why
+    with short_messages(os.path.basename(sys.argv[0])):
+        check_launch(args)
+    start(main, args)

@@ -1,6 +1,9 @@
 """Trainer, hooks, the checks before a run and the summary after it."""
 
+from .errors import RunStopped
 from .hooks import BetaDecay, LossStats, SeedSteps, decayed_beta
+from .launching import check_launch, start
+from .lock import output_lock
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
 from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
 from .summary import write_summary
@@ -16,12 +19,16 @@ __all__ = [
     "LossStats",
     "NonFiniteLossError",
     "SeedSteps",
+    "RunStopped",
     "TrainStream",
     "build_train_stream",
+    "check_launch",
     "decayed_beta",
+    "output_lock",
     "prepare_run",
     "read_config",
     "short_messages",
+    "start",
     "use_cpu_without_cuda",
     "validate",
     "write_summary",

@@ -26,17 +26,16 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
     `launch` starts --num-gpus processes on this machine; without a GPU they are joined by gloo.
 
     Raises:
-        ValueError: the arguments contradict torchrun or ask for more GPUs than there are.
+        ValueError: see `check_launch`.
         SystemExit: a started process has failed; with its exit status.
     """
+    check_launch(args)
     if under_torchrun():
-        check_torchrun(args)
         join_torchrun()
         main(args)
         comm.synchronize()
         dist.destroy_process_group()
         return
-    check_launch(args)
     try:
         launch(
             main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
@@ -52,12 +51,19 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN)
 
 
-def check_torchrun(args: argparse.Namespace) -> None:
-    """Refuses arguments that would start processes once more.
+def check_launch(args: argparse.Namespace) -> None:
+    """Refuses arguments that contradict torchrun, and processes that cannot be started.
 
     Raises:
-        ValueError: naming the arguments.
+        ValueError: naming the argument and what is allowed.
     """
+    if under_torchrun():
+        _check_torchrun(args)
+    else:
+        _check_numbers(args)
+
+
+def _check_torchrun(args: argparse.Namespace) -> None:
     given = {"--num-gpus": args.num_gpus, "--num-machines": args.num_machines}
     wrong = [f"{name} {value}" for name, value in given.items() if value != 1]
     if wrong:
@@ -73,12 +79,7 @@ def check_torchrun(args: argparse.Namespace) -> None:
         )
 
 
-def check_launch(args: argparse.Namespace) -> None:
-    """Refuses numbers of processes and machines that cannot be started.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+def _check_numbers(args: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count()
     if args.num_gpus < 1 or (torch.cuda.is_available() and args.num_gpus > gpus):
         raise ValueError(
