@@ -172,6 +172,46 @@ def test_isr_n_weights_reach_the_loss(monkeypatch):
     torch.testing.assert_close(losses["loss_cls"], (weight * rows).mean())
 
 
+@pytest.mark.parametrize("agnostic", [True, False])
+@pytest.mark.parametrize("loss", ["SoftmaxCE", "SigmoidCE", "Seesaw"])
+def test_mined_boxes_are_those_of_the_highest_class(loss, agnostic, monkeypatch):
+    model = build("faster", REWEIGHT, ["ISRN"], "MODEL.BALANCE.CLS_LOSS", loss,
+                  "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic)  # fmt: skip
+    heads, layers = model.roi_heads, model.roi_heads.box_predictor
+    torch.nn.init.normal_(layers.cls_score.weight, std=2.0)
+    torch.nn.init.normal_(layers.bbox_pred.weight, std=1.0)
+    seen = []
+    stock, mined = heads.selector.forward, layers.predict_boxes
+
+    def select(candidates, *others):
+        seen.append(candidates)
+        return stock(candidates, *others)
+
+    def boxes(predictions, proposals):
+        seen.append((predictions, proposals))
+        return mined(predictions, proposals)
+
+    monkeypatch.setattr(heads.selector, "forward", select)
+    monkeypatch.setattr(layers, "predict_boxes", boxes)
+    train_step(model, make_inputs(2))
+    ((scores, deltas), proposals), candidates = seen
+    row, classes = 0, set()
+    for p, c in zip(proposals, candidates, strict=True):
+        for i, box in enumerate(p.proposal_boxes.tensor):
+            z = scores[row]
+            p_all = z.sigmoid() if loss == "SigmoidCE" else z[: CLASSES + 1].softmax(0)
+            if loss == "Seesaw":
+                p_all = z[:CLASSES].softmax(0) * z[-2:].softmax(0)[0]
+            best = int(p_all[:CLASSES].argmax())
+            classes.add(best)
+            torch.testing.assert_close(c.scores[i], p_all[best])
+            delta = deltas[row] if agnostic else deltas[row, 4 * best : 4 * best + 4]
+            expected = layers.box2box_transform.apply_deltas(delta[None], box[None])[0]
+            torch.testing.assert_close(c.pred_boxes[i], expected)
+            row += 1
+    assert row == len(scores) and len(classes) > 1
+
+
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
 def test_without_drawing_every_labelled_proposal_trains_and_masks_are_capped(kind, monkeypatch):
     cap = ("MODEL.BALANCE.SAMPLE_PROPOSALS", False, "MODEL.BALANCE.MASKS_PER_IMAGE", 2)

@@ -82,6 +82,21 @@ def test_ohem_over_the_batch_lets_one_image_take_all():
     assert whole[1].keep.tolist() == expected.tolist()
 
 
+def test_ohem_as_the_authors_code_equals_the_loop():
+    batch = [candidates(40, 12, seed=5), candidates(40, 12, seed=6)]
+    left = []
+    for n, c in enumerate(batch):
+        loss = (c.cls_loss + c.box_loss).tolist()
+        for label in set(c.labels.tolist()):
+            own = [i for i in range(len(loss)) if c.labels[i] == label]
+            kept, _ = greedy_nms(c.boxes[own], [loss[i] for i in own], 0.7)
+            left += [(-loss[own[i]], n, own[i]) for i in kept]
+    first = sorted(left)[:12]
+    chosen = OHEM(rois_per_image=6, scope="batch", per_class_nms=True)(batch, 512, 0.25)
+    for n, selection in enumerate(chosen):
+        assert selection.keep.tolist() == [i for _, image, i in first if image == n]
+
+
 def test_ohem_takes_a_loss_that_is_no_number_last():
     c = candidates(10, 0)
     c.cls_loss[4] = torch.nan
