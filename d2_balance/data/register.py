@@ -56,8 +56,8 @@ def register_json(name: str, json_file: str, image_root: str, key: str = "regist
     Raises:
         ValueError: if file or folder does not exist, or if the name belongs to another set.
     """
-    json_file = _resolve(json_file, PathManager.isfile, f"{key}: the annotation file")
-    image_root = _resolve(image_root, PathManager.isdir, f"{key}: the picture folder")
+    json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
+    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
         if _registered_as(name) == (json_file, image_root, name):
@@ -88,7 +88,7 @@ def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
     return tuple(entry)
 
 
-def _resolve(path: str, exists: Callable[[str], bool], what: str) -> str:
+def resolve_path(path: str, exists: Callable[[str], bool], what: str) -> str:
     """The path as given or below $DETECTRON2_DATASETS, absolute where it is a local one."""
     root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     places = [os.path.expanduser(path), os.path.join(root, path)]

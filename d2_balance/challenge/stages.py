@@ -1,0 +1,307 @@
+"""What each kind of stage does in its folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import d2_balance
+
+from ..ensemble import merge_files
+from ..evaluation.files import file_name_of
+from ..evaluation.offline import evaluate_predictions
+from ..evaluation.predictions import read_predictions
+from ..evaluation.record import Evaluation
+from ..files import atomic_path
+from ..rescore import apply_factors, fit_factors
+from .datasets import DataSets, keep_classes, pictures_of, split, write_json
+from .recipe import Recipe, Stage, sets_of
+
+PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
+WEIGHTS = os.path.join("run", "model_final.pth")
+
+
+class StageError(Exception):
+    """A stage has failed; the message says which and where its log is."""
+
+
+@dataclass
+class Work:
+    """What a stage works with.
+
+    Attributes:
+        stage: its settings.
+        folder: where its output goes; of a stage that is not done yet.
+        recipe: the recipe.
+        datasets: data sets known so far.
+        folders: stage name to folder, of the stages that are done.
+        log: its log file.
+        gpus: processes of a training.
+    """
+
+    stage: Stage
+    folder: str
+    recipe: Recipe
+    datasets: DataSets
+    folders: Mapping[str, str]
+    log: str
+    gpus: int
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def of(self, stage: str, name: str) -> str:
+        """A file of an earlier stage."""
+        return os.path.join(self.folders[stage], name)
+
+
+def run_stage(work: Work) -> None:
+    """Do the work of a stage, with what it prints in its log.
+
+    Raises:
+        StageError: a process has failed.
+        ValueError: the data do not allow it.
+    """
+    with open(work.log, "a", encoding="utf-8") as log, redirect_stdout(log):
+        _ACTIONS[work.stage.kind](work)
+
+
+def outputs_of(stage: Stage) -> list[str]:
+    """Files that a finished stage must have."""
+    return {
+        "classes": ["annotations.json"],
+        "split": ["rest.json", "held.json"],
+        "train": [WEIGHTS],
+        "fit": [FACTORS],
+        "evaluate": [EVALUATION],
+    }.get(stage.kind, [PREDICTIONS])
+
+
+def add_sets(stage: Stage, folder: str, datasets: DataSets) -> None:
+    """Make the data sets of a finished stage known."""
+    for name, file in zip(sets_of(stage), outputs_of(stage), strict=False):
+        datasets.add(name, os.path.join(folder, file), datasets.folder(stage["from"]))
+
+
+def _classes(work: Work) -> None:
+    stage = work.stage
+    data = work.datasets.load(stage["from"]).data
+    found = keep_classes(data, stage["keep"], stage["every"], stage["from"])
+    write_json(work.path("annotations.json"), found)
+
+
+def _split(work: Work) -> None:
+    data = work.datasets.load(work.stage["from"]).data
+    parts = split(data, work.stage["share"], work.stage["seed"] or 0)
+    for name, part in zip(("rest.json", "held.json"), parts, strict=True):
+        write_json(work.path(name), part)
+
+
+def _train(work: Work) -> None:
+    config = training_config(work.stage, work.recipe)
+    if work.stage["weights"] is not None:
+        weights = work.stage["weights"]
+        known = weights in work.folders
+        config["MODEL"] = config.get("MODEL", {}) | {
+            "WEIGHTS": work.of(weights, WEIGHTS) if known else weights
+        }
+    config["OUTPUT_DIR"] = work.path("run")
+    _register(config, work.datasets.entries())
+    path = work.path("config.yaml")
+    _write_yaml(path, config)
+    _train_net(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
+
+
+def training_config(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """The configuration of a train stage: its YAML, overrides and data sets."""
+    from ..engine import read_config
+
+    base = os.path.join(recipe.folder, stage["config"])
+    own = [list(e) if not isinstance(e, dict) else e for e in read_config(base).DATASETS.REGISTER]
+    config = {"_BASE_": os.path.abspath(base)} | _copy(stage["overrides"] or {})
+    config["DATASETS"] = dict(config.get("DATASETS", {})) | {
+        "TRAIN": list(stage["train"]),
+        "TEST": list(stage["test"] or []),
+        "REGISTER": own,
+    }
+    return config
+
+
+def check_config(stage: Stage, recipe: Recipe) -> str:
+    """The full config of a train stage as text.
+
+    Raises:
+        ValueError: its YAML cannot be read, or has keys or types that do not exist.
+    """
+    from detectron2.config import CfgNode
+
+    from ..engine import read_config
+
+    config = training_config(stage, recipe)
+    cfg = read_config(config.pop("_BASE_"))
+    try:
+        cfg.merge_from_other_cfg(CfgNode(config))
+    except (KeyError, ValueError, AssertionError) as error:
+        text = f"{recipe.path}: stage {stage.name}: overrides: {error.args[0]}"
+        raise ValueError(text) from error
+    return cfg.dump()
+
+
+def _predict(work: Work) -> None:
+    stage, folder = work.stage, work.folders[work.stage["model"]]
+    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
+        config = yaml.safe_load(file)
+    config = _merged(config, _copy(stage["overrides"] or {}))
+    name, entries = stage["dataset"], work.datasets.entries()
+    if stage["classes"]:
+        root = work.datasets.folder(name)
+        pictures = work.datasets.load(name)
+        other = work.datasets.load(stage["classes"])
+        name = f"{stage.name}_pictures"
+        file = work.path("pictures.json")
+        write_json(file, pictures_of(pictures, root, other))
+        entries = [*entries, [name, file, root]]
+    _register(config, entries)
+    config["DATASETS"]["TEST"] = [name]
+    config["OUTPUT_DIR"] = work.path("run")
+    config["MODEL"] = config.get("MODEL", {}) | {"WEIGHTS": os.path.join(folder, WEIGHTS)}
+    path = work.path("config.yaml")
+    _write_yaml(path, config)
+    _train_net(work, "--eval-only", "--config-file", path)
+    found = work.path(os.path.join("run", "inference", f"predictions_{file_name_of(name)}.json"))
+    os.replace(found, work.path(PREDICTIONS))
+    if not stage["classes"]:
+        _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _ensemble(work: Work) -> None:
+    stage = work.stage
+    inputs = []
+    for entry in stage["inputs"]:
+        classes, map_file = entry.get("classes"), entry.get("map")
+        inputs.append(
+            (
+                work.of(entry["predictions"], PREDICTIONS),
+                classes and work.datasets.source(classes),
+                map_file and os.path.join(work.recipe.folder, map_file),
+            )
+        )
+    dataset = work.datasets.source(stage["dataset"])
+    options = {k: stage[k] for k in ("method", "iou", "max_dets") if stage[k] is not None}
+    merge_files(inputs, dataset, work.path(PREDICTIONS), **options)
+    _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _fit(work: Work) -> None:
+    stage, source = work.stage, work.datasets.source
+    options = {k: stage[k] for k in ("method", "metric", "max_dets") if stage[k] is not None}
+    fit_factors(
+        work.of(stage["predictions"], PREDICTIONS),
+        source(stage["dataset"]),
+        work.path(FACTORS),
+        tests=[source(name) for name in stage["test"]],
+        **options,
+    )
+
+
+def _rescore(work: Work) -> None:
+    stage = work.stage
+    options = {} if stage["max_dets"] is None else {"max_dets": stage["max_dets"]}
+    apply_factors(
+        work.of(stage["predictions"], PREDICTIONS),
+        work.of(stage["factors"], FACTORS),
+        work.datasets.source(stage["dataset"]),
+        work.path(PREDICTIONS),
+        **options,
+    )
+    _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _evaluate(work: Work) -> None:
+    _evaluate_file(work, work.of(work.stage["predictions"], PREDICTIONS))
+
+
+def _evaluate_file(work: Work, path: str) -> Evaluation | None:
+    """Writes evaluation.json, where the pictures have annotations."""
+    stage = work.stage
+    truth = work.datasets.load(stage["dataset"])
+    if not truth.data["annotations"]:
+        return None
+    train = work.datasets.load(stage["train"]) if stage["train"] else None
+    detections = read_predictions(path, truth.data, truth.path)
+    cap = stage["max_dets"] or None
+    found = evaluate_predictions(truth, detections, train=train, max_dets=cap)
+    found.write(work.path(EVALUATION))
+    return found
+
+
+_ACTIONS: dict[str, Callable[[Work], Any]] = {
+    "classes": _classes,
+    "split": _split,
+    "train": _train,
+    "predict": _predict,
+    "ensemble": _ensemble,
+    "fit": _fit,
+    "rescore": _rescore,
+    "evaluate": _evaluate,
+}
+
+
+def _train_net(work: Work, *arguments: str) -> None:
+    """Run the training script, and end it when this process is ended.
+
+    Raises:
+        StageError: it has failed.
+    """
+    script = Path(d2_balance.__file__).parents[1] / "train_net.py"
+    if not script.is_file():
+        raise ValueError(f"{script} does not exist; recipes need the repository, not the package")
+    with open(work.log, "a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if status:
+        with open(work.log, encoding="utf-8", errors="replace") as log:
+            last = "".join(log.readlines()[-5:])
+        raise StageError(f"train_net.py ended with status {status}; {work.log} ends:\n{last}")
+
+
+def _write_yaml(path: str, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yaml.safe_dump(dict(content), file, sort_keys=False)
+
+
+def _merged(a: dict, b: Mapping) -> dict:
+    for key, value in b.items():
+        both = isinstance(value, Mapping) and isinstance(a.get(key), dict)
+        a[key] = _merged(a[key], value) if both else value
+    return a
+
+
+def _register(config: dict[str, Any], entries: list[list[str]]) -> None:
+    """Adds data sets; those of the recipe replace the config's of the same name."""
+    taken = {entry[0] for entry in entries}
+    own = [e for e in config["DATASETS"]["REGISTER"] if _name_of(e) not in taken]
+    config["DATASETS"]["REGISTER"] = own + entries
+
+
+def _copy(node: Any) -> Any:
+    return {k: _copy(v) for k, v in node.items()} if isinstance(node, Mapping) else node
+
+
+def _name_of(entry: Any) -> str:
+    return entry["NAME"] if isinstance(entry, dict) else entry[0]
