@@ -18,6 +18,7 @@ from d2_balance.challenge import stages
 from d2_balance.challenge.datasets import keep_classes, split
 from d2_balance.challenge.recipe import Recipe
 from d2_balance.challenge.stages import check_config
+from d2_balance.engine.lock import LOCK_FILE
 from tests.conftest import FASTER
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +192,9 @@ def fakes(folder, monkeypatch):
 
 
 def contents(folder):
-    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != LOCK_FILE
+    }
 
 
 def test_all_stages_run_and_the_report_has_each(folder, fakes, capsys):
@@ -254,6 +257,22 @@ def test_a_folder_that_is_not_empty_needs_resume(folder, fakes, capsys):
     assert run() == 2
     assert "out is not empty, and nothing is overwritten: pass --resume" in capsys.readouterr().err
     assert list((folder / "out").iterdir()) == [folder / "out/mine.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(folder, fakes, capsys):
+    recipe()
+    (folder / "out").mkdir()
+    code = (
+        "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert run() == 2
+        other.stdin.close()
+    assert "is being written by another run" in capsys.readouterr().err and fakes.calls == []
+    assert run() == 0
 
 
 def remove(path):

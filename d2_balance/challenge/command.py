@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
         stage = next(s.name for s in recipe.stages if s.name not in runner.done)
         print(f"d2-balance challenge: error: stage {stage}: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:  # another run works in the folder
+        print(f"d2-balance challenge: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

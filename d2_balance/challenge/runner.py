@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..engine.lock import LOCK_FILE, output_lock
 from ..files import atomic_path
 from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
@@ -51,7 +52,8 @@ class Runner:
     ):
         self.recipe, self.output, self.gpus, self.say = recipe, os.path.abspath(output), gpus, say
         self.datasets = DataSets(recipe.datasets)
-        if not resume and os.path.isdir(output) and os.listdir(output):
+        present = set(os.listdir(output)) if os.path.isdir(output) else set()
+        if present - {LOCK_FILE} and not resume:
             raise FileExistsError(
                 f"{output} is not empty, and nothing is overwritten: pass --resume to go on with "
                 "the recipe there, or another --output"
@@ -69,7 +71,12 @@ class Runner:
 
         Raises:
             StageError: a stage has failed; those before it stay done.
+            ValueError: another run works in the output folder.
         """
+        with output_lock(self.output):
+            return self._run_all()
+
+    def _run_all(self) -> str:
         os.makedirs(os.path.join(self.output, "logs"), exist_ok=True)
         for number, stage in enumerate(self.recipe.stages, start=1):
             label = f"[{number}/{len(self.recipe.stages)}] {stage.name} ({stage.kind})"
