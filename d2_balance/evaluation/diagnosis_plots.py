@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def plot_curves(found: Diagnosis) -> Figure:
     """Precision over recall of each group, with score thresholds on the curves."""
-    figure = new_figure(7.5, 4.6)
+    figure = new_figure(8.6, 4.4)
     axes = figure.add_subplot()
     for name, curve in found.curves.items():
         area = 100 * float(np.mean(curve.precision))
@@ -47,7 +47,8 @@ def plot_curves(found: Diagnosis) -> Figure:
     for marker, threshold in zip(MARKERS, shown, strict=False):
         axes.plot([], [], marker, color="#888888", ms=6, label=f"score {threshold:g}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=8, frameon=False, loc="upper right")
+    # outside: any place within may be that of a curve
+    figure.legend(fontsize=9, frameon=False, loc="outside right upper")
     return _plain(figure)
 
 
