@@ -53,9 +53,9 @@ def alrp_and_gradient(
     rank = above + 0.5 + below
     lrp = (own.sum_over_values(errors) - errors / 2 + below) / rank
     moved = torch.where(below > 1e-5, lrp, torch.zeros_like(lrp))
-    grad = buckets.sum_over_centers(moved / below.clamp(min=1e-5))
-    grad[positive] = -moved
-    return (below / rank).sum() / count, grad / count, rank
+    grad = buckets.sum_over_centers(moved / below.clamp(min=1e-5) / count)
+    grad[positive] = (-moved / count).to(grad.dtype)
+    return (below / rank).sum() / count, grad, rank
 
 
 def alrp_box_loss(errors: Tensor, scores: Tensor, rank: Tensor) -> Tensor:

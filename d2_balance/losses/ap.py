@@ -31,7 +31,7 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
         delta: half width of the step, above 0.
 
     Returns:
-        0-d loss and (n,) gradient, float64; zero without positives.
+        0-d loss and (n,) gradient in the type of the scores; zero without positives.
     """
     count = max(len(positive), 1)
     buckets = StepBuckets.build(scores, scores[positive], delta)
@@ -45,9 +45,9 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
     interpolated[order] = precision[order].cummax(0).values if len(order) else precision
     share = (1 - interpolated) / (1 - precision).clamp(min=1e-12)
     share = torch.where(interpolated > precision, share, torch.ones_like(share))
-    grad = buckets.sum_over_centers(share / total)
-    grad[positive] = interpolated - 1
-    return (1 - interpolated).sum() / count, grad / count
+    grad = buckets.sum_over_centers(share / total / count)
+    grad[positive] = ((interpolated - 1) / count).to(grad.dtype)
+    return (1 - interpolated).sum() / count, grad
 
 
 @CLS_LOSSES.register()

@@ -25,7 +25,7 @@ from .ranking import StepBuckets, error_driven, positive_scores
 from .samples import Samples
 
 MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
-CHUNK = 1024  # rows of the P x P sorting part at a time
+PIECE = 2**17  # pairs of the P x P sorting part at a time
 
 
 def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -41,19 +41,19 @@ def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tens
     """
     error = torch.zeros_like(scores)
     pushed = torch.zeros_like(scores)
-    for start in range(0, len(scores), CHUNK):  # bounds the memory at P x CHUNK
-        rows = slice(start, start + CHUNK)
-        step = ((scores - scores[rows, None]) / (2 * delta) + 0.5).clamp_(0, 1)  # (C, P)
+    miss = torch.stack([1 - targets, torch.ones_like(targets)], dim=1)  # (P, 2)
+    size = max(PIECE // max(len(scores), 1), 1)
+    for start in range(0, len(scores), size):  # a few buffers of P x size stay in the cache
+        rows = slice(start, start + size)
+        step = (scores - scores[rows, None]).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)  # (C, P)
         better = step * (targets >= targets[rows, None])
-        current = (step @ (1 - targets)) / step.sum(1)
-        best = (better @ (1 - targets)) / better.sum(1)
-        error[rows] = current - best
-        worse = step - better
-        share = error[rows] / worse.sum(1).clamp(min=1e-12)
-        share = torch.where(worse.sum(1) > 0, share, torch.zeros_like(share))
-        pushed += share @ worse
-        error_moves = torch.where(worse.sum(1) > 0, error[rows], torch.zeros_like(share))
-        pushed[rows] -= error_moves
+        worse = step.sub_(better)
+        best, rest = better @ miss, worse @ miss  # (C, 2), sums of misses and of steps
+        current = (best[:, 0] + rest[:, 0]) / (best[:, 1] + rest[:, 1])
+        error[rows] = current - best[:, 0] / best[:, 1]
+        moved = torch.where(rest[:, 1] > 0, error[rows], torch.zeros_like(current))
+        pushed += (moved / rest[:, 1].clamp(min=1e-12)) @ worse
+        pushed[rows] -= moved
     return error, pushed
 
 
@@ -69,7 +69,7 @@ def rank_sort_and_gradient(
         delta: half width of the step, above 0.
 
     Returns:
-        0-d ranking part, 0-d sorting part, and (n,) gradient, float64.
+        0-d ranking part, 0-d sorting part, and (n,) gradient in the type of the scores.
     """
     count = max(len(positive), 1)
     targets = targets.double().clamp(min=MIN_TARGET)
@@ -78,12 +78,11 @@ def rank_sort_and_gradient(
     ranked = own.sum_over_values()  # the entry itself counts one half, as in the release
     below = (buckets.sum_over_values() - ranked).clamp(min=0)
     ranking = below / (ranked + below)
-    grad = buckets.sum_over_centers(
-        torch.where(below > 0, ranking / below.clamp(min=1e-12), torch.zeros_like(below))
-    )
+    share = torch.where(below > 0, ranking / below.clamp(min=1e-12), torch.zeros_like(below))
+    grad = buckets.sum_over_centers(share / count)
     error, moved = sorting(buckets.centers, targets, delta)
-    grad[positive] = moved - ranking
-    return ranking.sum() / count, error.sum() / count, grad / count
+    grad[positive] = ((moved - ranking) / count).to(grad.dtype)
+    return ranking.sum() / count, error.sum() / count, grad
 
 
 @CLS_LOSSES.register()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .entries import row_pieces, with_slope
 from .samples import Samples
 
 
@@ -21,11 +22,13 @@ from .samples import Samples
 class StepBuckets:
     """The break points of P centres, and the bucket of each of n values.
 
+    Sums are float64; the n values are read in pieces, and per value only the bucket is kept.
+
     Attributes:
         centers: (P,) float64.
         edges: (2 P,) float64, the break points in ascending order.
-        values: (n,) float64.
-        bucket: (n,) int64 in [0, 2 P], the number of break points at or below a value.
+        values: (n,) floating point.
+        bucket: (n,) int32 in [0, 2 P], the number of break points at or below a value.
         delta: half width of the step.
     """
 
@@ -38,9 +41,9 @@ class StepBuckets:
     @classmethod
     def build(cls, values: Tensor, centers: Tensor, delta: float) -> StepBuckets:
         """Sorts the break points of (P,) centres and places (n,) values between them."""
-        centers, wide = centers.double(), values.double()
+        centers = centers.double()
         edges = torch.cat([centers - delta, centers + delta]).sort().values
-        return cls(centers, edges, wide, find_buckets(edges, values), delta)
+        return cls(centers, edges, values, find_buckets(edges, values), delta)
 
     def sum_over_values(self, weights: Tensor | None = None) -> Tensor:
         """(P,) sum_j w_j H(s_j - q_i) for every centre.
@@ -48,39 +51,53 @@ class StepBuckets:
         Args:
             weights: (n,) float64; None: ones.
         """
-        size = len(self.edges) + 1
-        zeros = self.values.new_zeros(size)
-        if weights is None:
-            weights, moments = self.values.new_ones(()).expand_as(self.values), self.values
-        else:
-            moments = weights * self.values
-        count = zeros.scatter_add(0, self.bucket, weights)
-        total = zeros.scatter_add(0, self.bucket, moments)
+        count = self.centers.new_zeros(len(self.edges) + 1)
+        total = torch.zeros_like(count)
+        for piece in pieces(self.values):
+            value, bucket = self.values[piece].double(), self.bucket[piece].long()
+            if weights is None:
+                count += torch.zeros_like(count).scatter_add_(0, bucket, torch.ones_like(value))
+            else:
+                count.scatter_add_(0, bucket, weights[piece])
+                value = value * weights[piece]
+            total.scatter_add_(0, bucket, value)
         # sums over all values at or above the lower end of a bucket
         count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
-        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
-        high = torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+        low, high = self._ends()
         inside, moment = count[low] - count[high], total[low] - total[high]
         ramp = (moment - self.centers * inside) / (2 * self.delta) + inside / 2
         return ramp + count[high]
 
     def sum_over_centers(self, weights: Tensor) -> Tensor:
-        """(n,) sum_i w_i H(s_j - q_i) for every value.
+        """(n,) sum_i w_i H(s_j - q_i) for every value, in the type of the values.
 
         Args:
             weights: (P,) float64.
         """
-        size = len(self.edges) + 1
-        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
-        high = torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+        low, high = self._ends()
         slope = weights / (2 * self.delta)
         offset = weights / 2 - slope * self.centers
-        slopes = slope.new_zeros(size).index_add_(0, low, slope).index_add_(0, high, -slope)
-        offsets = offset.new_zeros(size).index_add_(0, low, offset)
-        offsets.index_add_(0, high, weights - offset)
+        slopes = slope.new_zeros(len(self.edges) + 1)
+        offsets = torch.zeros_like(slopes)
+        slopes.index_add_(0, low, slope).index_add_(0, high, -slope)
+        offsets.index_add_(0, low, offset).index_add_(0, high, weights - offset)
         slopes, offsets = slopes.cumsum(0), offsets.cumsum(0)
-        at = offsets.index_select(0, self.bucket)
-        return at.addcmul_(slopes.index_select(0, self.bucket), self.values)
+        out = torch.empty_like(self.values)
+        for piece in pieces(self.values):
+            bucket = self.bucket[piece]
+            at = offsets.index_select(0, bucket)
+            out[piece] = at.addcmul_(slopes.index_select(0, bucket), self.values[piece].double())
+        return out
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """(P,) and (P,), the first buckets of the rising and of the level part of each step."""
+        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
+        return low, torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+
+
+def pieces(values: Tensor) -> list[slice]:
+    """Slices of (n,) values; on a GPU one slice."""
+    return row_pieces(values.unsqueeze(1))
 
 
 def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
@@ -96,23 +113,26 @@ def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
         values: (n,) floating point.
 
     Returns:
-        (n,) int64 in [0, E].
+        (n,) int32 in [0, E].
     """
-    cells = min(32 * len(edges), 2**18)
+    cells = min(256 * len(edges), 2**18)  # a table of 1 MB at most
     if values.is_cuda or not len(edges) or len(values) < 4 * cells:
-        return torch.searchsorted(edges, values.double(), right=True)
-    low, high = edges[0], edges[-1]
-    scale = (cells - 1) / (high - low).clamp(min=1e-30)
+        return torch.searchsorted(edges, values.double(), right=True, out_int32=True)
+    scale = (cells - 1) / (edges[-1] - edges[0]).clamp(min=1e-30)
+    low, scale = (edges[0] - 1 / scale).to(values.dtype), scale.to(values.dtype)
 
-    def cell(x: Tensor) -> Tensor:
-        place = (x - low.to(x.dtype)).mul_(scale.to(x.dtype)).clamp_(min=-1, max=cells)
-        return place.add_(1).int().clamp_(min=0, max=cells + 1)  # what is no number goes to 0
+    def cell(x: Tensor) -> Tensor:  # 0 is below all edges; what is no number goes there, too
+        return (x - low).mul_(scale).clamp_(0, cells + 1).int().clamp_(min=0)
 
     at_edges = torch.bincount(cell(edges.to(values.dtype)), minlength=cells + 2)
-    at = cell(values)
-    bucket = at_edges.cumsum(0).index_select(0, at)
-    unsure = (at_edges > 0).index_select(0, at).nonzero().squeeze(1)
-    bucket[unsure] = torch.searchsorted(edges, values[unsure].double(), right=True)
+    table = at_edges.cumsum(0).int().masked_fill_(at_edges > 0, -1)  # -1: to be searched
+    bucket = torch.empty_like(values, dtype=torch.int32)
+    for piece in pieces(values):
+        found = table.index_select(0, cell(values[piece]))
+        unsure = (found < 0).nonzero().squeeze(1)
+        wide = values[piece][unsure].double()
+        found[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)
+        bucket[piece] = found
     return bucket
 
 
@@ -134,16 +154,4 @@ def error_driven(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         of a rank does not show.
     """
     loss = loss + 0 * grad.sum()  # a gradient that is no number shows in no rank
-    return _ErrorDriven.apply(logits, loss, grad.to(logits.dtype).view_as(logits))
-
-
-class _ErrorDriven(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        return loss.to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None
+    return with_slope(logits, loss.to(logits.dtype), grad.to(logits.dtype).view_as(logits))

@@ -84,8 +84,18 @@ class Samples:
 
     @cached_property
     def pos(self) -> Tensor:
-        """(P,) int64, indices of the positive rows, ascending."""
-        return self.foreground.nonzero().squeeze(1)
+        """(P,) int64, indices of the positive rows, ascending.
+
+        The boxes, where there are any, tell P without waiting for the device.
+        """
+        known = (self.pred_deltas, self.boxes, self.gt_boxes, self.gt_index)
+        count = next((len(value) for value in known if value is not None), None)
+        if count is None:
+            return self.foreground.nonzero().squeeze(1)
+        place = self.foreground.cumsum(0) - 1
+        place = torch.where(self.foreground, place, count)  # background rows meet in a spare slot
+        rows = torch.arange(len(place), device=place.device)
+        return place.new_zeros(count + 1).scatter_(0, place, rows)[:count]
 
     @cached_property
     def column(self) -> Tensor:

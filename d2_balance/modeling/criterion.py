@@ -139,8 +139,8 @@ def _unit(deltas: Tensor, weights: Sequence[float]) -> Tensor:
 def _total(loss: Tensor, weight: Tensor | None, elementwise: bool, denominator: Tensor) -> Tensor:
     if not elementwise:
         return loss
-    if weight is not None:
-        loss = loss * (weight.unsqueeze(1) if loss.dim() > weight.dim() else weight)
+    if weight is not None:  # rows first: no weighted copy of every entry
+        loss = (loss.sum(dim=1) if loss.dim() > weight.dim() else loss) * weight
     return loss.sum() / denominator.to(loss.dtype)
 
 
