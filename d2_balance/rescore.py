@@ -125,6 +125,13 @@ def fit_factors(
     if not task:
         masks = len(columns) and columns.has_mask.all()
         task = "segm" if masks and _all_masks(truth) else "bbox"
+    lacking = ~columns.has_mask if task == "segm" else columns.box[:, 0] != columns.box[:, 0]
+    if lacking.any():
+        what = "a mask" if task == "segm" else "a bbox"
+        raise ValueError(
+            f"{predictions}: {task} needs {what} in every detection, {lacking.sum()} "
+            "have none; --task chooses the other"
+        )
     measure = Measure(truth, columns, groups, task, max_dets)
     plain = measure(columns.score)
     rule, tried = fit(measure, groups, counts, method, metric)

@@ -200,6 +200,11 @@ def test_files_of_factors_that_cannot_be_used(files, capsys, content, message):
     assert message in capsys.readouterr().err and not (files / "out.json").exists()
 
 
+def test_masks_are_needed_to_fit_on_masks(files, capsys):
+    assert fit("--test", "val.json", "--task", "segm") == 2
+    assert "segm needs a mask in every detection, 4 have none" in capsys.readouterr().err
+
+
 def test_outputs_that_are_there_stay(files, capsys):
     (files / "out.json").write_text("x")
     assert apply(rule(r=1.0)) == 2 and (files / "out.json").read_text() == "x"
