@@ -107,6 +107,29 @@ def test_the_limit_of_detections_is_kept(files, tmp_path):
     assert figures(files, tmp_path, "--max-dets", 1)["results"]["bbox"]["AP"] == pytest.approx(50)
 
 
+def test_predictions_that_fit_nothing_get_a_note(files, tmp_path):
+    elsewhere = [d | {"bbox": [80, 60, 9, 9]} for d in FOUND]
+    notes = figures(files, tmp_path, found=elsewhere)["notes"]
+    assert any(note.startswith("not one detection fits an object of") for note in notes)
+    assert not any("not one" in n for n in figures(files, tmp_path)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ([0, math.nan, 5, 5], "box is not finite"),
+        ([0, 0, -5, 5], "box of negative size"),
+        ([200, 0, 5, 5], "box outside the picture"),
+    ],
+)
+def test_bad_boxes_of_the_ground_truth_are_left_out_and_noted(files, tmp_path, box, reason):
+    truth = json.loads(json.dumps(TRUTH))
+    truth["annotations"].append({"id": 3, "image_id": 7, "category_id": 9, "bbox": box})
+    found = figures(files, tmp_path, truth=truth)
+    assert found["classes"]["c"]["AP"] is None  # as if it were not there
+    assert any("1 bad annotations of" in n and reason in n for n in found["notes"])
+
+
 def changed(**fields):
     return [FOUND[0], FOUND[1] | fields]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import hotcoco
 import numpy as np
+from tqdm import tqdm
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.evaluation.average_precision import GroundTruth
@@ -153,7 +154,7 @@ def diagnose(
         if own and len(own) < len(ids):
             members[name] = own
     curves, calibration = {}, {}
-    for name, own in members.items():
+    for name, own in tqdm(members.items(), f"diagnosing {task}", delay=2, disable=None):
         evaluator = engine.run(own)
         curve = _curve(evaluator.eval, evaluator.params, thresholds)
         if curve is not None:

@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 from d2_balance.files import atomic_path
 
 
@@ -49,7 +51,8 @@ class RankPredictions:
         with atomic_path(path) as temporary, open(temporary, "w") as f:
             f.write("[")
             separator = ""
-            for _, body in self._lines(ranks):
+            lines = tqdm(self._lines(ranks), "merging predictions", delay=2, disable=None)
+            for _, body in lines:
                 detections = body.strip()[1:-1]
                 if detections:
                     f.write(f"{separator}\n{detections}")

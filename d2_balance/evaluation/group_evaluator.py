@@ -20,6 +20,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import create_small_table, log_first_n
+from tqdm import tqdm
 
 from d2_balance.data import bad_annotations
 from d2_balance.evaluation.average_precision import APTable, GroundTruth, average_precision
@@ -185,13 +186,13 @@ class COCOGroupEvaluator(COCOEvaluator):
             name = f"predictions_{file_name_of(self._dataset_name)}.json"
             self._files.write_results(ranks, os.path.join(self._output_dir, name))
         detections, has_masks, self._found = {}, False, 0
-        for image_id, masks, found in self._files.read(ranks):
+        lines = self._files.read(ranks)
+        for image_id, masks, found in tqdm(lines, "reading predictions", delay=2, disable=None):
             has_masks |= masks
             self._found += len(found)
             if image_id not in self._coco_api.imgs:
-                raise ValueError(
-                    f"predictions for image {image_id!r}, which is not in {self._dataset_name}"
-                )
+                name = self._dataset_name
+                raise ValueError(f"predictions for image {image_id!r}, which is not in {name}")
             if image_id in truth.image_index:
                 detections[image_id] = truth.select(image_id, found, self._max_dets)
         self._files.remove(ranks)
