@@ -35,10 +35,12 @@ from d2_balance.engine import (
     BalancedTrainer,
     NonFiniteLossError,
     RunStopped,
+    batch_warning,
     check_launch,
     output_lock,
     prepare_run,
     read_config,
+    scale_to_batch,
     short_messages,
     start,
     use_cpu_without_cuda,
@@ -53,14 +55,21 @@ def setup(args: argparse.Namespace, stack: ExitStack) -> CfgNode:
     OUTPUT_DIR belongs to this run until `stack` is left.
     """
     cfg = read_config(args.config_file, args.opts)
+    scaled = scale_to_batch(cfg)
     without_cuda = use_cpu_without_cuda(cfg)
     prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     stack.enter_context(output_lock(cfg.OUTPUT_DIR))
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="d2_balance")
+    logger = logging.getLogger("d2_balance")
     if without_cuda:
-        logging.getLogger("d2_balance").info("No CUDA device was found: MODEL.DEVICE is cpu.")
+        logger.info("No CUDA device was found: MODEL.DEVICE is cpu.")
+    if scaled:
+        logger.info(scaled)
+    unscaled = batch_warning(cfg, args.config_file, args.opts)
+    if unscaled and not args.eval_only:
+        logger.warning(unscaled)
     register_from_config(cfg)
     validate(cfg, eval_only=args.eval_only, resume=args.resume)
     return cfg

@@ -6,6 +6,7 @@ from .launching import check_launch, start
 from .lock import output_lock
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
 from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
+from .scaling import batch_warning, scale_to_batch
 from .summary import write_summary
 from .train_stream import TrainStream, build_train_stream
 from .trainer import BalancedTrainer
@@ -21,12 +22,14 @@ __all__ = [
     "SeedSteps",
     "RunStopped",
     "TrainStream",
+    "batch_warning",
     "build_train_stream",
     "check_launch",
     "decayed_beta",
     "output_lock",
     "prepare_run",
     "read_config",
+    "scale_to_batch",
     "short_messages",
     "start",
     "use_cpu_without_cuda",

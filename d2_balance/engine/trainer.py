@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
 from ..evaluation import build_evaluator
@@ -22,14 +24,21 @@ from ..modeling.criterion import Normalizer
 from ..modeling.feature_memory import FeatureMemory
 from ..modeling.multi_scale import AugmentedRCNN, augmentation_config
 from ..reweight import Reweighter
+from .best import BestModel, StopEarly, StopTraining
 from .checkpoint import BalancedCheckpointer
+from .compiled import compile_losses
 from .decoupled import train_only
+from .ema import WeightAverage
 from .hooks import BetaDecay, LossStats, SeedSteps
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
+from .pretrained import load_pretrained
 from .run_state import FinishIteration, RunState
 from .saved_batch import BatchSaver
+from .scaling import scale_to_batch
 from .step import our_steps
 from .train_stream import TrainStream, build_train_stream
+from .validation_loss import ValidationLoss
+from .writers import ClassAP, ClassAPWriter, log_writers
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
 
@@ -60,6 +69,12 @@ class BalancedTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        if cfg.SOLVER.REFERENCE_BATCH:  # train_net.py has scaled it, other callers may not have
+            cfg = cfg.clone()
+            cfg.defrost()
+            scale_to_batch(cfg)
+        self._tensorboard: ClassAPWriter | None = None  # in the first process
+        self._evaluated = -1  # iterations done when it was last evaluated
         with _ddp_on_cpu(cfg.MODEL.DEVICE), our_steps(cfg):
             super().__init__(cfg)
         # this one calls backward and the optimizer
@@ -88,9 +103,48 @@ class BalancedTrainer(DefaultTrainer):
         ]
         state = RunState(self.model, self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         behind = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        found.insert(next(i for i, h in enumerate(found) if isinstance(h, behind)), state)
+        weights = BalancedCheckpointer(self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg)
+        self._average = WeightAverage.from_config(self.cfg, self.model, weights)
+        place = next(i for i, h in enumerate(found) if isinstance(h, behind))
+        found[place:place] = [self._average, state]
+        place = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
+        found[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        best = BestModel.from_config(self.cfg, weights, self._measured_weights)
+        found[place + 1 : place + 1] = [
+            self._class_ap(),
+            ValidationLoss.from_config(self.cfg, self.model, self._measured_weights),
+            best,
+        ]
+        stop = None if best is None else StopEarly(best, state, self.checkpointer)
         # must stay the last one
-        return [*found, FinishIteration(state, self.cfg.TEST.EVAL_PERIOD)]
+        return [*found, stop, FinishIteration(state, self.cfg.TEST.EVAL_PERIOD)]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, and those that LOG names."""
+        found = super().build_writers()
+        self._tensorboard = ClassAPWriter(self.cfg.OUTPUT_DIR)
+        place = next(i for i, w in enumerate(found) if isinstance(w, TensorboardXWriter))
+        found[place] = self._tensorboard
+        return [*found, *log_writers(self.cfg)]
+
+    def _class_ap(self) -> ClassAP | None:
+        if not self.cfg.TEST.CLASS_AP:
+            return None
+        folder = os.path.join(self.cfg.OUTPUT_DIR, "inference")
+        return ClassAP(self._tensorboard, folder, self.cfg.DATASETS.TEST, self.cfg.TEST.EVAL_PERIOD)
+
+    def _measured_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the weights that are evaluated."""
+        return nullcontext() if self._average is None else self._average.applied()
+
+    def _evaluate(self) -> dict:
+        """Results of `test` for the present weights, which are not evaluated twice."""
+        done = self.iter if self.iter >= self.max_iter else self.iter + 1
+        if done != self._evaluated:
+            with self._measured_weights():
+                self._last_eval_results = self.test(self.cfg, self.model)
+            self._evaluated = done
+        return self._last_eval_results
 
     def run_step(self) -> None:
         """One iteration.
@@ -128,6 +182,8 @@ class BalancedTrainer(DefaultTrainer):
         """The model, with all but MODEL.BALANCE.TRAIN_ONLY frozen; see `train_only`."""
         model = super().build_model(cfg)
         train_only(model, cfg.MODEL.BALANCE.TRAIN_ONLY)
+        if cfg.MODEL.BALANCE.COMPILE:
+            compile_losses(model)
         return model
 
     @classmethod
@@ -183,11 +239,10 @@ class BalancedTrainer(DefaultTrainer):
         Args:
             resume: False starts from MODEL.WEIGHTS in any case.
         """
-        resumes = resume and self.checkpointer.has_checkpoint()
-        state = None if resumes else _loss_state(self.model)
-        super().resume_or_load(resume)
-        if state is not None:
-            _restore(self.model, state)
+        if resume and self.checkpointer.has_checkpoint():
+            super().resume_or_load(True)
+        else:
+            load_pretrained(self.cfg, self.model, _loss_state(self.model))
 
     def train(self) -> dict:
         """Trains from the present iteration on; a finished run is evaluated once more.
@@ -204,30 +259,24 @@ class BalancedTrainer(DefaultTrainer):
                 f"The run in {self.cfg.OUTPUT_DIR} has all of its {self.max_iter} iterations; "
                 "it is evaluated again. A larger SOLVER.MAX_ITER would continue it."
             )
-            self._last_eval_results = self.test(self.cfg, self.model)
+            with self._measured_weights():
+                self._last_eval_results = self.test(self.cfg, self.model)
         else:
             if isinstance(self.data_loader, TrainStream):
                 self.data_loader.start = self.start_iter
-            with errors_without_traceback():
+            with errors_without_traceback(), suppress(StopTraining):
                 super().train()
         return self._last_eval_results if comm.is_main_process() else {}
 
 
 def _loss_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers of losses, normalisers and reweighters, by name in the model."""
+    """The buffers of losses, normalisers and reweighters, by name in the model without DDP."""
     return {
-        f"{prefix}.{name}": buffer.clone()
-        for prefix, module in model.named_modules()
+        f"{prefix}.{name}": buffer
+        for prefix, module in getattr(model, "module", model).named_modules()
         if isinstance(module, _STATEFUL)
         for name, buffer in module.named_buffers()
     }
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    buffers = dict(model.named_buffers())
-    for name, value in state.items():
-        buffers[name].copy_(value)
 
 
 @contextmanager

@@ -5,8 +5,7 @@ Every message names the key or the file and says what is allowed. What is quick 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,7 +18,6 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.utils.file_io import PathManager
 
 from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
 from ..data.coverage import classes_with_objects, log_left_out_negatives, log_unseen_classes
@@ -31,10 +29,17 @@ from ..modeling.fcos import BalancedFCOS
 from ..modeling.feature_memory import check_memory
 from ..modeling.multi_scale import check_test_augmentation
 from .amp import check_step
+from .best import check_best
 from .checkpoint import resumable_files
+from .ema import check_ema
 from .hooks import check_beta_decay
+from .names import closest
+from .pretrained import check_weights_file
+from .scaling import check_reference_batch
 from .train_stream import check_sampler
 from .unused import check_losses_are_used
+from .validation_loss import check_validation_loss
+from .writers import check_logs
 
 # Pictures of a set whose sizes are compared with the annotations before a run: enough to notice
 # another copy of the data set, and a second or two on a slow disk.
@@ -65,17 +70,12 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     if not eval_only:
         check_sampler(cfg)
     check_dataset_names(cfg, eval_only)
+    if not eval_only:
+        for check in (check_reference_batch, check_ema, check_validation_loss, check_best):
+            check(cfg)
+        check_logs(cfg)
     check_weights(cfg, eval_only, resume)
     check_data(cfg, eval_only)
-
-
-def closest(name: str, allowed: Iterable[str]) -> str:
-    """The end of a message: names that look like `name`, or all that are allowed if few."""
-    allowed = sorted(allowed)
-    similar = get_close_matches(name, allowed, n=3, cutoff=0.6)
-    if similar:
-        return f"did you mean {' or '.join(similar)}?"
-    return f"allowed: {', '.join(allowed)}." if len(allowed) <= 30 else ""
 
 
 def check_registered_names(cfg: CfgNode) -> None:
@@ -183,21 +183,7 @@ def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -
                 "OUTPUT_DIR; both are missing."
             )
         return
-    path = weights.split("?")[0]
-    if "://" not in path:
-        if not PathManager.isfile(path):
-            raise ValueError(
-                f"MODEL.WEIGHTS: the file {path!r} does not exist; allowed is a file, an address "
-                'of the model zoo (detectron2://...), or "" for random weights.'
-            )
-        return
-    try:
-        PathManager.get_local_path(path)
-    except Exception as error:  # of any network library
-        raise ValueError(
-            f"MODEL.WEIGHTS: {path} cannot be downloaded ({type(error).__name__}: {error}); "
-            'name a file that lies on this machine, or "" for random weights.'
-        ) from error
+    check_weights_file(weights)
 
 
 def check_data(cfg: CfgNode, eval_only: bool = False) -> None:

@@ -1,0 +1,131 @@
+"""Learning rate and schedule for another batch size, and a word where they were forgotten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+_LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
+_PERIODS = (
+    "TEST.EVAL_PERIOD",
+    "TEST.LOSS.PERIOD",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "MODEL.BALANCE.BETA_DECAY.PERIOD",
+)
+_BATCH, _RATE = "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR"
+
+
+def check_reference_batch(cfg: CfgNode) -> None:
+    """Checks SOLVER.REFERENCE_BATCH.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    if cfg.SOLVER.REFERENCE_BATCH < 0:
+        raise ValueError(
+            f"SOLVER.REFERENCE_BATCH is {cfg.SOLVER.REFERENCE_BATCH}; allowed is 0, or the number "
+            "of pictures that the learning rate was chosen for."
+        )
+    if cfg.SOLVER.REFERENCE_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise ValueError(
+            "SOLVER.REFERENCE_BATCH scales by IMS_PER_BATCH and SOLVER.REFERENCE_WORLD_SIZE by the "
+            "number of GPUs; allowed is one of them, the other being 0."
+        )
+
+
+def scale_to_batch(cfg: CfgNode) -> str:
+    """Scales a config that was made for SOLVER.REFERENCE_BATCH pictures to IMS_PER_BATCH.
+
+    The learning rate grows with the batch (Goyal et al., arXiv:1706.02677); lengths, steps and
+    periods shrink, so that as many pictures are seen. REFERENCE_BATCH is IMS_PER_BATCH afterwards,
+    so that the config is not scaled twice.
+
+    Args:
+        cfg: not frozen; changed in place.
+
+    Returns:
+        What was changed, for the log; "" for nothing.
+
+    Raises:
+        ValueError: see `check_reference_batch`.
+    """
+    check_reference_batch(cfg)
+    before, now = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    if before in (0, now) or now < 1:
+        return ""
+    scale = now / before
+    cfg.SOLVER.BASE_LR *= scale
+    cfg.SOLVER.STEPS = tuple(round(step / scale) for step in cfg.SOLVER.STEPS)
+    for key in (*_LENGTHS, *_PERIODS):
+        path, name = key.rsplit(".", 1)
+        node = cfg
+        for part in path.split("."):
+            node = node[part]
+        if node[name] > 0:
+            node[name] = max(round(node[name] / scale), 1)
+    cfg.SOLVER.REFERENCE_BATCH = now
+    return (
+        f"The config was made for a batch of {before} and is scaled to {now}: BASE_LR "
+        f"{cfg.SOLVER.BASE_LR:g}, WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}, MAX_ITER "
+        f"{cfg.SOLVER.MAX_ITER}, STEPS {cfg.SOLVER.STEPS}."
+    )
+
+
+def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] = ()) -> str:
+    """Says so where IMS_PER_BATCH was changed and the learning rate of another batch was kept.
+
+    A learning rate belongs to the batch of the file, or of the command line, that sets it.
+
+    Args:
+        cfg: the config that they give.
+        config_file: as given to `read_config`.
+        overrides: as given to `read_config`.
+
+    Returns:
+        The message; "" where there is nothing to say.
+    """
+    if cfg.SOLVER.REFERENCE_BATCH:
+        return ""
+    batch = rate_batch = 16  # Detectron2's default, of the model zoo too
+    where = "Detectron2's defaults"
+    for source, values in (*_layers(config_file), ("the command line", _pairs(overrides))):
+        batch = values.get(_BATCH, batch)
+        if _RATE in values:
+            rate_batch, where = batch, source
+    if batch == rate_batch or batch != cfg.SOLVER.IMS_PER_BATCH:
+        return ""
+    rate = cfg.SOLVER.BASE_LR
+    return (
+        f"{_BATCH} is {batch}, and {_RATE} {rate:g} was chosen for {rate_batch} ({where}). "
+        f"SOLVER.REFERENCE_BATCH {rate_batch} scales it to {rate * batch / rate_batch:g}, and the "
+        f"schedule with it; or set {_RATE} yourself."
+    )
+
+
+def _layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A YAML file and those that it is based on, the first base first."""
+    if not path:
+        return
+    with PathManager.open(path) as file:
+        content = yaml.safe_load(file) or {}
+    bases = content.get("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        base = os.path.expanduser(base)
+        if not (os.path.isabs(base) or "://" in base):
+            base = os.path.join(os.path.dirname(path), base)
+        yield from _layers(base)
+    solver = content.get("SOLVER") or {}
+    yield path, {f"SOLVER.{key}": value for key, value in solver.items()}
+
+
+def _pairs(overrides: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for key, value in zip(overrides[::2], overrides[1::2], strict=False):
+        if key in (_BATCH, _RATE):
+            values[key] = yaml.safe_load(value) if isinstance(value, str) else value
+    return values
