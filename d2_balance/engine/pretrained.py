@@ -115,10 +115,11 @@ class _Loader(BalancedCheckpointer):
         found = {n.removeprefix("module."): tuple(v.shape) for n, v in checkpoint["model"].items()}
         result = super()._load_model(checkpoint)
         shapes = {name: saved for name, saved, _ in result.incorrect_shapes}
-        missing = {*result.missing_keys, *shapes}
-        # Names in converted files are others, and Detectron2 does not say which was which.
-        unused = [] if heuristics else [name for name in found if name not in own]
-        if len(missing) >= len(own.keys() - self._run_state.keys()):
+        missing, unused = {*result.missing_keys, *shapes}, []
+        if not heuristics:  # names in converted files are others
+            missing |= own.keys() - found.keys()  # batch norms fill in what an old file lacks
+            unused = [name for name in found if name not in own]
+        if not own.keys() - missing - self._run_state.keys():
             raise ValueError(
                 f"MODEL.WEIGHTS {self._path} is of another architecture: none of its "
                 f"{len(found)} tensors fits the model. It holds {_some(found)}; the model has "

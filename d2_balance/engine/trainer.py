@@ -237,12 +237,13 @@ class BalancedTrainer(DefaultTrainer):
         """Loads the last checkpoint of OUTPUT_DIR, or MODEL.WEIGHTS where there is none.
 
         Args:
-            resume: False starts from MODEL.WEIGHTS in any case.
+            resume: False starts from MODEL.WEIGHTS in any case; `weights` has then a row for each
+                tensor, see `load_pretrained`.
         """
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(True)
         else:
-            load_pretrained(self.cfg, self.model, _loss_state(self.model))
+            self.weights = load_pretrained(self.cfg, self.model, _loss_state(self.model))
 
     def train(self) -> dict:
         """Trains from the present iteration on; a finished run is evaluated once more.
