@@ -1,28 +1,35 @@
 """What the anchors of a configuration make of a data set: foreground by level, and objects that no
 anchor reaches.
 
-An object is reached when an anchor has the IoU with it from which anchors are positive (0.5 in
-RetinaNet, 0.7 in the RPN). An object that is not reached still gets the anchors of its highest IoU
-where the model allows low-quality matches, but these few fit badly: the class trains little and
-loses at high IoU. It looks like an effect of rarity, and is none.
+An object is reached when an anchor has the IoU with it from which anchors are positive; in the RPN,
+whose 0.7 few objects have, the IoU from which a proposal is foreground for the RoI heads. An object
+that is not reached still gets the anchors of its highest IoU where the model allows low-quality
+matches, but these few fit badly: the class trains little and loses at high IoU. It looks like an
+effect of rarity, and is none.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 from tqdm import tqdm
 
-from ..data.prior import ROI_HEADS, PartCount, training_size
+from ..data.prior import ROI_HEADS, RPN, PartCount, training_size
 from ..data.row_counts import AnchorCounter, row_counters
 from .table import DataTable
 
-SCALES = (0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
-WORTH = 0.05  # a class must gain so many of its objects before other sizes are suggested
+SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.828)
+WORTH = 0.1  # the worst class must gain so many of its objects before other sizes are suggested
+LOSS = 0.02  # and no class may lose more than that
+FEW = 20  # classes with fewer objects count together: one object more says nothing of the sizes
+
+# height and width in training, boxes (M, 4) x0 y0 x1 y1 there, labels (M,)
+Picture = tuple[tuple[int, int], Tensor, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -42,39 +49,43 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class AnchorReport:
-    """Anchors of one part of a model.
+    """Anchors (or anchor points) of one part of a model.
 
     Attributes:
         part: "RetinaNet", "FCOS" or "RPN".
-        levels: one per feature map; one for all where levels cannot be told apart (FCOS).
+        levels: one per feature map.
         prior: counts and pi* of the part; None where no anchor is positive.
         pictures: number of pictures that were looked at.
-        threshold: IoU from which an anchor is positive; None without anchors (FCOS).
-        low_quality: whether an object that is not reached gets its best anchors all the same.
-        sizes: MODEL.ANCHOR_GENERATOR.SIZES.
+        edge: shorter sides of these pictures in training, the smallest and the largest, in pixels.
         objects: (K,) objects that were looked at.
-        reached: (K,) of them, those that an anchor reaches.
+        threshold: IoU from which an object is reached; None without anchors (FCOS).
+        low_quality: whether an object that is not reached gets its best anchors all the same.
+        sizes: MODEL.ANCHOR_GENERATOR.SIZES, by level.
+        reached: (K,) of the objects, those that an anchor reaches; None without anchors.
         suggested: sizes that reach more, or None.
         suggested_reached: (K,) objects that these reach.
-        edge: shorter side of the pictures in training, in pixels.
     """
 
     part: str
     levels: list[Level]
     prior: PartCount | None
     pictures: int
-    threshold: float | None
-    low_quality: bool
-    sizes: list[list[float]]
+    edge: tuple[int, int]
     objects: np.ndarray
-    reached: np.ndarray | None
-    suggested: list[list[float]] | None
-    suggested_reached: np.ndarray | None
-    edge: int
+    threshold: float | None = None
+    low_quality: bool = False
+    sizes: list[list[float]] | None = None
+    reached: np.ndarray | None = None
+    suggested: list[list[float]] | None = None
+    suggested_reached: np.ndarray | None = None
 
-    def missed(self, reached: np.ndarray | None = None) -> np.ndarray:
-        """(K,) share of the objects of each class that is not reached; NaN without objects."""
-        reached = self.reached if reached is None else reached
+    def missed(self, suggested: bool = False) -> np.ndarray:
+        """(K,) share of the objects of each class that is not reached; NaN without objects.
+
+        Args:
+            suggested: True: with the suggested sizes.
+        """
+        reached = self.suggested_reached if suggested else self.reached
         with np.errstate(invalid="ignore", divide="ignore"):
             return 1 - reached / self.objects
 
@@ -85,8 +96,8 @@ def anchor_report(
     """Look at the anchors of a configuration on the pictures of a data set.
 
     Args:
-        cfg: full config; its number of classes is set to that of the data.
-        table: the data set.
+        cfg: full config.
+        table: the data set, with an object to train on.
         max_images: of more pictures a sample is taken, one that shows every class.
         seed: of the sample.
 
@@ -94,33 +105,46 @@ def anchor_report(
         ValueError: the model has neither anchors nor anchor points.
     """
     counters = row_counters(cfg)
-    part, counter = next((n, c) for n, c in counters.items() if n != ROI_HEADS)
-    chosen = sample_images(table, max_images, seed)
-    inputs = [training_size(cfg, *_objects(table, n)) for n in chosen]
-    labels = [table.label[(table.image == n) & ~table.crowd] for n in chosen]
-    objects = np.bincount(
-        np.concatenate([*labels, np.zeros(0, np.int64)]), minlength=table.num_classes
-    )
-    levels, reached = _look(counter, inputs, labels, table.num_classes)
-    rows, positives = sum(level.rows for level in levels), sum(level.positives for level in levels)
-    outputs = 1 if part == "RPN" else table.num_classes
-    prior = PartCount(positives, rows, outputs) if 0 < positives < rows else None
-    sizes = [list(map(float, level)) for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
-    has_anchors = isinstance(counter, AnchorCounter)
-    better = _better_sizes(cfg, part, inputs, labels, objects, reached) if has_anchors else None
+    part = next((name for name in counters if name != ROI_HEADS), None)
+    if part is None:
+        raise ValueError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME {cfg.MODEL.PROPOSAL_GENERATOR.NAME} has no anchors to "
+            "look at; RPN and BalancedRPN have"
+        )
+    counter = counters[part]
+    pictures = pictures_in_training(cfg, table, sample_images(table, max_images, seed))
+    levels = [[0, 0] for _ in counter.levels]
+    for size, boxes, _ in tqdm(pictures, "labelling anchors", delay=2, disable=None):
+        for total, counts in zip(levels, counter.by_level(size, boxes), strict=True):
+            total[0] += counts[0]
+            total[1] += counts[1]
+    positives, rows = map(sum, zip(*levels, strict=True))
+    outputs = 1 if part == RPN else table.num_classes
+    edges = [min(size) for size, _, _ in pictures]
+    labels = np.concatenate([own for _, _, own in pictures])
+    common = {
+        "part": part,
+        "levels": [Level(n, *t) for n, t in zip(counter.levels, levels, strict=True)],
+        "prior": PartCount(positives, rows, outputs) if 0 < positives < rows else None,
+        "pictures": len(pictures),
+        "edge": (min(edges), max(edges)),
+        "objects": np.bincount(labels, minlength=table.num_classes),
+    }
+    if not isinstance(counter, AnchorCounter):
+        return AnchorReport(**common)
+    threshold = counter.threshold
+    if part == RPN:
+        threshold = min(threshold, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[-1])
+    reached = _reached_by_change(cfg, counter, threshold, pictures, table.num_classes)
+    change = _best_change(reached, common["objects"])
     return AnchorReport(
-        part=part,
-        levels=levels,
-        prior=prior,
-        pictures=len(chosen),
-        threshold=counter.threshold if has_anchors else None,
-        low_quality=has_anchors and counter.low_quality,
-        sizes=sizes,
-        objects=objects,
-        reached=reached if has_anchors else None,
-        suggested=None if better is None else better[0],
-        suggested_reached=None if better is None else better[1],
-        edge=min((min(size) for size, _ in inputs), default=0),
+        **common,
+        threshold=threshold,
+        low_quality=counter.low_quality,
+        sizes=_sizes(cfg),
+        reached=reached[1.0, 1.0],
+        suggested=None if change is None else _sizes(_changed(cfg, change)),
+        suggested_reached=None if change is None else reached[change],
     )
 
 
@@ -138,68 +162,93 @@ def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([needed, rest[: count - len(needed)]]))
 
 
-def _objects(table: DataTable, image: int) -> tuple[tuple[int, int], np.ndarray]:
-    """Size of a picture and its boxes x0 y0 x1 y1 to train on."""
-    boxes = table.boxes[(table.image == image) & ~table.crowd].copy()
-    boxes[:, 2:] += boxes[:, :2]
-    return tuple(table.sizes[image].tolist()), boxes
+def pictures_in_training(cfg: CfgNode, table: DataTable, images: np.ndarray) -> list[Picture]:
+    """Sizes, boxes and labels of some images as training resizes them; crowds left out."""
+    order = np.argsort(table.image, kind="stable")
+    order = order[~table.crowd[order]]
+    starts = np.searchsorted(table.image[order], images, "left")
+    ends = np.searchsorted(table.image[order], images, "right")
+    pictures = []
+    for image, start, end in zip(images, starts, ends, strict=True):
+        own = order[start:end]
+        boxes = torch.from_numpy(table.boxes[own]).float()
+        boxes[:, 2:] += boxes[:, :2]
+        size, boxes = training_size(cfg, tuple(table.sizes[image].tolist()), boxes)
+        kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)  # as Detectron2's mapper
+        pictures.append((size, boxes[kept], table.label[own][kept.numpy()]))
+    return pictures
 
 
-def _look(counter: Any, inputs: list, labels: list, classes: int) -> tuple[list[Level], np.ndarray]:
-    """Levels, and reached objects by class."""
-    totals: dict[str, list[int]] = {}
-    reached = np.zeros(classes, dtype=np.int64)
-    for (size, boxes), own in tqdm(
-        list(zip(inputs, labels, strict=True)), "looking at anchors", delay=2, disable=None
-    ):
-        if isinstance(counter, AnchorCounter):
-            for name, positives, rows in counter.by_level(size, boxes):
-                total = totals.setdefault(name, [0, 0])
-                total[0] += positives
-                total[1] += rows
-            found = counter.best_iou(size, boxes) >= counter.threshold
-            reached += np.bincount(own[found.numpy()], minlength=classes)
-        else:
-            total = totals.setdefault("all", [0, 0])
-            for n, value in enumerate(counter(size, boxes)):
-                total[n] += value
-    return [Level(name, *total) for name, total in totals.items()], reached
-
-
-def _better_sizes(
-    cfg: CfgNode, part: str, inputs: list, labels: list, objects: np.ndarray, reached: np.ndarray
-) -> tuple[list[list[float]], np.ndarray] | None:
-    """Sizes times the factor of `SCALES` under which the worst class is reached best.
-
-    Of factors that leave the worst class within `WORTH` of the best, the one next to 1 is taken.
-    """
-    present = objects > 0
-    if not present.any():
-        return None
-    found = {1.0: reached}
-    for scale in SCALES:
-        if scale not in found:
-            scaled = _scaled(cfg, scale)
-            counter = row_counters(scaled)[part]
-            total = np.zeros_like(reached)
-            for (size, boxes), own in zip(inputs, labels, strict=True):
-                hit = (counter.best_iou(size, boxes) >= counter.threshold).numpy()
-                total += np.bincount(own[hit], minlength=len(reached))
-            found[scale] = total
-    worst = {s: float((hits[present] / objects[present]).min()) for s, hits in found.items()}
-    best = max(worst.values())
-    near = [s for s in worst if worst[s] >= best - WORTH]
-    scale = min(near, key=lambda s: abs(np.log(s)))
-    if scale == 1.0 or worst[scale] - worst[1.0] < WORTH:
-        return None
-    return [list(level) for level in _scaled(cfg, scale).MODEL.ANCHOR_GENERATOR.SIZES], found[scale]
-
-
-def _scaled(cfg: CfgNode, scale: float) -> CfgNode:
-    cfg = copy.deepcopy(cfg)
-    cfg.defrost()
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
-        [round(float(size) * scale, 1) for size in level]
-        for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES
+def _reached_by_change(
+    cfg: CfgNode, counter: AnchorCounter, threshold: float, pictures: list[Picture], classes: int
+) -> dict[tuple[float, float], np.ndarray]:
+    """(K,) objects that are reached, by the factors of the first and the last level's sizes."""
+    by_size: dict[tuple[int, int], list[Picture]] = {}
+    for picture in pictures:
+        by_size.setdefault(picture[0], []).append(picture)
+    joined = [
+        (size, torch.cat([boxes for _, boxes, _ in same]), np.concatenate([n for *_, n in same]))
+        for size, same in by_size.items()
     ]
+    changes = dict.fromkeys([(1.0, 1.0), *((s, e) for s in SCALES for e in (s, 1.0))])
+    found = {}
+    for change in tqdm(changes, "trying anchor sizes", delay=2, disable=None):
+        changed = counter.with_anchors(_changed(cfg, change))
+        found[change] = np.zeros(classes, dtype=np.int64)
+        for size, boxes, labels in joined:
+            hit = (changed.best_iou(size, boxes) >= threshold).numpy()
+            found[change] += np.bincount(labels[hit], minlength=classes)
+    return found
+
+
+def _best_change(
+    reached: dict[tuple[float, float], np.ndarray], objects: np.ndarray
+) -> tuple[float, float] | None:
+    """The change under which the worst class is reached best; None: the sizes stay.
+
+    Of changes that leave the worst class within `LOSS` of the best, the one is taken that reaches
+    most objects, and of equal ones the smallest. Sizes of all levels change alike where that does.
+    """
+    large = objects >= FEW
+    groups = [np.array([k]) for k in np.flatnonzero(large)]
+    if (~large & (objects > 0)).any():
+        groups.append(np.flatnonzero(~large))
+    if not groups:
+        return None
+    share = {c: np.array([r[g].sum() / objects[g].sum() for g in groups]) for c, r in reached.items()}
+    stock = share[1.0, 1.0]
+    allowed = {c: s for c, s in share.items() if (s >= stock - LOSS).all()}
+    best = max(s.min() for s in allowed.values())
+    if best - stock.min() < WORTH:
+        return None
+    near = [c for c, s in allowed.items() if s.min() >= best - LOSS]
+    return max(
+        near,
+        key=lambda c: (
+            round(reached[c].sum() / objects.sum() / LOSS),
+            c[0] == c[1],
+            -abs(np.log(c[0])),
+        ),
+    )
+
+
+def _changed(cfg: CfgNode, change: tuple[float, float]) -> CfgNode:
+    """The config with the first level's sizes times the first factor, the last's times the last.
+
+    The factors of the levels between go from the one to the other in equal ratios.
+    """
+    sizes = [list(map(float, level)) for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+    factors = np.geomspace(*change, len(sizes)) if len(sizes) > 1 else np.array(change[:1])
+    if change != (1.0, 1.0):
+        sizes = [
+            [round(size * factor, 1) for size in level]
+            for level, factor in zip(sizes, factors.tolist(), strict=True)
+        ]
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = sizes
     return cfg
+
+
+def _sizes(cfg: CfgNode) -> list[list[float]]:
+    return [list(map(float, level)) for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]

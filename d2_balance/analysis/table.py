@@ -1,24 +1,30 @@
 """A data set as columns: what an analysis counts.
 
-D: images, M: objects, K: classes. Boxes are x, y, width, height in pixels of the file's pictures.
+D: images, M: objects, K: classes, L: image-level labels. Boxes are x, y, width, height in pixels of
+the file's pictures.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.structures import BoxMode
 
 from ..data.annotation_checks import find_bad_annotations
 from ..data.groups import GROUPS
 from ..data.statistics import ClassStatistics
 from ..data.validation import category_name
 
-_ROUND = 2  # decimals by which two boxes are the same
+_ROUND = 100  # hundredths of a pixel, to which two boxes are the same
+DUPLICATE = "duplicate: the same class and box once more in the picture"
+EMPTY = "picture without objects"
+EMPTY_VERIFIED = "picture without objects, but with classes verified to be absent"
+CROWDS_ONLY = "picture with crowds only"
+UNSEEN = "class without an object"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +40,10 @@ class DataTable:
         label: (M,) int64 in [0, K).
         boxes: (M, 4) float64.
         crowd: (M,) bool, not trained on.
-        absent: (D,) int64 classes verified to be absent; None where the file has no such labels.
-        not_exhaustive: (D,) int64 classes present but not completely marked; None likewise.
+        masks: number of objects that have one, crowds left out.
+        absent: (L, 2) int64 image and class of every absence that was verified; None where the
+            data have no such labels.
+        not_exhaustive: the same of classes that are present and not completely marked.
         problems: what is wrong, to the ids (of images or annotations) it was found in.
     """
 
@@ -47,6 +55,7 @@ class DataTable:
     label: np.ndarray
     boxes: np.ndarray
     crowd: np.ndarray
+    masks: int
     absent: np.ndarray | None = None
     not_exhaustive: np.ndarray | None = None
     problems: dict[str, list] = field(default_factory=dict)
@@ -66,18 +75,29 @@ class DataTable:
         Raises:
             ValueError: no image is left.
         """
-        label, image = self.label[~self.crowd], self.image[~self.crowd]
-        pairs = np.unique(image * max(self.num_classes, 1) + label)
-        kept = len(np.unique(image)) if filter_empty else len(self.sizes)
+        kept = len(self.kept_images(filter_empty))
         if not kept:
             raise ValueError(f"{self.name}: no image has an object to train on")
+        pairs = self.image_classes()
         return ClassStatistics(
-            torch.from_numpy(np.bincount(pairs % self.num_classes, minlength=self.num_classes)),
-            torch.from_numpy(np.bincount(label, minlength=self.num_classes)),
+            torch.from_numpy(np.bincount(pairs[:, 1], minlength=self.num_classes)),
+            torch.from_numpy(np.bincount(self.label[~self.crowd], minlength=self.num_classes)),
             kept,
             self.class_names,
             self.file_groups,
         )
+
+    def kept_images(self, filter_empty: bool) -> np.ndarray:
+        """Indices of the images that a training sees, ascending."""
+        if filter_empty:
+            return np.unique(self.image[~self.crowd])
+        return np.arange(len(self.sizes))
+
+    def image_classes(self, crowds: bool = False) -> np.ndarray:
+        """(P, 2) every image with every class that it shows, once."""
+        kept = slice(None) if crowds else ~self.crowd
+        pairs = np.unique(self.image[kept] * self.num_classes + self.label[kept])
+        return np.stack(np.divmod(pairs, self.num_classes), axis=1)
 
     @classmethod
     def from_json(cls, name: str, path: str, data: dict[str, Any]) -> DataTable:
@@ -95,11 +115,14 @@ class DataTable:
         kept = [(n, a) for n, a in enumerate(annotations) if n not in findings.skip]
         image_index = {i["id"]: n for n, i in enumerate(images)}
         class_index = {c["id"]: n for n, c in enumerate(categories)}
-        boxes = [findings.boxes.get(n, a["bbox"]) for n, a in kept]
+        crowd = [bool(a.get("iscrowd") or a.get("ignore")) for _, a in kept]
         groups = tuple(c.get("frequency") for c in categories)
-        problems = {f"left out: {reason}": ids for reason, ids in findings.report.skipped.items()}
-        if findings.report.clipped:
-            problems["box sticks out of its picture and is clipped"] = findings.report.clipped
+        report = findings.report
+        problems = {f"left out: {reason}": ids for reason, ids in report.skipped.items()}
+        if report.clipped:
+            problems["box sticks out of its picture and is clipped"] = list(report.clipped)
+        if report.trimmed:
+            problems["mask with broken polygons, which are left out"] = list(report.trimmed)
         table = cls(
             name,
             tuple(category_name(c) for c in categories),
@@ -107,10 +130,11 @@ class DataTable:
             np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2),
             np.array([image_index[a["image_id"]] for _, a in kept], dtype=np.int64),
             np.array([class_index[a["category_id"]] for _, a in kept], dtype=np.int64),
-            np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            np.array([bool(a.get("iscrowd") or a.get("ignore")) for _, a in kept], dtype=bool),
-            _label_counts(images, "neg_category_ids"),
-            _label_counts(images, "not_exhaustive_category_ids"),
+            _boxes([findings.boxes.get(n, a["bbox"]) for n, a in kept]),
+            np.array(crowd, dtype=bool),
+            sum(bool(a.get("segmentation")) for (_, a), c in zip(kept, crowd, strict=True) if not c),
+            _image_labels(images, "neg_category_ids", class_index),
+            _image_labels(images, "not_exhaustive_category_ids", class_index),
             problems,
         )
         table._find_more([a["id"] for _, a in kept], [i["id"] for i in images])
@@ -122,22 +146,21 @@ class DataTable:
         name: str,
         records: Sequence[dict[str, Any]],
         class_names: Sequence[str],
+        class_index: Mapping[int, int] | None = None,
         file_groups: Sequence[str] | None = None,
     ) -> DataTable:
         """Columns of Detectron2's standard dicts, for sets without a COCO- or LVIS-style file.
 
-        Raises:
-            ValueError: a record without height and width.
+        Args:
+            name: for headings.
+            records: the dicts; each must have height and width, and its objects boxes.
+            class_names: K names.
+            class_index: from the ids of image-level labels to classes; None: class = id - 1.
+            file_groups: K letters r, c, f, or None.
         """
-        from detectron2.structures import BoxMode
-
-        for record in records:
-            if "height" not in record or "width" not in record:
-                raise ValueError(
-                    f"{name}: {record.get('file_name', 'a picture')} has no height and width"
-                )
         objects = [(n, a) for n, record in enumerate(records) for a in record["annotations"]]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for _, a in objects]
+        class_index = class_index or {n + 1: n for n in range(len(class_names))}
         table = cls(
             name,
             tuple(class_names),
@@ -145,40 +168,49 @@ class DataTable:
             np.array([(r["height"], r["width"]) for r in records], dtype=np.int64).reshape(-1, 2),
             np.array([n for n, _ in objects], dtype=np.int64),
             np.array([a["category_id"] for _, a in objects], dtype=np.int64),
-            np.array(boxes, dtype=np.float64).reshape(-1, 4),
+            _boxes(boxes),
             np.array([bool(a.get("iscrowd")) for _, a in objects], dtype=bool),
-            _label_counts(records, "neg_category_ids"),
-            _label_counts(records, "not_exhaustive_category_ids"),
+            sum(bool(a.get("segmentation")) and not a.get("iscrowd") for _, a in objects),
+            _image_labels(records, "neg_category_ids", class_index),
+            _image_labels(records, "not_exhaustive_category_ids", class_index),
         )
         ids = [r.get("image_id", n) for n, r in enumerate(records)]
-        table._find_more(list(range(len(objects))), ids)
+        table._find_more([f"object {n} of image {ids[i]}" for n, (i, _) in enumerate(objects)], ids)
         return table
 
     def _find_more(self, annotation_ids: list, image_ids: list) -> None:
         """Duplicates, empty pictures and classes without an object."""
-        columns = [self.image, self.label, *self.boxes.round(_ROUND).T]
-        rows = np.stack(columns, axis=1) if len(self.image) else np.zeros((0, 6))
-        _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
-        if (counts > 1).any():
-            again = np.setdiff1d(np.arange(len(rows)), first)
-            text = "duplicate: the same class and box once more in the picture"
-            self.problems[text] = [annotation_ids[n] for n in again]
-        empty = np.setdiff1d(np.arange(len(self.sizes)), self.image[~self.crowd])
+        columns = [self.image, self.label, *np.rint(self.boxes * _ROUND).astype(np.int64).T]
+        order = np.lexsort(columns[::-1])  # stable: of equal rows the first one stays the first
+        again = np.ones(max(len(order) - 1, 0), dtype=bool)
+        for column in columns:
+            again &= np.diff(column[order]) == 0
+        self._note(DUPLICATE, annotation_ids, np.sort(order[1:][again]))
+        trained = np.bincount(self.image[~self.crowd], minlength=len(self.sizes)) > 0
+        marked = np.bincount(self.image, minlength=len(self.sizes)) > 0
+        verified = np.zeros(len(self.sizes), dtype=bool)
         if self.absent is not None:
-            labelled = [n for n in empty if self.absent[n]]
-            empty = [n for n in empty if not self.absent[n]]
-            if labelled:
-                text = "picture without objects but with classes verified to be absent"
-                self.problems[text] = [image_ids[n] for n in labelled]
-        if len(empty):
-            self.problems["picture without objects"] = [image_ids[n] for n in empty]
-        seen = Counter(self.label[~self.crowd].tolist())
-        unseen = [n for k, n in enumerate(self.class_names) if not seen[k]]
-        if unseen:
-            self.problems["class without an object"] = unseen
+            verified[self.absent[:, 0]] = True
+        self._note(EMPTY, image_ids, np.flatnonzero(~marked & ~verified))
+        self._note(EMPTY_VERIFIED, image_ids, np.flatnonzero(~marked & verified))
+        self._note(CROWDS_ONLY, image_ids, np.flatnonzero(marked & ~trained))
+        seen = np.bincount(self.label[~self.crowd], minlength=self.num_classes)
+        self._note(UNSEEN, self.class_names, np.flatnonzero(seen == 0))
+
+    def _note(self, text: str, ids: Sequence, places: np.ndarray) -> None:
+        if len(places):
+            self.problems[text] = [ids[n] for n in places]
 
 
-def _label_counts(images: Sequence[dict], key: str) -> np.ndarray | None:
+def _boxes(boxes: list) -> np.ndarray:
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def _image_labels(
+    images: Sequence[dict], key: str, class_index: Mapping[int, int]
+) -> np.ndarray | None:
+    """(L, 2) image and class of every label under `key`, each once; None where no image has it."""
     if not any(key in image for image in images):
         return None
-    return np.array([len(image.get(key) or ()) for image in images], dtype=np.int64)
+    pairs = {(n, class_index[c]) for n, i in enumerate(images) for c in i.get(key) or ()}
+    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)

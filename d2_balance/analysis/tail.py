@@ -23,67 +23,100 @@ WANTED_RATIOS = (0.06, 0.10)  # 2 to 10 % is the useful range of TR (arXiv:2003.
 LONGEST_EPOCH = 1.5  # times the images: beyond it, repeats cost more than a longer schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RepeatFactors:
     """What one threshold does.
 
     Attributes:
         threshold: t.
         epoch: images of an epoch over the images of the data set, at least 1.
+        factor: (K,) r(c); 1 for a class without an image.
         shown: (K,) how often each class is shown in an epoch, in images.
-        repeated: classes with a factor above 1.
     """
 
     threshold: float
     epoch: float
+    factor: np.ndarray
     shown: np.ndarray
-    repeated: int
+
+    @property
+    def repeated(self) -> int:
+        """Classes with a factor above 1."""
+        return int((self.factor > 1).sum())
 
 
-def repeat_factors(table: DataTable, threshold: float) -> RepeatFactors:
-    """Repeat factors as Detectron2's RepeatFactorTrainingSampler has them; empty images left out.
+def repeat_factors(
+    table: DataTable, threshold: float, filter_empty: bool = True
+) -> RepeatFactors:
+    """Repeat factors as Detectron2's RepeatFactorTrainingSampler has them.
 
     Args:
-        table: the data set; crowds count here, as in the sampler.
-        threshold: t, above 0.
+        table: the data set, with an image to train on; crowds count here, as in the sampler.
+        threshold: t, at least 0.
+        filter_empty: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
-    classes = max(table.num_classes, 1)
-    keep = np.unique(table.image[~table.crowd])  # FILTER_EMPTY_ANNOTATIONS
-    known = np.isin(table.image, keep)
-    pairs = np.unique(table.image[known] * classes + table.label[known])
-    image, label = pairs // classes, pairs % classes
-    count = np.bincount(label, minlength=classes)
-    with np.errstate(divide="ignore"):
-        factor = np.maximum(1.0, np.sqrt(threshold * len(keep) / count))
+    keep = table.kept_images(filter_empty)
+    pairs = table.image_classes(crowds=True)
+    image, label = pairs[np.isin(pairs[:, 0], keep)].T
+    count = np.bincount(label, minlength=table.num_classes)
+    wanted = threshold * len(keep) / np.maximum(count, 1)
+    factor = np.where(count > 0, np.maximum(1.0, np.sqrt(wanted)), 1.0)
     largest = np.ones(len(table.sizes))
     np.maximum.at(largest, image, factor[label])
-    shown = np.bincount(label, weights=largest[image], minlength=classes)
-    repeated = int(((factor > 1) & (count > 0)).sum())
-    return RepeatFactors(threshold, float(largest[keep].mean()), shown, repeated)
+    shown = np.bincount(label, weights=largest[image], minlength=table.num_classes)
+    return RepeatFactors(threshold, float(largest[keep].mean()), factor, shown)
+
+
+def common_border(
+    statistics: ClassStatistics, groups: list[str], cuts: tuple[int, int] | None
+) -> float:
+    """The frequency that parts common from frequent classes, in (0, 1].
+
+    Args:
+        statistics: class counts.
+        groups: K letters.
+        cuts: cut points that the groups come from; None: groups of the file, of which the largest
+            count that is not frequent is taken, or LVIS's cut points where it has none.
+    """
+    border = (cuts or LVIS_CUTS)[1]
+    if cuts is None and statistics.file_groups is not None:
+        counts = zip(statistics.image_count.tolist(), groups, strict=True)
+        border = max((n for n, group in counts if group != "f"), default=border)
+    return min(max(border, 1) / statistics.num_images, 1.0)
 
 
 def suggested_threshold(
-    table: DataTable, statistics: ClassStatistics, cuts: tuple[int, int] = LVIS_CUTS
+    table: DataTable, statistics: ClassStatistics, border: float, filter_empty: bool = True
 ) -> RepeatFactors | None:
-    """The threshold for MODEL's sampler: the frequency that parts common from frequent classes.
+    """The threshold for RepeatFactorTrainingSampler.
 
-    LVIS takes 0.001, which is 100 of its 100,000 images. Where an epoch would grow beyond
-    `LONGEST_EPOCH`, the largest class frequency below is taken for which it does not.
+    LVIS takes 0.001, which is 100 of its 100,000 images: the border of common and frequent classes.
+    Where an epoch would grow beyond `LONGEST_EPOCH` with it, the largest class frequency below is
+    taken for which it does not.
+
+    Args:
+        table: the data set.
+        statistics: its class counts.
+        border: of `common_border`.
+        filter_empty: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
 
     Returns:
         None where no class is below any threshold that is worth it: repeating would do nothing.
     """
     frequency = np.unique(statistics.frequency.numpy())
-    frequency = frequency[frequency > 0]
-    border = min(cuts[1] / statistics.num_images, 1.0)
-    candidates = [border, *frequency[frequency < border][::-1]]
-    for threshold in candidates:
-        found = repeat_factors(table, float(threshold))
-        if not found.repeated:
-            return None
-        if found.epoch <= LONGEST_EPOCH:
-            return found
-    return None
+    below = frequency[(frequency > 0) & (frequency < border)]
+    candidates = [border, *below[::-1]]  # an epoch grows with the threshold
+    low, high = 0, len(candidates)
+    while low < high:  # the first candidate whose epoch is short enough
+        middle = (low + high) // 2
+        if repeat_factors(table, float(candidates[middle]), filter_empty).epoch <= LONGEST_EPOCH:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(candidates):
+        return None
+    found = repeat_factors(table, _short(float(candidates[low])), filter_empty)
+    return found if found.repeated else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +149,13 @@ def suggested_tail(statistics: ClassStatistics) -> Tail | None:
     """
     for wanted in WANTED_RATIOS:
         value = lambda_for_tail_ratio(statistics.frequency, statistics.image_count, wanted)
-        found = tail_at(statistics, value)
-        if found.classes and found.ratio > 0:
-            return found
+        exact = tail_at(statistics, value)
+        if exact.ratio > 0:
+            found = tail_at(statistics, _short(value))
+            return found if found.classes == exact.classes else exact
     return None
+
+
+def _short(value: float) -> float:
+    """Three significant digits, for a file that people read."""
+    return float(f"{value:.3g}")

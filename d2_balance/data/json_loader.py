@@ -1,5 +1,6 @@
 """Reads COCO- and LVIS-style annotation files into Detectron2's standard dicts."""
 
+import gc
 import json
 import logging
 import mmap
@@ -8,6 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import orjson
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
@@ -29,13 +31,32 @@ def read_json(path: str) -> Any:
     Raises:
         ValueError: if the file is missing or is no JSON, naming the file and the position.
     """
+    return parse_json(read_content(path), path)
+
+
+def read_content(path: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: if it cannot be read, naming it.
+    """
     try:
         with PathManager.open(path, "rb") as file:
-            content = file.read()
+            return file.read()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(content: bytes, path: str) -> Any:
+    """Parse JSON; `path` is its file, for messages.
+
+    Raises:
+        ValueError: if it is no JSON, naming the file and the position.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # millions of new objects, none of them garbage, would be walked again and again
     try:
-        return json.loads(content)
+        return _parse(content)
     except json.JSONDecodeError as error:
         text = error.doc.rstrip()
         cut = error.pos >= len(text) or not text.endswith(("}", "]"))
@@ -50,6 +71,16 @@ def read_json(path: str) -> Any:
         raise ValueError(
             f"{path}: not valid JSON at byte {error.start}: {error.reason}; the text must be UTF-8"
         ) from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _parse(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return json.loads(content)  # NaN and Infinity, and an error that is worded as ever
 
 
 def annotation_style(json_file: str) -> str:

@@ -220,28 +220,44 @@ def _require(path: str, place: str, entry: Any, fields: Sequence[str]) -> None:
 
 def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tensor]:
     """Height and width of a picture in training, and its objects (M, 4), x0 y0 x1 y1 inside it."""
-    from detectron2.data.transforms import ResizeShortestEdge
     from detectron2.structures import BoxMode
 
     if "height" not in record or "width" not in record:
         raise ValueError(
             f"{record.get('file_name', 'a picture')} has no height and width in its data set"
         )
-    height, width = record["height"], record["width"]
-    size = height, width
-    edge = middle_edge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
-    if edge:  # Detectron2 does not resize at 0
-        size = ResizeShortestEdge.get_output_shape(height, width, edge, cfg.INPUT.MAX_SIZE_TRAIN)
     boxes = [
         BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
         for a in record["annotations"]
         if not a.get("iscrowd", 0)
     ]
-    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-    boxes = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4) * scale
-    limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
-    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4)
+    size, boxes = training_size(cfg, (record["height"], record["width"]), boxes)
     return size, boxes[((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)]
+
+
+def training_size(
+    cfg: CfgNode, size: tuple[int, int], boxes: Tensor
+) -> tuple[tuple[int, int], Tensor]:
+    """A picture as training resizes it.
+
+    Args:
+        cfg: full config.
+        size: height and width in pixels.
+        boxes: (M, 4) float32, x0 y0 x1 y1.
+
+    Returns:
+        Height and width in training, and the boxes (M, 4) there, cut at the border.
+    """
+    from detectron2.data.transforms import ResizeShortestEdge
+
+    height, width = size
+    edge = middle_edge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+    if edge:  # Detectron2 does not resize at 0
+        size = ResizeShortestEdge.get_output_shape(height, width, edge, cfg.INPUT.MAX_SIZE_TRAIN)
+    boxes = boxes * torch.tensor([size[1] / width, size[0] / height] * 2)
+    limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
+    return size, torch.minimum(boxes.clamp(min=0), limit)
 
 
 def middle_edge(sizes: Sequence[int], sampling: str) -> int:

@@ -1,0 +1,1 @@
+"""What `d2-balance analyze` counts, and what it shows of it."""
