@@ -1,5 +1,6 @@
-"""Print how the classes of a data set fall off, the tail ratio TR(lambda) of the equalization loss,
-and the lambda for a wanted tail ratio; 2 to 10 % is the useful range (arXiv:2003.05176)."""
+"""Show which imbalance a data set has: classes and groups, foreground and background of the anchors
+of a configuration, objects that no anchor reaches, tail ratio and repeat factors, image-level
+labels and broken annotations; and print the YAML lines that fit, each with its reason."""
 
 from __future__ import annotations
 
@@ -7,15 +8,13 @@ import argparse
 import os
 import sys
 
-from tabulate import tabulate
-
-USUAL_RATIOS = (0.02, 0.05, 0.10)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance analyze`."""
     parser.add_argument(
-        "dataset", help="a registered training set, or a file written by ClassStatistics.save"
+        "dataset",
+        help="a registered training set, an annotation file in COCO or LVIS style, or a file "
+        "written by ClassStatistics.save",
     )
     parser.add_argument(
         "--register",
@@ -23,9 +22,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("JSON", "IMAGES"),
         help="annotation file and picture folder of a data set that is not registered yet",
     )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        help="YAML file, or a name of Detectron2's model zoo; its anchors and settings are looked "
+        "at, and sets of its DATASETS.REGISTER are known",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write one page with pictures there")
+    parser.add_argument("--yaml", metavar="FILE", help="write the suggested settings there")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument(
+        "--cuts",
+        nargs=2,
+        type=_count,
+        metavar=("RARE", "COMMON"),
+        help="pictures up to which a class is rare or common; the file's groups, or 10 100",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=_positive,
+        default=200,
+        help="pictures whose anchors are looked at, drawn with seed 0 (default 200)",
+    )
     parser.add_argument("--lambda", dest="lambda_", type=_share, help="print TR of this lambda")
     parser.add_argument(
         "--tail-ratio", type=_share, help="print lambda for this TR, for example 0.08"
+    )
+    parser.add_argument(
+        "--set",
+        dest="opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="keys of the configuration and their values",
     )
 
 
@@ -36,81 +65,81 @@ def _share(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables; 2 where the data set cannot be read."""
+    """Prints the tables and writes the files; 2 where the user has to change something."""
     try:
-        statistics = load_statistics(args.dataset, args.register)
-    except ValueError as error:
+        print(analyze_and_save(args))
+    except (ValueError, FileExistsError) as error:
         print(f"d2-balance analyze: error: {error}", file=sys.stderr)
         return 2
-    print(report(statistics, args.lambda_, args.tail_ratio))
     return 0
 
 
-def load_statistics(dataset: str, files: list[str] | None = None):
-    """Class counts of a registered set, of files registered under that name, or of a saved file.
+def analyze_and_save(args: argparse.Namespace) -> str:
+    """The report for the console; writes page and YAML where they were asked for.
 
     Raises:
-        ValueError: the name is unknown or the data cannot be read.
+        ValueError: the data or the configuration cannot be used.
+        FileExistsError: an output exists and --overwrite is not given.
     """
-    from detectron2.config import get_cfg
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from .analysis.output import Base, as_page, as_text, suggestion
+    from .analysis.report import analyze
+    from .analysis.source import load
+    from .data import register_from_config
+    from .engine import read_config
+    from .files import atomic_path, check_new
 
-    from . import add_balance_config
-    from .data import ClassStatistics, register_json
-
-    if files:
-        register_json(dataset, *files, key="--register")
-    elif dataset not in DatasetCatalog:
-        if os.path.isfile(dataset):
-            return ClassStatistics.load(dataset)
-        raise ValueError(
-            f"{dataset!r} is neither a registered data set nor a file; --register JSON IMAGES "
-            "registers your own."
-        )
-    DatasetCatalog.get(dataset)  # the number of classes is known once it is loaded
-    cfg = get_cfg()
-    add_balance_config(cfg)
-    cfg.DATASETS.TRAIN = (dataset,)
-    classes = len(MetadataCatalog.get(dataset).thing_classes)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
-    return ClassStatistics.from_config(cfg)
-
-
-def report(statistics, lambda_: float | None = None, ratio: float | None = None) -> str:
-    """The tables as text.
-
-    Args:
-        statistics: ClassStatistics of the training set.
-        lambda_: threshold whose TR is wanted, or None.
-        ratio: TR whose lambda is wanted, or None.
-    """
-    from .data.groups import GROUPS
-    from .losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
-
-    count, frequency, groups = statistics.image_count, statistics.frequency, statistics.group()
-    rows = []
-    for letter, name in GROUPS.items():
-        own = [int(c) for c, group in zip(count, groups, strict=True) if group == letter]
-        span = f"{min(own)} to {max(own)}" if own else "-"
-        rows.append([name, len(own), span])
-    text = [
-        f"{statistics.num_images:,} pictures, {int(statistics.instance_count.sum()):,} objects, "
-        f"{statistics.num_classes} classes",
-        "",
-        tabulate(rows, headers=["group", "classes", "pictures per class"], tablefmt="github"),
-        "",
-    ]
-    thresholds = [] if lambda_ is None else [lambda_]
-    wanted = USUAL_RATIOS if ratio is None and lambda_ is None else [] if ratio is None else [ratio]
-    thresholds += [lambda_for_tail_ratio(frequency, count, r) for r in wanted]
-    rows = []
-    for value in thresholds:
-        tail = tail_weight(frequency, value, "step")
-        rows.append(
-            [f"{value:.6g}", int(tail.sum()), f"{100 * float(tail_ratio(tail, count)):.1f} %"]
-        )
-    headers = ["MODEL.BALANCE.EQL.LAMBDA_", "tail classes", "TR"]
-    return "\n".join(
-        [*text, tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)]
+    check_new([args.html, args.yaml], args.overwrite)  # before the work
+    if args.opts and not args.config_file:
+        raise ValueError("--set changes keys of a --config-file, and there is none")
+    if args.cuts and args.cuts[0] > args.cuts[1]:
+        raise ValueError(f"--cuts {args.cuts[0]} {args.cuts[1]}: RARE must not be above COMMON")
+    base = Base(_config_path(args.config_file), args.opts)
+    cfg = read_config(base.file, base.given) if base.file else None
+    if cfg is not None:
+        register_from_config(cfg)
+    found = analyze(
+        load(args.dataset, args.register),
+        cfg,
+        lambda_=args.lambda_,
+        ratio=args.tail_ratio,
+        cuts=tuple(args.cuts) if args.cuts else None,
+        max_images=args.max_images,
     )
+    text = as_text(found, base)
+    if args.html:
+        as_page(found, base).write(args.html)
+        text += f"\n\npage written to {args.html}"
+    if args.yaml:
+        with atomic_path(args.yaml) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(suggestion(found, base, args.yaml))
+        text += f"\n\nsettings written to {args.yaml}"
+    return text
+
+
+def _config_path(config_file: str) -> str:
+    """The path of a configuration file, or of one of the model zoo."""
+    if not config_file or os.path.isfile(config_file):
+        return config_file
+    from detectron2 import model_zoo
+
+    try:
+        return model_zoo.get_config_file(config_file)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--config-file: {config_file} is neither a file nor in Detectron2's model zoo"
+        ) from error

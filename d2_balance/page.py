@@ -54,10 +54,13 @@ class Page:
         """Add text whose line breaks and spaces matter."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
-    def table(self, rows: Sequence[Sequence], headers: Sequence[str]) -> None:
-        """Add a table; numbers are shown as given."""
+    def table(self, rows: Sequence[Sequence], headers: Sequence[str], folded: str = "") -> None:
+        """Add a table; numbers are shown as given. `folded` hides it under this heading."""
         body = tabulate(rows, headers=headers, tablefmt="html", disable_numparse=True)
-        self._parts.append(f'<div class="scroll">{body}</div>')
+        body = f'<div class="scroll">{body}</div>'
+        if folded:
+            body = f"<details><summary>{html.escape(folded)}</summary>{body}</details>"
+        self._parts.append(body)
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a picture as PNG within the page; `caption` says what it shows."""

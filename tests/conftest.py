@@ -1,5 +1,7 @@
 """Small models and batches that every test may use."""
 
+import os
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -103,6 +105,14 @@ def make_inputs(images=2, objects=3, size=64, seed=0, empty=(), **fields):
         record = {"image": image, "instances": instances, "file_name": f"{index}.png"}
         inputs.append({**record, **{key: value[index] for key, value in fields.items()}})
     return inputs
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Class counts of test files stay out of the user's cache."""
+    os.environ["D2_BALANCE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["D2_BALANCE_CACHE"]
 
 
 @pytest.fixture(autouse=True)

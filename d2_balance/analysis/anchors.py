@@ -11,7 +11,6 @@ effect of rarity, and is none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +214,9 @@ def _best_change(
         groups.append(np.flatnonzero(~large))
     if not groups:
         return None
-    share = {c: np.array([r[g].sum() / objects[g].sum() for g in groups]) for c, r in reached.items()}
+    share = {
+        c: np.array([r[g].sum() / objects[g].sum() for g in groups]) for c, r in reached.items()
+    }
     stock = share[1.0, 1.0]
     allowed = {c: s for c, s in share.items() if (s >= stock - LOSS).all()}
     best = max(s.min() for s in allowed.values())

@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 
 from ..data.annotation_checks import find_bad_annotations
 from ..data.groups import GROUPS
+from ..data.json_loader import picture_places
 from ..data.statistics import ClassStatistics
 from ..data.validation import category_name
 
@@ -44,6 +45,8 @@ class DataTable:
         absent: (L, 2) int64 image and class of every absence that was verified; None where the
             data have no such labels.
         not_exhaustive: the same of classes that are present and not completely marked.
+        files: D lists of places below the picture folder where a picture may lie; empty where the
+            data say nothing of it.
         problems: what is wrong, to the ids (of images or annotations) it was found in.
     """
 
@@ -58,6 +61,7 @@ class DataTable:
     masks: int
     absent: np.ndarray | None = None
     not_exhaustive: np.ndarray | None = None
+    files: list[list[str]] = field(default_factory=list)
     problems: dict[str, list] = field(default_factory=dict)
 
     @property
@@ -132,9 +136,12 @@ class DataTable:
             np.array([class_index[a["category_id"]] for _, a in kept], dtype=np.int64),
             _boxes([findings.boxes.get(n, a["bbox"]) for n, a in kept]),
             np.array(crowd, dtype=bool),
-            sum(bool(a.get("segmentation")) for (_, a), c in zip(kept, crowd, strict=True) if not c),
+            sum(
+                bool(a.get("segmentation")) for (_, a), c in zip(kept, crowd, strict=True) if not c
+            ),
             _image_labels(images, "neg_category_ids", class_index),
             _image_labels(images, "not_exhaustive_category_ids", class_index),
+            [picture_places(image) for image in images],
             problems,
         )
         table._find_more([a["id"] for _, a in kept], [i["id"] for i in images])

@@ -2,8 +2,8 @@
 
     r(c) = max(1, sqrt(t / f(c))),    r(I) = max over the classes c of image I of r(c)
 
-with f(c) the share of images that show class c. An epoch has sum_I r(I) images on average, and class
-c is shown sum over its images of r(I) times.
+with f(c) the share of images that show class c. An epoch has sum_I r(I) images on average, and
+class c is shown sum over its images of r(I) times.
 
 Source: Gupta et al., LVIS, arXiv:1908.03195, appendix B.2.
 """
@@ -45,9 +45,7 @@ class RepeatFactors:
         return int((self.factor > 1).sum())
 
 
-def repeat_factors(
-    table: DataTable, threshold: float, filter_empty: bool = True
-) -> RepeatFactors:
+def repeat_factors(table: DataTable, threshold: float, filter_empty: bool = True) -> RepeatFactors:
     """Repeat factors as Detectron2's RepeatFactorTrainingSampler has them.
 
     Args:

@@ -29,7 +29,7 @@ import numpy as np
 from ..files import atomic_path
 from .annotation_checks import find_bad_annotations
 from .groups import GROUPS
-from .json_loader import parse_json, read_content
+from .json_files import parse_json, read_content
 from .validation import category_name, check_structure
 
 VERSION = 1  # of what is counted, and of the form of the entries
@@ -67,17 +67,19 @@ def file_counts(path: str) -> FileCounts:
     state = file_state(path)
     known = _read(_place_file(path))
     if known is not None and state is not None and known.get("state") == state:
-        found = _counts(known.get("content"))
+        found = known_content(known.get("content"))
         if found is not None:
             return found
     content = read_content(path)
     key = content_key(content)
-    found = _counts(key)
+    found = known_content(key)
     if found is None:
         data = parse_json(content, path)
         del content
         check_structure(data, path)
-        sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in data["images"]}
+        sizes = {
+            image["id"]: (int(image["height"]), int(image["width"])) for image in data["images"]
+        }
         found = count(data, find_bad_annotations(data["annotations"], sizes, path).skip)
     keep(path, state, key, found)
     return found
@@ -133,6 +135,17 @@ def content_key(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=24).hexdigest()
 
 
+def known_content(key: Any) -> FileCounts | None:
+    """Counts of a content by its `content_key`, or None."""
+    entry = _read(_counts_file(key)) if isinstance(key, str) else None
+    try:
+        return FileCounts(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in (entry or {}).items()}
+        )
+    except TypeError:  # no entry, or one that something else wrote
+        return None
+
+
 def keep(path: str, state: list[int] | None, key: str, found: FileCounts) -> None:
     """Stores counts.
 
@@ -161,16 +174,6 @@ def _place_file(path: str) -> str:
 
 def _counts_file(key: str) -> str:
     return os.path.join(cache_folder(), f"counts-{VERSION}", f"{key}.json")
-
-
-def _counts(key: Any) -> FileCounts | None:
-    entry = _read(_counts_file(key)) if isinstance(key, str) else None
-    try:
-        return FileCounts(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in (entry or {}).items()}
-        )
-    except TypeError:  # no entry, or one that something else wrote
-        return None
 
 
 def _read(path: str) -> dict[str, Any] | None:

@@ -1,7 +1,5 @@
 """Reads COCO- and LVIS-style annotation files into Detectron2's standard dicts."""
 
-import gc
-import json
 import logging
 import mmap
 import os
@@ -9,78 +7,22 @@ import re
 from collections import Counter
 from typing import Any
 
-import orjson
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .annotation_checks import Findings, find_bad_annotations, remember
+from .file_counts import content_key, count, file_state, keep, known_content
 from .groups import GROUPS
+from .json_files import parse_json, read_content
+from .json_files import read_json as read_json  # imported from here by others
 from .validation import IMAGE_LABEL_KEYS, category_name, check_structure
 
 _LVIS_MARKS = (rb'"neg_category_ids"\s*:\s*\[', rb'"frequency"\s*:\s*"[rcf]"')
 _SHOWN = 5
 
 logger = logging.getLogger(__name__)
-
-
-def read_json(path: str) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        ValueError: if the file is missing or is no JSON, naming the file and the position.
-    """
-    return parse_json(read_content(path), path)
-
-
-def read_content(path: str) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        ValueError: if it cannot be read, naming it.
-    """
-    try:
-        with PathManager.open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def parse_json(content: bytes, path: str) -> Any:
-    """Parse JSON; `path` is its file, for messages.
-
-    Raises:
-        ValueError: if it is no JSON, naming the file and the position.
-    """
-    collecting = gc.isenabled()
-    gc.disable()  # millions of new objects, none of them garbage, would be walked again and again
-    try:
-        return _parse(content)
-    except json.JSONDecodeError as error:
-        text = error.doc.rstrip()
-        cut = error.pos >= len(text) or not text.endswith(("}", "]"))
-        hint = "; the file ends too early: copy or write it again" if cut else ""
-        if not text:
-            raise ValueError(f"{path}: the file is empty; copy or write it again") from error
-        raise ValueError(
-            f"{path}: not valid JSON at character {error.pos} of {len(error.doc)} (line "
-            f"{error.lineno}, column {error.colno}): {error.msg}{hint}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON at byte {error.start}: {error.reason}; the text must be UTF-8"
-        ) from error
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _parse(content: bytes) -> Any:
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return json.loads(content)  # NaN and Infinity, and an error that is worded as ever
 
 
 def annotation_style(json_file: str) -> str:
@@ -119,12 +61,16 @@ def load_json(json_file: str, image_root: str, name: str | None = None) -> list[
         ValueError: for a file that cannot be trained on, or missing pictures. Single bad
             annotations are left out and reported, see `bad_annotations`.
     """
-    data = read_json(json_file)
+    state, content = file_state(json_file), read_content(json_file)
+    data, key = parse_json(content, json_file), content_key(content)
+    del content
     check_structure(data, json_file)
     images, annotations = data["images"], data["annotations"]
     file_names = find_pictures(images, image_root, json_file)
     sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
     findings = find_bad_annotations(annotations, sizes, json_file)
+    # class statistics will be asked for: counted here, the file is not read for them again
+    keep(json_file, state, key, known_content(key) or count(data, findings.skip))
     category_ids = sorted(category["id"] for category in data["categories"])
     contiguous_id = {raw: index for index, raw in enumerate(category_ids)}
 
@@ -158,7 +104,7 @@ def find_pictures(images: list[dict[str, Any]], image_root: str, json_file: str)
     folders: dict[str, frozenset[str]] = {}
     paths, missing = [], []
     for image in images:
-        candidates = _candidates(image)
+        candidates = picture_places(image)
         if not candidates:
             raise ValueError(
                 f"{json_file}: image {image['id']} has neither 'file_name' nor 'coco_url'; one of "
@@ -185,7 +131,7 @@ def find_pictures(images: list[dict[str, Any]], image_root: str, json_file: str)
     return paths
 
 
-def _candidates(image: dict[str, Any]) -> list[str]:
+def picture_places(image: dict[str, Any]) -> list[str]:
     """Places below the picture folder where a picture may lie, the likeliest first."""
     candidates = [image["file_name"]] if image.get("file_name") else []
     if image.get("coco_url"):

@@ -76,6 +76,12 @@ def register_json(name: str, json_file: str, image_root: str, key: str = "regist
     DatasetCatalog.register(name, functools.partial(load_json, json_file, image_root, name))
 
 
+def registered_file(name: str) -> str | None:
+    """The local annotation file of a set that `register_json` registered, else None."""
+    found = _registered_as(name)
+    return found[0] if found and "://" not in found[0] else None
+
+
 def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
     if isinstance(entry, dict):
         if set(entry) != set(_KEYS):

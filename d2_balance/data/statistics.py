@@ -17,9 +17,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from torch import Tensor
 
 from ..files import atomic_path
+from .file_counts import file_counts
 from .groups import GROUPS, LVIS_CUTS, groups_from_counts
-from .json_loader import read_json
-from .validation import check_num_classes, configured_num_classes, num_classes_key
+from .json_files import read_json
+from .register import registered_file
+from .validation import (
+    check_class_count,
+    check_num_classes,
+    configured_num_classes,
+    num_classes_key,
+)
 
 FROM_CHECKPOINT = "checkpoint"
 _GIVE = "give MODEL.BALANCE.CLASS_STATISTICS (a file written by ClassStatistics.save) or the data"
@@ -126,7 +133,8 @@ class ClassStatistics:
         """Statistics of the training set of a configuration.
 
         Reads MODEL.BALANCE.CLASS_STATISTICS if that names a file; else counts over DATASETS.TRAIN
-        as the training loader sees it, once per process. "checkpoint" counts too: it speaks of the
+        as the training loader sees it. Files of DATASETS.REGISTER are counted once for each content
+        (see `file_counts`), other sets once per process. "checkpoint" counts too: it speaks of the
         losses' values only.
 
         Raises:
@@ -149,9 +157,15 @@ class ClassStatistics:
                 raise ValueError(
                     f"class statistics need DATASETS.TRAIN, but {name!r} is not registered: {_GIVE}"
                 )
+        filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        files = [registered_file(name) for name in names]
+        if all(files):
+            statistics = _count_files(files, filter_empty)
+            for name in names:
+                check_class_count(cfg, name, statistics.num_classes)
+            return statistics
         # the loaders belong to the key: a name may be taken off and registered anew
         loaders = tuple(DatasetCatalog[name] for name in names)
-        filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         statistics = _count(names, loaders, filter_empty, configured_num_classes(cfg))
         check_num_classes(cfg, names)
         return statistics
@@ -207,6 +221,35 @@ class ClassStatistics:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _count_files(files: Sequence[str], filter_empty: bool) -> ClassStatistics:
+    """Counts of one or several annotation files together.
+
+    Raises:
+        ValueError: a file cannot be used, has other classes than the first one, or no image is
+            left.
+    """
+    counts = [file_counts(file) for file in files]
+    first = counts[0]
+    for file, found in zip(files, counts, strict=True):
+        if found.class_names != first.class_names:
+            raise ValueError(
+                f"DATASETS.TRAIN: {file} has other class names than {files[0]}, or another order; "
+                "training sets must have the same 'categories'"
+            )
+    images = sum(c.images_with_objects if filter_empty else c.images for c in counts)
+    if not images:
+        what = "an object to train on" if filter_empty else "an image"
+        raise ValueError(f"{', '.join(files)}: class statistics need {what}, and there is none")
+    groups = {found.file_groups for found in counts}
+    return ClassStatistics(
+        torch.tensor([c.image_count for c in counts], dtype=torch.int64).sum(dim=0),
+        torch.tensor([c.instance_count for c in counts], dtype=torch.int64).sum(dim=0),
+        images,
+        first.class_names,
+        first.file_groups if len(groups) == 1 else None,
+    )
 
 
 @functools.cache

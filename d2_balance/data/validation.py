@@ -180,12 +180,22 @@ def check_num_classes(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in names:
         classes = loaded_metadata(name).get("thing_classes")
-        if classes is not None and len(classes) != configured_num_classes(cfg):
-            key = num_classes_key(cfg)
-            raise ValueError(
-                f"the data set {name!r} has {len(classes)} classes, but {key} is "
-                f"{configured_num_classes(cfg)}: set {key} to {len(classes)}"
-            )
+        if classes is not None:
+            check_class_count(cfg, name, len(classes))
+
+
+def check_class_count(cfg: CfgNode, name: str, count: int) -> None:
+    """Compare the number of classes of one data set with that of the model.
+
+    Raises:
+        ValueError: naming the data set and the key to set.
+    """
+    if count != configured_num_classes(cfg):
+        key = num_classes_key(cfg)
+        raise ValueError(
+            f"the data set {name!r} has {count} classes, but {key} is "
+            f"{configured_num_classes(cfg)}: set {key} to {count}"
+        )
 
 
 def check_categories_match(train_names: Sequence[str], test_names: Sequence[str]) -> None:

@@ -1,0 +1,117 @@
+"""An analysis as text for the console, and as one page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from ..page import Page
+from .report import Analysis
+from .sections import Plot, Section, Table, Text, sections
+from .suggest import advice, settings, to_yaml
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the analysis was made with, and the settings build on.
+
+    Attributes:
+        file: the configuration file; "" for none.
+        given: keys and values in turn that changed it.
+    """
+
+    file: str = ""
+    given: Sequence[str] = ()
+
+
+WHAT_TO_SET = "What to set"
+NOTHING = "Nothing: the configuration fits the data in all that was looked at."
+
+
+def as_text(found: Analysis, base: Base = Base()) -> str:
+    """All tables, and what to set, for the console.
+
+    Args:
+        found: the analysis.
+        base: what it was made with.
+    """
+    blocks = []
+    for section in sections(found):
+        blocks.append(f"== {section.title}")
+        blocks += [block for block in map(_block, section.parts) if block]
+    blocks.append(f"== {WHAT_TO_SET}")
+    blocks += advice(found)
+    lines = settings(found, base.given)
+    if lines:
+        blocks += [_where(base.file), to_yaml(lines, os.path.basename(base.file)).rstrip()]
+    else:
+        blocks.append(NOTHING)
+    return "\n\n".join(blocks)
+
+
+def as_page(found: Analysis, base: Base = Base()) -> Page:
+    """The same with pictures, as one page."""
+    page = Page(f"What is in {os.path.basename(found.source.name)}")
+    if base.file:
+        given = f", {' '.join(base.given)}" if base.given else ""
+        page.text(f"Looked at with {base.file}{given}.", "note")
+    made = sections(found)
+    for section in tqdm(made, "drawing", delay=2, disable=None):
+        _add(page, section)
+    page.heading(WHAT_TO_SET)
+    for line in advice(found):
+        page.text(line)
+    lines = settings(found, base.given)
+    if lines:
+        page.text(_where(base.file))
+        page.code(to_yaml(lines, os.path.basename(base.file)))
+    else:
+        page.text(NOTHING)
+    return page
+
+
+def suggestion(found: Analysis, base: Base, path: str) -> str:
+    """The YAML file of `--yaml`: the settings, on top of the config that they were made for.
+
+    Args:
+        found: the analysis.
+        base: what it was made with.
+        path: where the file goes, from which `_BASE_` is found.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    file = os.path.relpath(base.file, folder) if base.file else ""
+    return to_yaml(settings(found, base.given), file)
+
+
+def _where(config_file: str) -> str:
+    if config_file:
+        return "A file beside the configuration; or its keys, merged into yours by hand."
+    return "Keys to merge into your configuration."
+
+
+def _block(part: Text | Table | Plot) -> str:
+    if isinstance(part, Text):
+        return f"WARNING: {part.text}" if part.warning else part.text
+    if isinstance(part, Table) and not part.page_only:
+        rows = [[_cut(cell) for cell in row] for row in part.rows]
+        return tabulate(rows, part.headers, tablefmt="github", disable_numparse=True)
+    return ""
+
+
+def _cut(cell: str) -> str:
+    return cell if len(str(cell)) <= 90 else f"{str(cell)[:87]}..."
+
+
+def _add(page: Page, section: Section) -> None:
+    page.heading(section.title)
+    for part in section.parts:
+        if isinstance(part, Text):
+            page.text(part.text, "warning" if part.warning else "")
+        elif isinstance(part, Table):
+            page.table(part.rows, part.headers, part.folded)
+        else:
+            page.figure(part.draw(), part.caption)
