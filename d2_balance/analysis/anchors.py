@@ -25,7 +25,7 @@ from .table import DataTable
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.828)
 WORTH = 0.1  # the worst class must gain so many of its objects before other sizes are suggested
 LOSS = 0.02  # and no class may lose more than that
-FEW = 20  # classes with fewer objects count together: one object more says nothing of the sizes
+FEW = 20  # classes with fewer objects count together: a single object says nothing of the sizes
 
 # height and width in training, boxes (M, 4) x0 y0 x1 y1 there, labels (M,)
 Picture = tuple[tuple[int, int], Tensor, np.ndarray]
@@ -210,7 +210,7 @@ def _best_change(
     """
     large = objects >= FEW
     groups = [np.array([k]) for k in np.flatnonzero(large)]
-    if (~large & (objects > 0)).any():
+    if objects[~large].sum() >= FEW:
         groups.append(np.flatnonzero(~large))
     if not groups:
         return None

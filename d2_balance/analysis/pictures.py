@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..data.pictures import picture_size
 from .source import Source
 
 MISSING = "picture that does not exist"
@@ -36,9 +36,8 @@ def check_pictures(source: Source, images: np.ndarray) -> dict[str, list]:
             problems.setdefault(MISSING, []).append(places[0] if places else f"image {image}")
             continue
         try:
-            with Image.open(path) as picture:
-                wrong = (picture.height, picture.width) != tuple(table.sizes[image].tolist())
-        except (OSError, UnidentifiedImageError):
+            wrong = picture_size(path) != tuple(table.sizes[image].tolist())
+        except ValueError:
             problems.setdefault(UNREADABLE, []).append(path)
             continue
         if wrong:

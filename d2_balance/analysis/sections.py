@@ -213,6 +213,12 @@ def _reach(found: Analysis) -> Iterator[Part]:
             row.append(_percent(report.missed(suggested=True)[k]))
         rows.append(row)
     yield Table(headers, rows)
+    if report.suggested is None and total > 0.1:
+        yield Text(
+            "No change of the sizes alone reaches many more. Larger pictures "
+            "(INPUT.MIN_SIZE_TRAIN) help objects that are small against the stride, other "
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS those that are long."
+        )
     if report.suggested is not None:
         lines = ", ".join(str(level) for level in report.suggested)
         yield Text(

@@ -192,9 +192,7 @@ def _tail(found: Analysis) -> Iterator[Setting]:
         return
     loss = _tail_loss(found)
     if loss:
-        share = (
-            f"{found.tail.classes} rare classes hold {100 * found.tail.ratio:.1f} % of the images"
-        )
+        share = f"Tail: {_count(found.tail.classes)}, {100 * found.tail.ratio:.1f} % of the images"
         yield from _balanced_parts(found.cfg)
         yield Setting(
             "MODEL.BALANCE.CLS_LOSS",
@@ -207,7 +205,7 @@ def _tail(found: Analysis) -> Iterator[Setting]:
         yield Setting(
             "MODEL.BALANCE.EQL.LAMBDA_",
             found.tail.lambda_,
-            f"Below it lie these {found.tail.classes} classes; a TR of 2 to 10 % is useful.",
+            f"Below it lies the tail, {_count(found.tail.classes)}; a TR of 2 to 10 % is useful.",
         )
         if not _has_image_labels(found):
             yield Setting(
@@ -222,9 +220,13 @@ def _tail(found: Analysis) -> Iterator[Setting]:
         yield Setting(
             "DATALOADER.REPEAT_THRESHOLD",
             found.repeat.threshold,
-            f"Repeats pictures of {found.repeat.repeated} classes; an epoch has "
+            f"Repeats pictures of {_count(found.repeat.repeated)}; an epoch has "
             f"{found.repeat.epoch:.2f} times the pictures.",
         )
+
+
+def _count(classes: int) -> str:
+    return f"{classes:,} class{'es' * (classes != 1)}"
 
 
 def _tail_loss(found: Analysis) -> str:

@@ -1,0 +1,175 @@
+"""What is suggested fits model and data, and trains."""
+
+import json
+import os
+
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2_balance.analysis.report import analyze
+from d2_balance.analysis.source import Source
+from d2_balance.analysis.suggest import Setting, advice, settings, to_yaml
+from d2_balance.analysis.table import DataTable
+from d2_balance.data import register_from_config
+from d2_balance.engine import BalancedTrainer, read_config, validate
+from tests.analysis.conftest import coco
+from tests.conftest import small_cfg as any_cfg
+
+QUICK = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "quick_schedules")
+LONG_TAIL = [[0]] * 30 + [[0, 1]] * 30 + [[1, 2]] * 2 + [[3]]
+
+
+def small_cfg(*arguments, **options):
+    """A small model on small pictures."""
+    cfg = any_cfg(*arguments, **options)
+    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
+    return cfg
+
+
+def lines_of(table, cfg=None, **options):
+    found = analyze(Source("made", table), cfg, **options)
+    return {line.key: line.value for line in settings(found)}, found
+
+
+def lvis_table(shown):
+    data = coco(shown)
+    data["images"][0]["neg_category_ids"] = [1 + max(shown[0])]
+    data["images"].append({"id": 999, "height": 9, "width": 9, "neg_category_ids": [1]})
+    return DataTable.from_json("made", "made.json", data)
+
+
+def test_roi_heads_get_eql_and_repeats(table):
+    cfg = small_cfg("faster", balanced=False)
+    found, _ = lines_of(table(LONG_TAIL), cfg)
+    # TR: 60, 32, 2 and 1 images, 95 in all. 3 / 95 = 3.2 %, with the 32 of class 1 36.8 %
+    assert found["MODEL.BALANCE.EQL.LAMBDA_"] == pytest.approx((2 / 63 + 32 / 63) / 2, abs=1e-3)
+    assert found["MODEL.BALANCE.CLS_LOSS"] == "EQL"
+    assert found["MODEL.BALANCE.EQL.IMAGE_LABELS"] is False
+    assert found["MODEL.META_ARCHITECTURE"] == "BalancedRCNN"
+    assert found["MODEL.ROI_HEADS.NAME"] == "BalancedStandardROIHeads"
+    assert found["MODEL.ROI_HEADS.NUM_CLASSES"] == 4
+    assert found["DATALOADER.SAMPLER_TRAIN"] == "RepeatFactorTrainingSampler"
+    assert 1 / 63 < found["DATALOADER.REPEAT_THRESHOLD"] <= 1
+
+
+def test_dense_heads_get_efl(table):
+    found, _ = lines_of(table(LONG_TAIL), small_cfg("retinanet", balanced=False))
+    assert found["MODEL.BALANCE.CLS_LOSS"] == "EFL"
+    assert found["MODEL.META_ARCHITECTURE"] == "BalancedRetinaNet"
+    assert found["MODEL.RETINANET.NUM_CLASSES"] == 4
+    assert "MODEL.BALANCE.EQL.LAMBDA_" not in found
+
+
+def test_a_loss_that_the_user_chose_stays(table):
+    found, analysis = lines_of(
+        table(LONG_TAIL), small_cfg("faster", "MODEL.BALANCE.CLS_LOSS", "Seesaw")
+    )
+    assert "MODEL.BALANCE.CLS_LOSS" not in found
+    assert any("CLS_LOSS stays Seesaw" in line for line in advice(analysis))
+
+
+def test_nothing_against_a_tail_that_is_not_there(table):
+    found, analysis = lines_of(table([[0, 1]] * 20), small_cfg("faster"))
+    assert set(found) <= {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ANCHOR_GENERATOR.SIZES"}
+    assert any("There is no tail" in line for line in advice(analysis))
+
+
+def test_image_labels_keep_empty_pictures_and_the_limits_of_lvis():
+    found, analysis = lines_of(lvis_table(LONG_TAIL), small_cfg("faster"))
+    assert found["DATALOADER.FILTER_EMPTY_ANNOTATIONS"] is False
+    assert analysis.statistics.num_images == 64  # and lambda is a share of these
+    assert found["TEST.DETECTIONS_PER_IMAGE"] == 300
+    assert found["MODEL.ROI_HEADS.SCORE_THRESH_TEST"] == 0.0001
+    assert "MODEL.BALANCE.EQL.IMAGE_LABELS" not in found
+
+
+def test_masks_are_switched_off_where_there_are_none(table):
+    found, _ = lines_of(table([[0, 1]] * 5), small_cfg("mask"))
+    assert found["MODEL.MASK_ON"] is False
+
+
+def test_cross_entropy_gets_the_best_prior(table):
+    cfg = small_cfg("retinanet", "MODEL.BALANCE.CLS_LOSS", "SigmoidCE")
+    found, analysis = lines_of(table([[0, 1]] * 5), cfg)
+    prior = analysis.anchors.prior.prior
+    assert found["MODEL.RETINANET.PRIOR_PROB"] == pytest.approx(prior, rel=5e-3)
+    found, _ = lines_of(table([[0, 1]] * 5), small_cfg("retinanet"))  # focal loss
+    assert "MODEL.RETINANET.PRIOR_PROB" not in found
+
+
+def test_what_is_set_already_is_not_suggested_again(table):
+    cfg = small_cfg("faster")
+    found, _ = lines_of(table(LONG_TAIL), cfg)
+    cfg.merge_from_list([part for line in found.items() for part in line])
+    assert lines_of(table(LONG_TAIL), cfg)[0] == {}
+
+
+def test_yaml_has_a_reason_above_each_line():
+    lines = [Setting("A.B.C", [[1.0, 2.0], [4.0, 8.0]], "Why " * 40), Setting("A.D", "x", "So.")]
+    text = to_yaml(lines, "base.yaml")
+    assert yaml.safe_load(text) == {
+        "_BASE_": "base.yaml",
+        "A": {"B": {"C": [[1.0, 2.0], [4.0, 8.0]]}, "D": "x"},
+    }
+    rows = text.splitlines()
+    assert all(len(row) <= 100 for row in rows)
+    assert rows[rows.index("  D: x") - 1] == "  # So."
+    assert "Why" in rows[rows.index("    C:") - 1]
+
+
+def long_tail_set(folder):
+    """Pictures of `LONG_TAIL` with masks and image-level labels, as JSON and PNG."""
+    from PIL import Image
+
+    data = coco(LONG_TAIL, sizes=(96, 120))
+    for image in data["images"]:
+        image["neg_category_ids"] = [4] if image["id"] < 10 else []
+        Image.new("RGB", (120, 96), (image["id"], 90, 60)).save(folder / image["file_name"])
+    for annotation in data["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        annotation["area"] = w * h
+    (folder / "train.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "Base-RetinaNet-mini_lvis-smoke.yaml",
+        "mask_rcnn_R_18_eql_mini_lvis.yaml",
+        "Base-FCOS-mini_lvis-smoke.yaml",
+    ],
+)
+def test_the_suggestion_trains(base, tmp_path):
+    """With 4 classes of a set of its own, in a quick config of mini_lvis: two steps."""
+    from d2_balance.cli import main
+
+    long_tail_set(tmp_path)
+    name = f"suggest_{base}"
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"_BASE_: {os.path.abspath(os.path.join(QUICK, base))}\n"
+        f"DATASETS:\n  REGISTER: [[{name}, {tmp_path}/train.json, {tmp_path}]]\n"
+        f"  TRAIN: ['{name}']\n  TEST: ['{name}']\n"
+        "SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 2}\nMODEL: {DEVICE: cpu}\n"
+    )
+    out = tmp_path / "suggested.yaml"
+    try:
+        assert main(["analyze", name, "--config-file", str(own), "--yaml", str(out)]) == 0
+        cfg = read_config(str(out), ["OUTPUT_DIR", str(tmp_path / "out")])
+        assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+        assert cfg.MODEL.BALANCE.CLS_LOSS == ("EQL" if "rcnn" in base else "EFL")
+        register_from_config(cfg)
+        validate(cfg)
+        os.makedirs(cfg.OUTPUT_DIR)
+        trainer = BalancedTrainer(cfg)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.resume_or_load(resume=False)
+        trainer.test = lambda cfg, model: {}  # evaluation is not the matter here
+        trainer.train()
+        after = list(trainer.model.parameters())
+        assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    finally:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
