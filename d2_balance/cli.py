@@ -9,8 +9,8 @@ from collections.abc import Sequence
 # `run(args) -> int`, the exit status; its docstring is the sub-command's description. Only the
 # module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
 COMMANDS = {
-    "challenge": ("d2_balance.challenge.command", "run a recipe of stages, with resume"),
     "analyze": ("d2_balance.analyze", "show which imbalance a data set has, and what to set"),
+    "challenge": ("d2_balance.challenge.command", "run a recipe of stages, with resume"),
     "compare": ("d2_balance.compare", "put evaluations side by side: groups and classes that gain"),
     "ensemble": ("d2_balance.ensemble", "merge predictions of models, experts included"),
     "eval": ("d2_balance.eval", "evaluate a file of predictions, by frequency group and class"),
