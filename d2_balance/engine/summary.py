@@ -14,11 +14,13 @@ from typing import Any
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from .. import __version__
 from ..data import ClassStatistics, bad_annotations
 from ..data.groups import GROUPS
+from ..data.register import registered_file
 from ..evaluation import read_per_class
 from ..evaluation.files import file_name_of
 from ..evaluation.plots import plot_ap_by_count
@@ -224,12 +226,21 @@ def _data(cfg: CfgNode, eval_only: bool) -> str:
             parts.append(f"Training: not counted ({error}).")
     train = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
+        if name in train and bad_annotations(name) is None and _is_file(name):
+            try:
+                DatasetCatalog.get(name)  # its counts came from the cache, its report does not
+            except ValueError as error:
+                parts.append(f"{name}: not looked at ({error}).")
         report = bad_annotations(name)
         if report:
             parts.append(f"{name}:\n\n```\n{report.describe()}\n```")
         elif report is not None:
             parts.append(f"{name}: no bad annotations.")
     return "\n\n".join(parts) or "Nothing was counted."
+
+
+def _is_file(name: str) -> bool:
+    return name in DatasetCatalog and registered_file(name) is not None
 
 
 def _draw_plots(
