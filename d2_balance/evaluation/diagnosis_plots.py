@@ -81,7 +81,9 @@ def plot_errors(found: Diagnosis) -> Figure:
         axes.text(max(lost[row], 0), row, text, va="center", fontsize=8)
     axes.set_xlim(min(0, *lost), max(*lost, 1) * 1.25)
     axes.set_xlabel("AP50 that would be gained without these errors (their number)")
-    return _plain(figure)
+    _plain(figure)
+    axes.grid(visible=False, axis="y")  # lines would run through the numbers
+    return figure
 
 
 def plot_confusion(found: Diagnosis) -> Figure:
