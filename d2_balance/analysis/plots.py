@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from ..data.groups import GROUPS
 from ..evaluation.diagnosis_plots import new_figure
@@ -67,7 +67,8 @@ def plot_classes(found: Analysis) -> Figure:
     axes = figure.add_subplot()
     _bars(axes, images, colours)
     size = 14 if len(order) <= NAMED else 3
-    axes.plot(range(len(order)), np.maximum(objects, 0.5), ".", color="#1a1a1a", ms=size**0.5 * 1.6)
+    seen = np.flatnonzero(objects)
+    axes.plot(seen, objects[seen], ".", color="#1a1a1a", ms=size**0.5 * 1.6)
     handles = [
         Patch(color=GROUP_COLOURS[g], label=f"{name}: pictures")
         for g, name in GROUPS.items()
@@ -172,11 +173,10 @@ def plot_tail(found: Analysis) -> Figure:
     _legend(figure, handles)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(
-        FuncFormatter(lambda x, _: f"{x:g}") if high / low < 30 else NullFormatter()
-    )
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    marks = [m * 10.0**k for k in range(-7, 1) for m in (1, 2, 5)]
+    marks = [mark for mark in marks if low <= mark <= high]
+    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="lambda (share of pictures)", ylabel="TR (%)", ylim=(0, None))
     _plain(axes)
     return figure
@@ -209,6 +209,8 @@ def _bars(axes: Axes, values: np.ndarray, colours) -> None:
 def _class_axis(axes: Axes, names: list[str]) -> None:
     axes.set_xlim(-0.7, len(names) - 0.3)
     if len(names) > NAMED:
+        ranks = [1, *range(10 ** (len(str(len(names))) - 1), len(names) + 1, _step(len(names)))]
+        axes.set_xticks([rank - 1 for rank in ranks], [f"{rank:,}" for rank in ranks])
         axes.set_xlabel("rank of the class")
         return
     few = len(names) <= 8
@@ -217,6 +219,12 @@ def _class_axis(axes: Axes, names: list[str]) -> None:
     if not few:
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
+
+
+def _step(count: int) -> int:
+    """Distance of ticks that part `count` ranks into 5 to 10."""
+    decade = 10 ** (len(str(count)) - 1)
+    return decade if count >= 5 * decade else max(decade // 5, 1)
 
 
 def _count_axis(axes: Axes, values: np.ndarray, label: str = "number") -> None:

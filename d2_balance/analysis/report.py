@@ -143,7 +143,11 @@ def _tails(
     values += [lambda_for_tail_ratio(*counts, r) for r in wanted]
     if tail is not None and lambda_ is None and ratio is None:
         values.append(tail.lambda_)
-    return [tail_at(statistics, value) for value in sorted(set(values))]
+    found: dict[int, Tail] = {}  # thresholds between the same two classes are the same
+    for value in values if lambda_ is None else values[::-1]:
+        shown = tail_at(statistics, value)
+        found[shown.classes] = shown
+    return sorted(found.values(), key=lambda shown: shown.lambda_)
 
 
 def _repeats(

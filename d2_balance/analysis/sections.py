@@ -62,10 +62,11 @@ class Section:
 
 def sections(found: Analysis) -> list[Section]:
     """All parts but the last one, "what to set"."""
+    boxes = "Box sizes, and objects that no anchor reaches" if found.anchors else "Box sizes"
     makers = (
         ("Classes", _classes),
         ("Foreground and background", _foreground),
-        ("Box sizes, and objects that no anchor reaches", _boxes),
+        (boxes, _boxes),
         ("Tail ratio: which classes the equalization loss protects", _tail),
         ("Repeat factors", _repeats),
         ("Image-level labels", _labels),
