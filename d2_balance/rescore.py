@@ -137,6 +137,15 @@ def fit_factors(
     rule, tried = fit(measure, groups, counts, method, metric)
     scores = rule.scores(columns, truth.class_names)
     after = measure(scores)
+    rule.write(
+        output,
+        task=task,
+        metric=metric,
+        max_dets=max_dets,
+        before={k: plain[k] for k in _KEYS},
+        after={k: after[k] for k in _KEYS},
+        tried=[[text, {k: metrics[k] for k in _KEYS}] for text, metrics in tried],
+    )
     chosen = (
         f"gamma {rule.gamma:g}"
         if method == "norcal"
@@ -152,15 +161,6 @@ def fit_factors(
             "change nothing. Predict with a larger TEST.DETECTIONS_PER_IMAGE and a smaller score "
             "threshold"
         )
-    rule.write(
-        output,
-        task=task,
-        metric=metric,
-        max_dets=max_dets,
-        before={k: plain[k] for k in _KEYS},
-        after={k: after[k] for k in _KEYS},
-        tried=[[text, {k: metrics[k] for k in _KEYS}] for text, metrics in tried],
-    )
 
 
 def apply_factors(

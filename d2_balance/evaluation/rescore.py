@@ -35,7 +35,7 @@ from .offline import ground_truth
 from .sources import Annotations
 
 METHODS = ("groups", "norcal")
-STEPS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+STEPS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
 """Factors tried for rare and common classes, those of frequent ones being 1."""
 GAMMAS = tuple(round(0.1 * n, 1) for n in range(16))
 _ROUNDS = 3
@@ -170,8 +170,8 @@ def fit(
 ) -> tuple[Rescoring, list[tuple[str, dict[str, float]]]]:
     """Choose factors, or gamma, of the best AP.
 
-    Factors are searched one group at a time until none gains; of equal ones the smallest change
-    stays, so that classes without influence keep factor 1.
+    Factors of rare and common classes are searched together, then one at a time, until none gains;
+    of equal ones the smallest stays, so that classes without influence keep factor 1.
 
     Args:
         measure: AP on the held-out pictures.
@@ -203,15 +203,20 @@ def fit(
 
     best = (0.0,) if method == "norcal" else (1.0, 1.0)
     choices = GAMMAS if method == "norcal" else STEPS
+    # rare and common together first: alone, the one pushes out the other
+    moves = [{0}] if method == "norcal" else [{0, 1}, {0}, {1}]
     for _ in range(_ROUNDS):
         before = best
-        for place in range(len(best)):
+        for places in moves:
             for choice in choices:
-                candidate = (*best[:place], choice, *best[place + 1 :])
+                candidate = tuple(choice if n in places else v for n, v in enumerate(best))
                 if value(candidate) > value(best) + 1e-9:
                     best = candidate
         if best == before:
             break
+    for place in range(len(best)):  # a factor that gains nothing by itself goes back
+        smaller = [(*best[:place], c, *best[place + 1 :]) for c in choices if c < best[place]]
+        best = next((v for v in smaller if value(v) >= value(best) - 1e-9), best)
     return rule(best), [(_text(method, v), metrics) for v, metrics in sorted(tried.items())]
 
 
