@@ -39,7 +39,8 @@ from d2_balance.engine import (
     check_launch,
     output_lock,
     prepare_run,
-    read_config,
+    read_run,
+    save_lazy,
     scale_to_batch,
     short_messages,
     start,
@@ -49,12 +50,12 @@ from d2_balance.engine import (
 )
 
 
-def setup(args: argparse.Namespace, stack: ExitStack) -> CfgNode:
-    """The checked config of the run; OUTPUT_DIR and the loggers are there afterwards.
+def setup(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[BalancedTrainer]]:
+    """The checked config of the run and its trainer; OUTPUT_DIR and the loggers are there then.
 
     OUTPUT_DIR belongs to this run until `stack` is left.
     """
-    cfg = read_config(args.config_file, args.opts)
+    cfg, trainer = read_run(args.config_file, args.opts)
     scaled = scale_to_batch(cfg)
     without_cuda = use_cpu_without_cuda(cfg)
     prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
@@ -72,7 +73,8 @@ def setup(args: argparse.Namespace, stack: ExitStack) -> CfgNode:
         logger.warning(unscaled)
     register_from_config(cfg)
     validate(cfg, eval_only=args.eval_only, resume=args.resume)
-    return cfg
+    save_lazy(trainer, cfg.OUTPUT_DIR)
+    return cfg, trainer
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -85,15 +87,15 @@ def run(args: argparse.Namespace, stack: ExitStack) -> dict:
     """What `main` does, while OUTPUT_DIR belongs to this run."""
     program = os.path.basename(sys.argv[0])
     with short_messages(program):
-        cfg = setup(args, stack)
+        cfg, trainer_class = setup(args, stack)
         if args.eval_only:
-            model = BalancedTrainer.build_model(cfg)
+            model = trainer_class.build_model(cfg)
             DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         else:
-            trainer = BalancedTrainer(cfg)
+            trainer = trainer_class(cfg)
             trainer.resume_or_load(resume=args.resume)
     if args.eval_only:
-        results = BalancedTrainer.test_finished(cfg, model)
+        results = trainer_class.test_finished(cfg, model)
         if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
     else:

@@ -3,6 +3,7 @@
 from .errors import RunStopped
 from .hooks import BetaDecay, LossStats, SeedSteps, decayed_beta
 from .launching import check_launch, start
+from .lazy import read_run, save_lazy
 from .lock import output_lock
 from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
 from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
@@ -29,6 +30,8 @@ __all__ = [
     "output_lock",
     "prepare_run",
     "read_config",
+    "read_run",
+    "save_lazy",
     "scale_to_batch",
     "short_messages",
     "start",

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -47,9 +47,18 @@ def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
     if config_file:
         with _explained(cfg, config_file):
             cfg.merge_from_file(config_file)
-    with _explained(cfg, "command line"):
-        cfg.merge_from_list(list(overrides))
+    merge_overrides(cfg, overrides, "command line")
     return cfg
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None:
+    """Sets keys of a config to values, given in turn.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type; the message names `source`.
+    """
+    with _explained(cfg, source):
+        cfg.merge_from_list(list(overrides))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
     Returns:
         The message; "" where there is nothing to say.
     """
-    if cfg.SOLVER.REFERENCE_BATCH:
+    if cfg.SOLVER.REFERENCE_BATCH or config_file.endswith(".py"):
         return ""
     batch = rate_batch = 16  # Detectron2's default, of the model zoo too
     where = "Detectron2's defaults"

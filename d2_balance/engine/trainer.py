@@ -26,6 +26,7 @@ from ..modeling.multi_scale import AugmentedRCNN, augmentation_config
 from ..reweight import Reweighter
 from .best import BestModel, StopEarly, StopTraining
 from .checkpoint import BalancedCheckpointer
+from .clipping import CLIP_TYPES, FULL_MODEL, clipped
 from .compiled import compile_losses
 from .decoupled import train_only
 from .ema import WeightAverage
@@ -41,9 +42,6 @@ from .validation_loss import ValidationLoss
 from .writers import ClassAP, ClassAPWriter, log_writers
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
-
-FULL_MODEL = "full_model"
-CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 logger = logging.getLogger(__name__)
 
@@ -180,11 +178,7 @@ class BalancedTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model, with all but MODEL.BALANCE.TRAIN_ONLY frozen; see `train_only`."""
-        model = super().build_model(cfg)
-        train_only(model, cfg.MODEL.BALANCE.TRAIN_ONLY)
-        if cfg.MODEL.BALANCE.COMPILE:
-            compile_losses(model)
-        return model
+        return finished_model(super().build_model(cfg), cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -207,14 +201,7 @@ class BalancedTrainer(DefaultTrainer):
         bare = cfg.clone()
         bare.defrost()
         bare.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = super().build_optimizer(bare, model)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def clip_all(*_) -> None:
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(clip_all)
-        return optimizer
+        return clipped(super().build_optimizer(bare, model), cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
@@ -268,6 +255,14 @@ class BalancedTrainer(DefaultTrainer):
             with errors_without_traceback(), suppress(StopTraining):
                 super().train()
         return self._last_eval_results if comm.is_main_process() else {}
+
+
+def finished_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """A new model with all but MODEL.BALANCE.TRAIN_ONLY frozen, and losses compiled."""
+    train_only(model, cfg.MODEL.BALANCE.TRAIN_ONLY)
+    if cfg.MODEL.BALANCE.COMPILE:
+        compile_losses(model)
+    return model
 
 
 def _loss_state(model: nn.Module) -> dict[str, Tensor]:
