@@ -88,10 +88,7 @@ def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> l
                 ", ".join(f"{k} {_number(before[k])} to {_number(after[k])}" for k in before)
             )
             if all(_number(before[k]) == _number(after[k]) for k in before):
-                text += (
-                    f"; the cap of {found['max_dets']} detections a picture cuts nothing that "
-                    "counts, so that no factor gains"
-                )
+                text += "; no setting that was tried gains"
             notes.append(text)
     return notes
 
@@ -99,7 +96,7 @@ def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> l
 def _explanation() -> str:
     return (
         "AP in percent; r, c and f are rare, common and frequent classes by training pictures. A "
-        "dash: no class of the group has ground truth there."
+        "dash: the stage gives no AP, or no class of the group has ground truth there."
     )
 
 
