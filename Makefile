@@ -23,11 +23,12 @@ CHECK_VERSION := import sys; v = sys.version_info[:2]; \
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-faults lint bench clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
 	@echo "make test    set up, run the tests"
+	@echo "make test-faults   only the faults: full disk, broken files, killed processes"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   run what is in benchmarks/"
@@ -60,6 +61,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 LOGS = ("metrics.json", "metrics.csv")
 """Files of OUTPUT_DIR that writers append to; what follows a checkpoint is written once more."""
 
+CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
+"""Scalars that measure time; a resumed run measures anew."""
+
 WINDOW = 20
 """Iterations that Detectron2's writers smooth over."""
 
@@ -192,9 +195,14 @@ class FinishIteration(HookBase):
 
 
 def saved_scalars(storage: EventStorage) -> dict[str, Any]:
-    """The scalars of a storage as plain values, with the iterations that writers smooth over."""
+    """The scalars of a storage as plain values, with the iterations that writers smooth over.
+
+    Those of `CLOCK` are left out.
+    """
     found = {}
     for name, history in storage.histories().items():
+        if name in CLOCK:
+            continue
         values = history.values()
         since = values[-1][1] - WINDOW
         found[name] = {

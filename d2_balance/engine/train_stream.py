@@ -50,7 +50,8 @@ class TrainStream:
     """Endless batches of one rank.
 
     A picture that cannot be read is replaced, see `SeededPictures`. Loading processes that were
-    killed are started again at the batch that is missing.
+    killed are started again at the batch that is missing; where a batch was announced already, the
+    error is one of the connection to the process.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
@@ -104,11 +105,12 @@ class TrainStream:
                     yield batch
                     place, deaths = place + 1, 0
                 return
-            except RuntimeError as error:
-                if not _WORKER_DIED.search(str(error)):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if isinstance(error, RuntimeError) and not _WORKER_DIED.search(str(error)):
                     raise
                 deaths += 1
-                text = f"{error} Usually there was too little memory: lower DATALOADER.NUM_WORKERS."
+                text = f"A loading process has died ({error}); usually there was too little "
+                text += "memory: lower DATALOADER.NUM_WORKERS."
                 if deaths > _RESTARTS:
                     raise RunStopped(f"{text} --resume continues.") from error
                 logger.warning(f"{text} The loading processes start again at batch {place}.")

@@ -1,6 +1,7 @@
 """A data set of twelve small random pictures, and a config that trains on it in seconds."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -74,3 +75,18 @@ def run_cfg(output_dir, *overrides, kind="retinanet"):
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.01, 2
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+@pytest.fixture
+def log():
+    """Messages of the package, which Detectron2's loggers may keep from pytest's caplog."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("d2_balance")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.setLevel(level)
+    logger.removeHandler(handler)
