@@ -115,11 +115,12 @@ def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
     Returns:
         (n,) int32 in [0, E].
     """
-    cells = min(256 * len(edges), 2**18)  # a table of 1 MB at most
+    cells = min(64 * len(edges), 2**18)  # a table of 1 MB at most
     if values.is_cuda or not len(edges) or len(values) < 4 * cells:
         return torch.searchsorted(edges, values.double(), right=True, out_int32=True)
-    scale = (cells - 1) / (edges[-1] - edges[0]).clamp(min=1e-30)
-    low, scale = (edges[0] - 1 / scale).to(values.dtype), scale.to(values.dtype)
+    scale = (cells - 2) / (edges[-1] - edges[0]).clamp(min=1e-30)
+    # two cells of distance: rounding must not bring an edge into cell 0, where most values lie
+    low, scale = (edges[0] - 2 / scale).to(values.dtype), scale.to(values.dtype)
 
     def cell(x: Tensor) -> Tensor:  # 0 is below all edges; what is no number goes there, too
         return (x - low).mul_(scale).clamp_(0, cells + 1).int().clamp_(min=0)
