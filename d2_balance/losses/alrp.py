@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss
 
 from .base import CLS_LOSSES, ClassificationLoss, check, per_row
 from .distributed import world_size
+from .iou import giou_loss
 from .ranking import StepBuckets, error_driven, positive_scores
 from .samples import Samples
 
@@ -110,7 +110,7 @@ class ALRP(ClassificationLoss):
             errors = samples.logits.new_zeros(len(samples.pos))
         else:
             boxes = samples.pred_boxes.detach()
-            errors = generalized_box_iou_loss(boxes, samples.gt_boxes.to(boxes.dtype))
+            errors = giou_loss(boxes, samples.gt_boxes.to(boxes.dtype))
         positive, scores = positive_scores(samples), samples.logits.detach().flatten()
         self._ranked = alrp_and_gradient(scores, positive, errors, self.delta)
         return errors

@@ -14,12 +14,51 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
 from .base import BOX_LOSSES, BoxLoss
 from .samples import paired_iou
 
 _THIN = 1e-4  # pixels; sides below it count as this long in an aspect ratio
+
+
+_EPS = 1e-7
+
+
+def _sides(boxes: Tensor) -> Tensor:
+    return boxes[:, 2:] - boxes[:, :2]
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(P,) width times height; the backward pass of `prod` waits for the device."""
+    return sides[:, 0] * sides[:, 1]
+
+
+def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) IoU, (P,) union and (P, 2) sides of the hull.
+
+    As torchvision's losses have them, but those pick the boxes that overlap by a mask, and so wait
+    for the device to learn how many there are.
+    """
+    low = torch.maximum(pred[:, :2], target[:, :2])
+    inter = _area((torch.minimum(pred[:, 2:], target[:, 2:]) - low).clamp(min=0))
+    union = _area(_sides(pred)) + _area(_sides(target)) - inter
+    low = torch.minimum(pred[:, :2], target[:, :2])
+    hull = torch.maximum(pred[:, 2:], target[:, 2:]) - low
+    return inter / (union + _EPS), union, hull
+
+
+def giou_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """GIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2]."""
+    iou, union, hull = _overlap(pred, target)
+    area = _area(hull)
+    return 1 - iou + (area - union) / (area + _EPS)
+
+
+def diou_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """DIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2]."""
+    iou, _, hull = _overlap(pred, target)
+    centers = (pred[:, :2] + pred[:, 2:] - target[:, :2] - target[:, 2:]) / 2  # (P, 2)
+    return 1 - iou + centers.square().sum(dim=1) / (hull.square().sum(dim=1) + _EPS)
 
 
 def ciou_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -39,7 +78,7 @@ def ciou_loss(pred: Tensor, target: Tensor) -> Tensor:
     v = 4 / math.pi**2 * difference.square()
     with torch.no_grad():
         alpha = v / (1 - paired_iou(pred, target) + v).clamp(min=1e-7)
-    return distance_box_iou_loss(pred, target) + alpha * v
+    return diou_loss(pred, target) + alpha * v
 
 
 def _angle(boxes: Tensor) -> Tensor:
@@ -56,7 +95,7 @@ class GIoU(BoxLoss):
     space = "boxes"
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        return generalized_box_iou_loss(pred, target)
+        return giou_loss(pred, target)
 
 
 @BOX_LOSSES.register()
@@ -67,7 +106,7 @@ class DIoU(BoxLoss):
     space = "boxes"
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
-        return distance_box_iou_loss(pred, target)
+        return diou_loss(pred, target)
 
 
 @BOX_LOSSES.register()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torchvision
 from fvcore.nn import smooth_l1_loss
 from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
-from d2_balance.losses import CIoU, GIoU, SmoothL1
+from d2_balance.losses import CIoU, DIoU, GIoU, SmoothL1
 
 
 def deltas(seed=0):
@@ -75,3 +76,18 @@ def test_a_box_that_has_shrunk_to_nothing_has_a_finite_ciou_loss(side):
     loss = CIoU()(boxes, torch.tensor([[1.0, 1, 8, 8]]))
     loss.sum().backward()
     assert loss.isfinite().all() and boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(GIoU, "generalized"), (DIoU, "distance")])
+def test_overlap_losses_and_gradients_equal_torchvision(ours, theirs):
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(60, 4, generator=generator, dtype=torch.float64) * 20
+    boxes[:, 2:] += boxes[:, :2]
+    target = boxes[torch.randperm(60, generator=generator)]  # some overlap, some do not
+    boxes.requires_grad_()
+    expected = getattr(torchvision.ops, f"{theirs}_box_iou_loss")(boxes, target)
+    found = ours()(boxes, target)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    (grad,) = torch.autograd.grad(found.sum(), boxes)
+    (wanted,) = torch.autograd.grad(expected.sum(), boxes)
+    torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
