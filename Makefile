@@ -71,7 +71,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	@for file in $(wildcard benchmarks/*.py); do \
+	@for file in $(sort $(wildcard benchmarks/bm_*.py) benchmarks/classification_longtail.py); do \
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:

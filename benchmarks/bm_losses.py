@@ -1,27 +1,28 @@
 #!/usr/bin/env python3
 """Forward and backward time of every loss, as a multiple of cross-entropy on the same logits.
 
-    python benchmarks/bm_losses.py [--repeat N] [--json FILE]
+    python benchmarks/bm_losses.py [--repeat N] [--only NAME ...] [--shapes PART ...] [--json FILE]
 
 Each loss is timed in turn with the plain loss, in one run, and the medians are compared, so that
 other work on the machine meets both. Dense heads are compared with
-`binary_cross_entropy_with_logits`, softmax heads with `cross_entropy`. ISR is the time of its
-weights alone over that of the loss that they weight.
+`binary_cross_entropy_with_logits`, softmax heads with `cross_entropy`. Memory is the peak beyond
+the plain loss's, in tensors of the size of the logits. ISR is the time of its weights alone over
+that of the loss that they weight. With mmdet 3.3 (`pip install --no-deps mmdet==3.3.0`) and fvcore
+their losses are timed in turn with ours, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import itertools
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 
+import mmdet_losses
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from fvcore.nn import sigmoid_focal_loss
+from measuring import about, in_turn, peak_memory
 from tabulate import tabulate
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,7 +32,8 @@ from d2_balance.losses import CLS_LOSSES, ClassificationLoss, Samples
 from d2_balance.modeling.compatibility import has_class_columns_only
 from d2_balance.reweight import ISR
 
-DENSE = [(100_000, 80, 300), (100_000, 80, 3_000)]  # rows, classes, positives
+# rows, classes, positives
+DENSE = [(10_000, 80, 100), (100_000, 80, 300), (100_000, 80, 3_000), (400_000, 80, 1_000)]
 ROI = [(1_024, 80, 256), (1_024, 1_203, 256), (8_192, 1_203, 2_048)]
 ISR_IMAGES, ISR_ROIS = 20, 512
 
@@ -95,42 +97,22 @@ def fresh(samples: Samples) -> Samples:
     return Samples(**{name: getattr(samples, name) for name in samples.__dataclass_fields__})
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall time of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def ratio(
-    run: Callable[[], object], plain: Callable[[], object], repeat: int, device: str
-) -> tuple[float, float]:
-    """Median seconds of `run`, and as a multiple of the median of `plain`; they take turns."""
-    run(), plain()
-    pairs = [(seconds(run, device), seconds(plain, device)) for _ in range(repeat)]
-    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return ours, ours / theirs
-
-
 def loss_cases(
-    device: str, only: list[str] | None = None
+    device: str, wanted: Callable[[str, str], bool]
 ) -> Iterator[tuple[str, str, Callable, Callable]]:
     """Shape, name, the loss and the plain loss, for every loss and every shape of its heads.
 
     One case at a time is built: all of them together take many GB.
     """
     for name, cls in sorted(CLS_LOSSES):
-        if only and name not in only:
-            continue
         softmax = cls.activation == "softmax"
         for shapes, kind in ((DENSE, "dense"), (ROI, "RoI")):
             if kind == "dense" and not has_class_columns_only(cls):
                 continue
             for rows, classes, positives in shapes:
+                shape = f"{kind} {rows:,} x {classes:,}, {positives:,} positive"
+                if not wanted(shape, name):
+                    continue
                 loss = build(name, classes).to(device)
                 columns = loss.num_outputs(classes)
                 samples = make_samples(rows, columns, classes, positives, device)
@@ -139,7 +121,6 @@ def loss_cases(
                     samples.logits.grad = None
                     loss(fresh(samples)).sum().backward()
 
-                shape = f"{kind} {rows:,} x {classes:,}, {positives:,} positive"
                 yield shape, name, run, plain_loss(samples, softmax)
 
 
@@ -158,29 +139,90 @@ def isr_case(device: str) -> tuple[str, str, Callable, Callable]:
     return shape, "ISR", run, plain_loss(samples, softmax=True)
 
 
+def peers(device: str) -> Iterator[tuple[str, str, Callable, Callable]]:
+    """Shape, name, our loss and another library's, where it can be imported."""
+    shapes = {
+        "GHMC": (100_000, 80, 300),
+        "EQLv2": (1_024, 1_203, 256),
+        "Seesaw": (1_024, 1_203, 256),
+    }
+    for name, (rows, classes, positives) in {**shapes, "Focal": (100_000, 80, 300)}.items():
+        loss = build(name, classes).to(device)
+        columns = loss.num_outputs(classes)
+        samples = make_samples(rows, columns, classes, positives, device)
+
+        def run(loss=loss, samples=samples) -> None:
+            samples.logits.grad = None
+            loss(fresh(samples)).sum().backward()
+
+        if name == "Focal":
+            target = samples.onehot
+
+            def other(samples=samples, target=target) -> None:
+                samples.logits.grad = None
+                sigmoid_focal_loss(samples.logits, target, 0.25, 2.0, "sum").backward()
+        else:
+            other = mmdet_losses.cases(samples, name) if device == "cpu" else None
+        if other is not None:
+            yield f"{rows:,} x {classes:,}", name, run, other
+    samples = make_samples(2_048, 81, 80, 512, device)
+    other = mmdet_losses.isr(samples) if device == "cpu" else None
+    if other is not None:
+        ce = F.cross_entropy(samples.logits.detach(), samples.labels, reduction="none")
+        isr = ISR()
+        yield "2,048 x 80, 512 positive", "ISR", lambda: isr(fresh(samples), ce, ce), other
+
+
+def logits_bytes(shape: str) -> int:
+    """Size of the float32 logits of a shape as `loss_cases` writes it."""
+    rows, classes = shape.split(" x ")
+    return 4 * int(rows.split()[-1].replace(",", "")) * int(classes.split(", ")[0].replace(",", ""))
+
+
+def measure(case: tuple[str, str, Callable, Callable], repeat: int, device: str) -> dict:
+    """A row of the table."""
+    shape, name, run, plain = case
+    ours, theirs = in_turn(run, plain, repeat)
+    row = {"shape": shape, "loss": name, "ms": 1000 * ours, "times plain": ours / theirs}
+    if device == "cpu" and name != "ISR":
+        row["extra memory"] = (peak_memory(run) - peak_memory(plain)) / logits_bytes(shape)
+    return row
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=7, help="timed pairs per line (7)")
+    parser.add_argument("--repeat", type=int, default=5, help="timed pairs per line (5)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="losses to time")
+    parser.add_argument("--shapes", nargs="+", metavar="PART", default=[""], help="parts of shapes")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    about = f"torch {torch.__version__}, {device} {machine}, {torch.get_num_threads()} threads"
-    cases = loss_cases(device, args.only)
-    if not args.only or "ISR" in args.only:
-        cases = itertools.chain(cases, [isr_case(device)])
-    rows = []
-    for shape, name, run, plain in tqdm(cases, desc="timing", leave=False):
-        took, times = ratio(run, plain, args.repeat, device)
-        rows.append({"shape": shape, "loss": name, "ms": 1000 * took, "times plain": times})
+    rows, others = [], []
+
+    def wanted(shape: str, name: str) -> bool:
+        return any(part in shape for part in args.shapes) and (not args.only or name in args.only)
+
+    for case in tqdm(loss_cases(device, wanted), desc="timing", leave=False):
+        rows.append(measure(case, args.repeat, device))
+    if wanted("RoI", "ISR"):
+        rows.append(measure(isr_case(device), args.repeat, device))
+    for shape, name, run, other in peers(device):
+        if not args.only or name in args.only:
+            ours, theirs = in_turn(run, other, args.repeat)
+            library = "fvcore" if name == "Focal" else "mmdet 3.3"
+            times = {"ms": 1000 * ours, "theirs, ms": 1000 * theirs, "times faster": theirs / ours}
+            others.append({"shape": shape, "loss": name, "library": library, **times})
     rows.sort(key=lambda row: row["shape"])
-    print(about)
-    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+    machine = about()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    for table in (rows, others):
+        print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"), end="\n\n")
+    if not others:
+        print("mmdet is not installed: no comparison.")
     if args.json:
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=1)
+            json.dump({"about": machine, "rows": rows, "peers": others}, file, indent=1)
 
 
 if __name__ == "__main__":

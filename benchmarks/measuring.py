@@ -1,0 +1,77 @@
+"""What the benchmarks measure: time in turn with a baseline, peak memory, waits for the device."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+
+WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+"""Operations that make a GPU's host wait, by the names that a profile on any device shows."""
+
+
+def about() -> dict[str, object]:
+    """Machine, versions and threads."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def seconds(run: Run) -> float:
+    """Wall time of one call."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def in_turn(run: Run, plain: Run, repeat: int) -> tuple[float, float]:
+    """Median seconds of both, which take turns so that other work on the machine meets both."""
+    run(), plain()
+    pairs = [(seconds(run), seconds(plain)) for _ in range(repeat)]
+    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return ours, theirs
+
+
+def peak_memory(run: Run) -> int:
+    """Bytes that one call holds at most beyond what it started with; CPU tensors."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def waits(run: Run) -> dict[str, int]:
+    """How often one call runs each operation of `WAITS` that it runs at all."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return {e.key: e.count for e in profiler.key_averages() if e.key in WAITS}
