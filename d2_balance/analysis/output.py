@@ -10,8 +10,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..page import Page
+from .parts import Plot, Section, Table, Text
 from .report import Analysis
-from .sections import Plot, Section, Table, Text, sections
+from .sections import sections
 from .suggest import advice, settings, to_yaml
 
 

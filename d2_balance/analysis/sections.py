@@ -1,63 +1,18 @@
-"""What an analysis says, part by part; `text.py` prints it, `html.py` makes a page of it."""
+"""What an analysis says, part by part; `output.py` prints it and makes a page of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..data.groups import GROUPS
 from . import plots
+from .parts import Part, Plot, Section, Table, Text
 from .report import Analysis
 
 MANY = 40  # classes, above which a table of all of them is folded and left to the page
 SHOWN_IDS = 20
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; a warning stands out."""
-
-    text: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells.
-
-    Attributes:
-        headers: one for each column.
-        rows: cells as text or numbers.
-        folded: heading under which a page hides it at first, "" shows it.
-        page_only: True keeps it off the console.
-    """
-
-    headers: Sequence[str]
-    rows: Sequence[Sequence]
-    folded: str = ""
-    page_only: bool = False
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture, drawn when a page asks for it."""
-
-    draw: Callable[[], Figure]
-    caption: str
-
-
-Part = Text | Table | Plot
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    parts: list[Part]
 
 
 def sections(found: Analysis) -> list[Section]:
