@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "analyze": ("d2_balance.analyze", "show which imbalance a data set has, and what to set"),
     "challenge": ("d2_balance.challenge.command", "run a recipe of stages, with resume"),
+    "classmap": ("d2_balance.classmap", "say which classes of two data sets are the same"),
     "compare": ("d2_balance.compare", "put evaluations side by side: groups and classes that gain"),
     "ensemble": ("d2_balance.ensemble", "merge predictions of models, experts included"),
     "eval": ("d2_balance.eval", "evaluate a file of predictions, by frequency group and class"),

@@ -47,6 +47,15 @@ def add_balance_config(cfg: CfgNode) -> None:
     # least 1. TEST.AUG.ENABLED holds for --eval-only; evaluations while training are plain.
     cfg.TEST.AUG.IMS_PER_BATCH = 1
 
+    # Files of objects that a training set leaves out: entries [data set, COCO-style JSON] or
+    # [data set, JSON, class map]. Background inside their boxes does not count.
+    cfg.DATASETS.IGNORE_REGIONS = []
+
+    # Training sets of other classes, mapped to those of a target set: entries {NAME, JSON, IMAGES,
+    # TARGET}, with CLASS_MAP (file) and EXHAUSTIVE (whether shared classes without annotation are
+    # absent) where needed; see docs/external_data.md.
+    cfg.DATASETS.EXTERNAL = []
+
     # FCOS, where MODEL.META_ARCHITECTURE is BalancedFCOS. Detectron2 has no keys for its FCOS; the
     # names are those of MODEL.RETINANET.
     cfg.MODEL.FCOS = CfgNode()
@@ -87,6 +96,9 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.SAMPLE_PROPOSALS = True
     # Where they do not draw: positives of a picture that train mask and keypoint heads at most.
     _C.MASKS_PER_IMAGE = 128
+    # Share of a background anchor's or proposal's area that an ignore region must hold, in (0, 1],
+    # for the anchor or proposal not to count; see DATASETS.IGNORE_REGIONS.
+    _C.IGNORE_IOA = 0.5
     # Factor of the classification loss.
     _C.CLS_WEIGHT = 1.0
     # Factor of the box loss; the GHM-R release uses 10.

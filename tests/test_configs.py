@@ -64,7 +64,7 @@ def cpu_cfg(file, folder):
     cfg = read(file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.RETINANET):
-        node.NORM = node.NORM.replace("SyncBN", "BN")  # SyncBN runs on GPUs only
+        node.NORM = node.NORM.replace("SyncBN", "BN")  # what SyncBN is on one process
     for phase in ("TRAIN", "TEST"):
         cfg.MODEL.RPN[f"PRE_NMS_TOPK_{phase}"] = cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"] = 20
     cfg.TEST.DETECTIONS_PER_IMAGE = 5

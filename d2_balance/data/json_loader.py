@@ -48,8 +48,8 @@ def load_json(json_file: str, image_root: str, name: str | None = None) -> list[
         json_file: the annotation file.
         image_root: the folder of the pictures.
         name: a registered name. If given, the metadata of that name get thing_classes,
-            thing_dataset_id_to_contiguous_id, class_image_count and, where the file has frequency
-            groups, class_group (K letters of "rcf").
+            thing_dataset_id_to_contiguous_id, class_image_count and, where the file has them,
+            class_group (K letters of "rcf") and class_synset (K texts or None).
 
     Returns:
         One dict per picture, by ascending image id: file_name, height, width, image_id,
@@ -185,6 +185,8 @@ def _metadata(
             for category, count in zip(categories, counts, strict=True)
         ],
     }
+    if any(category.get("synset") for category in categories):
+        metadata["class_synset"] = [category.get("synset") for category in categories]
     groups = [category.get("frequency") for category in categories]
     if all(group in tuple(GROUPS) for group in groups):
         metadata["class_group"] = groups

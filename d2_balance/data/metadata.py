@@ -1,7 +1,10 @@
 """What Detectron2's MetadataCatalog knows about a data set, loaded where that is needed."""
 
+from typing import Any
+
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.datasets import lvis_v0_5_categories, lvis_v1_categories
 
 
 def loaded_metadata(name: str) -> Metadata:
@@ -21,6 +24,31 @@ def loaded_metadata(name: str) -> Metadata:
             )
         DatasetCatalog.get(name)
     return MetadataCatalog.get(name)
+
+
+def target_categories(name: str) -> list[dict[str, Any]]:
+    """Categories of a data set as class maps take them: id of the file, name, and synset if known.
+
+    Raises:
+        ValueError: if the set is not registered, or has no class names.
+    """
+    names = category_names(name)
+    synsets = MetadataCatalog.get(name).get("class_synset")
+    if synsets is None:
+        known = _lvis_synsets(name)
+        synsets = [known.get(raw) for raw in names]
+    return [
+        {"id": raw, "name": class_name} | ({"synset": synset} if synset else {})
+        for (raw, class_name), synset in zip(names.items(), synsets, strict=True)
+    ]
+
+
+def _lvis_synsets(name: str) -> dict[int, str]:
+    """Synsets of Detectron2's own LVIS sets, whose metadata have names only."""
+    if MetadataCatalog.get(name).get("evaluator_type") != "lvis" or not name.startswith("lvis_v"):
+        return {}
+    module = lvis_v1_categories if name.startswith("lvis_v1") else lvis_v0_5_categories
+    return {category["id"]: category["synset"] for category in module.LVIS_CATEGORIES}
 
 
 def id_map(name: str) -> dict[int, int] | None:

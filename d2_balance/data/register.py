@@ -21,8 +21,10 @@ def register_from_config(cfg: CfgNode) -> list[str]:
     An entry is ``{NAME: ..., JSON: ..., IMAGES: ...}`` or ``[name, json, folder]``. Calling this
     again with equal entries changes nothing.
 
+    The entries of DATASETS.EXTERNAL are registered after them, see `external.py`.
+
     Returns:
-        The names, in the order of the list.
+        The names, in the order of the lists.
 
     Raises:
         ValueError: naming the entry, if it has another form, if its file or folder does not exist
@@ -37,7 +39,9 @@ def register_from_config(cfg: CfgNode) -> list[str]:
         name, json_file, image_root = _parse_entry(entry, key)
         register_json(name, json_file, image_root, key)
         names.append(name)
-    return names
+    from .external import register_external_from_config  # which finds its files as this one does
+
+    return names + register_external_from_config(cfg)
 
 
 def register_json(name: str, json_file: str, image_root: str, key: str = "register_json") -> None:
@@ -95,7 +99,16 @@ def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
 
 
 def resolve_path(path: str, exists: Callable[[str], bool], what: str) -> str:
-    """The path as given or below $DETECTRON2_DATASETS, absolute where it is a local one."""
+    """The path as given or below $DETECTRON2_DATASETS, absolute where it is a local one.
+
+    Args:
+        path: of a file or folder.
+        exists: whether a path is there.
+        what: what it is, for the message.
+
+    Raises:
+        ValueError: it is at neither place.
+    """
     root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     places = [os.path.expanduser(path), os.path.join(root, path)]
     for place in places:

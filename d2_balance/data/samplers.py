@@ -1,5 +1,10 @@
 """Samplers of training pictures that Detectron2 does not have.
 
+Weighted repeat-factor sampling gives picture I of data set d the factor w_d max_{c in I} r(c), with
+r(c) = max(1, sqrt(t / f_c)) of Gupta et al., LVIS, arXiv:1908.03195, appendix B.2. f_c is the share
+of pictures with class c among those of all sets together. (WeightedCategoryTrainingSampler, which
+Detectron2 has, counts f in each set by itself: a class that is rare in one of them counts as rare.)
+
 Class-aware sampling draws a class, then a picture that contains it: each class is met equally
 often, whatever its frequency. Source: Shen et al., Relay Backpropagation for Effective Learning of
 Deep Convolutional Neural Networks, arXiv:1512.05830. Here draws are independent, where
@@ -10,12 +15,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -87,3 +92,27 @@ class ClassAwareTrainingSampler(TrainingSampler):
             u = torch.rand(_CHUNK, generator=generator, dtype=torch.float64)
             place = self._starts[drawn] + (u * counts[drawn]).long()
             yield from self._pictures[place].tolist()
+
+
+def weighted_repeat_factors(
+    dataset_dicts: Sequence[dict[str, Any]],
+    sources: Sequence[str],
+    weights: Mapping[str, float],
+    threshold: float,
+) -> Tensor:
+    """Factors of repeat-factor sampling over all pictures, times the weight of their data set.
+
+    Args:
+        dataset_dicts: D standard dicts.
+        sources: D names of the data sets that they come from.
+        weights: factor of a data set, above 0; 1 where it has none.
+        threshold: t, above 0.
+
+    Returns:
+        (D,) above 0: how often each picture is shown in an epoch, on average.
+    """
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        dataset_dicts, threshold
+    )
+    weight = torch.tensor([float(weights.get(name, 1.0)) for name in sources])
+    return factors * weight

@@ -38,7 +38,7 @@ def check_structure(data: Any, json_file: str) -> None:
             f"{json_file}: the top-level key(s) {_listed(missing)} are missing or no lists; a "
             f"COCO- or LVIS-style file has the lists {_listed(TOP_LEVEL_KEYS)}"
         )
-    category_ids = _check_categories(data["categories"], json_file)
+    category_ids = check_categories(data["categories"], json_file)
     image_ids = _check_images(data["images"], category_ids, json_file)
     _check_references(data["annotations"], image_ids, category_ids, json_file)
 
@@ -48,7 +48,12 @@ def category_name(category: dict[str, Any]) -> str | None:
     return category.get("name") or next(iter(category.get("synonyms") or ()), None)
 
 
-def _check_categories(categories: list[dict], json_file: str) -> set[int]:
+def check_categories(categories: list[dict], json_file: str) -> set[int]:
+    """Checks ids and names of the categories of a file, and returns the ids.
+
+    Raises:
+        ValueError: naming the file and the id.
+    """
     if not categories:
         raise ValueError(f"{json_file}: 'categories' is empty; at least one class is needed")
     ids = _unique_ids(categories, "categories", json_file, integer=True)
@@ -231,11 +236,14 @@ def check_categories_match(train_names: Sequence[str], test_names: Sequence[str]
             )
 
 
-def check_masks(dataset_dicts: list[dict], name: str, mask_format: str = "polygon") -> None:
+def check_masks(
+    dataset_dicts: list[dict], name: str, mask_format: str = "polygon", boxes_too: bool = False
+) -> None:
     """Check that every object that is trained on has a mask, in the format that is configured.
 
     Detectron2 takes the first object's word for all objects of a picture and fails in the middle of
-    training. Call this where MODEL.MASK_ON is set; ``mask_format`` is INPUT.MASK_FORMAT.
+    training. Call this where MODEL.MASK_ON is set; ``mask_format`` is INPUT.MASK_FORMAT;
+    ``boxes_too`` allows objects without a mask, which train the box head only.
 
     Raises:
         ValueError: naming the data set, a picture and what to set.
@@ -243,10 +251,10 @@ def check_masks(dataset_dicts: list[dict], name: str, mask_format: str = "polygo
     bare, encoded = [], []
     for record in dataset_dicts:
         objects = [o for o in record.get("annotations", ()) if not o.get("iscrowd", 0)]
-        if any("segmentation" not in o for o in objects):
+        if not boxes_too and any("segmentation" not in o for o in objects):
             bare.append(record["file_name"])
         elif mask_format == "polygon" and any(
-            not isinstance(o["segmentation"], list) for o in objects
+            not isinstance(o.get("segmentation", []), list) for o in objects
         ):
             encoded.append(record["file_name"])
     if bare:

@@ -20,17 +20,21 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from ..data.samplers import ClassAwareTrainingSampler
+from ..data.mapper import BalancedMapper
+from ..data.samplers import ClassAwareTrainingSampler, weighted_repeat_factors
+from ..data.training_set import SOURCE, training_records
 from .errors import RunStopped
 from .pictures import KEY as BROKEN_KEY
 from .pictures import BrokenPictures, SeededPictures
 from .random_state import seeded
 
 # Samplers of this package, besides those that Detectron2 builds by name.
-SAMPLERS = {"ClassAwareTrainingSampler": ClassAwareTrainingSampler}
+WEIGHTED = "WeightedRepeatFactorTrainingSampler"
+SAMPLERS = ("ClassAwareTrainingSampler", WEIGHTED)
 TRAINING_SAMPLERS = (  # Detectron2 keeps no list of them
     "TrainingSampler",
     "RepeatFactorTrainingSampler",
@@ -175,11 +179,12 @@ def check_sampler(cfg: CfgNode) -> None:
             f"DATALOADER.SAMPLER_TRAIN: {name!r} is unknown; allowed: "
             f"{', '.join(TRAINING_SAMPLERS)}."
         )
-    if name == "RepeatFactorTrainingSampler" and not threshold > 0:
+    if name in ("RepeatFactorTrainingSampler", WEIGHTED) and not threshold > 0:
         raise ValueError(
             f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no picture; "
             "allowed is a frequency above 0, below which classes are repeated (LVIS: 0.001)."
         )
+    check_weights_of_sets(cfg)
     if cfg.DATALOADER.MAX_BROKEN_PICTURES < 0:
         raise ValueError(
             f"{BROKEN_KEY} is {cfg.DATALOADER.MAX_BROKEN_PICTURES}; allowed is a whole number of "
@@ -221,18 +226,54 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
     )
 
 
+def check_weights_of_sets(cfg: CfgNode) -> None:
+    """Checks DATASETS.TRAIN_REPEAT_FACTOR, the weights of training sets.
+
+    Raises:
+        ValueError: naming the entry and what is allowed.
+    """
+    weights = cfg.DATASETS.TRAIN_REPEAT_FACTOR
+    for entry in weights:
+        pair = isinstance(entry, list | tuple) and len(entry) == 2
+        known = pair and entry[0] in cfg.DATASETS.TRAIN
+        if not known or not isinstance(entry[1], int | float) or not entry[1] > 0:
+            raise ValueError(
+                f"DATASETS.TRAIN_REPEAT_FACTOR has the entry {entry!r}; allowed is [name, factor] "
+                f"with a factor above 0 and a name of DATASETS.TRAIN: "
+                f"{', '.join(cfg.DATASETS.TRAIN)}."
+            )
+    if weights and not cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted"):
+        names = ", ".join(n for n in TRAINING_SAMPLERS if n.startswith("Weighted"))
+        raise ValueError(
+            "DATASETS.TRAIN_REPEAT_FACTOR is set and DATALOADER.SAMPLER_TRAIN "
+            f"{cfg.DATALOADER.SAMPLER_TRAIN} would not use it; allowed with it: {names}."
+        )
+
+
 def _loader_parts(cfg: CfgNode) -> dict:
     """The arguments of Detectron2's loader, with a sampler of ours where the config names one."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+    name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
+    records = None  # Detectron2 loads them
+    if cfg.DATASETS.IGNORE_REGIONS or name == WEIGHTED:
+        records = training_records(cfg)
     if name not in SAMPLERS:
-        return build_detection_train_loader.from_config(cfg)
+        return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
     stock = cfg.clone()
     stock.defrost()
     stock.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
-    parts = build_detection_train_loader.from_config(stock)
-    if not isinstance(parts["dataset"], list):
+    parts = build_detection_train_loader.from_config(stock, mapper=mapper, dataset=records)
+    records = parts["dataset"]
+    if not isinstance(records, list):
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN {name} needs data sets that are lists of dicts; "
             "TrainingSampler works with others."
         )
-    return parts | {"sampler": SAMPLERS[name](parts["dataset"])}
+    if name != WEIGHTED:
+        return parts | {"sampler": ClassAwareTrainingSampler(records)}
+    factors = weighted_repeat_factors(
+        records,
+        [record[SOURCE] for record in records],
+        dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR),
+        cfg.DATALOADER.REPEAT_THRESHOLD,
+    )
+    return parts | {"sampler": RepeatFactorTrainingSampler(factors)}

@@ -30,6 +30,7 @@ def check_losses_are_used(cfg: CfgNode) -> None:
     """
     balance = cfg.MODEL.BALANCE
     check_rpn_losses_are_used(cfg)
+    check_regions_are_used(cfg)
     keys = ("CLS_LOSS", "BOX_LOSS", "REWEIGHT", "GUIDED_SCALE", "PRIOR_FILE", "CLASS_THRESHOLDS")
     wanted = [f"MODEL.BALANCE.{key}" for key in keys if balance[key]]
     if balance.BETA_DECAY.ENABLED:
@@ -82,4 +83,32 @@ def check_rpn_losses_are_used(cfg: CfgNode) -> None:
         raise ValueError(
             f"{', '.join(changed)} set losses of the RPN, but {name} would not use them: set "
             f"MODEL.PROPOSAL_GENERATOR.NAME {BALANCED_PROPOSAL_GENERATORS[name]}."
+        )
+
+
+def check_regions_are_used(cfg: CfgNode) -> None:
+    """Refuses ignore regions, and sets that have boxes without masks, in parts that ignore them.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    wanted = [k for k in ("IGNORE_REGIONS", "EXTERNAL") if cfg.DATASETS[k]]
+    if not wanted:
+        return
+    arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    keys = [("MODEL.META_ARCHITECTURE", arch.__name__, BALANCED_META_ARCHITECTURES)]
+    if issubclass(arch, GeneralizedRCNN):
+        keys += [
+            ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, BALANCED_ROI_HEADS),
+            (
+                "MODEL.PROPOSAL_GENERATOR.NAME",
+                cfg.MODEL.PROPOSAL_GENERATOR.NAME,
+                BALANCED_PROPOSAL_GENERATORS,
+            ),
+        ]
+    changes = [f"{key} {balanced[name]}" for key, name, balanced in keys if name in balanced]
+    if changes:
+        raise ValueError(
+            f"DATASETS.{wanted[0]} gives ignore regions or boxes without masks, which parts of the "
+            f"model do not know: set {' and '.join(changes)}."
         )

@@ -21,6 +21,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
 from ..data import check_categories_match, check_masks, check_num_classes, require_image_labels
 from ..data.coverage import classes_with_objects, log_left_out_negatives, log_unseen_classes
+from ..data.external import is_external
+from ..data.ignore_regions import region_files
 from ..data.pictures import check_picture_sizes
 from ..data.statistics import FROM_CHECKPOINT
 from ..data.validation import configured_num_classes
@@ -34,6 +36,7 @@ from .checkpoint import resumable_files
 from .ema import check_ema
 from .hooks import check_beta_decay
 from .names import closest
+from .norms import check_norms
 from .pretrained import check_weights_file
 from .scaling import check_reference_batch
 from .train_stream import check_sampler
@@ -69,6 +72,8 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
     check_test_augmentation(cfg)
     if not eval_only:
         check_sampler(cfg)
+        check_norms(cfg)
+        region_files(cfg)
     check_dataset_names(cfg, eval_only)
     if not eval_only:
         for check in (check_reference_batch, check_ema, check_validation_loss, check_best):
@@ -230,11 +235,13 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         log_left_out_negatives(dataset_dicts, name)
     loss = cfg.MODEL.BALANCE.CLS_LOSS
-    if loss and cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False):
+    external = is_external(name)  # whose labels are lists that may be empty, and have a meaning
+    labels = cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False) if loss else False
+    if labels and not external:
         key = f"MODEL.BALANCE.{loss.upper()}.IMAGE_LABELS"
         require_image_labels(dataset_dicts, name, key)
     if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
-        check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT)
+        check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT, boxes_too=external)
 
 
 def load_dataset(name: str) -> Any:

@@ -24,6 +24,7 @@ from .build import (
 from .compatibility import check_pairing
 from .criterion import PositiveEMA, detection_losses
 from .foreground import load_prior, set_class_thresholds, set_sigmoid_prior
+from .ignore_regions import check_ioa, ignore_background, regions_of
 from .objects import classes_of_ids, ids_as_classes, number_objects
 
 
@@ -43,6 +44,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         "prior": load_prior(cfg),
         "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
         "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
+        "ignore_ioa": cfg.MODEL.BALANCE.IGNORE_IOA,
     }
 
 
@@ -66,6 +68,8 @@ class BalancedDense(nn.Module):
         prior: counts that set the start of the classifier; None: it stays as the head made it.
         class_thresholds: whether the counts also set a score threshold for each class at test.
         image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
+            share do not count, in (0, 1].
         **kwargs: as Detectron2's class.
 
     Raises:
@@ -88,9 +92,12 @@ class BalancedDense(nn.Module):
         prior: ForegroundPrior | None = None,
         class_thresholds: bool = False,
         image_labels: ImageLabels | None = None,
+        ignore_ioa: float = 0.5,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
         self.cls_loss = cls_loss or self.default_cls_loss()
         self.box_loss = box_loss or self.default_box_loss()
         self.reweighters = reweighters or nn.ModuleList()
@@ -126,8 +133,10 @@ class BalancedDense(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         images = super().preprocess_image(batched_inputs)
-        if self.training and self.image_labels is not None:
-            images.listed = self.image_labels.listed(batched_inputs, self.device)
+        if self.training:
+            images.ignore_boxes = regions_of(batched_inputs, self.device)
+            if self.image_labels is not None:
+                images.listed = self.image_labels.listed(batched_inputs, self.device)
         return images
 
     def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
@@ -145,9 +154,14 @@ class BalancedDense(nn.Module):
 
     @torch.no_grad()
     def match_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
+        self,
+        anchors: list[Boxes],
+        gt_instances: list[Instances],
+        regions: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Labels, matched boxes and the matched object's id of every anchor.
+
+        Background anchors inside one of the (M, 4) ignore regions of their picture get label -1.
 
         Returns:
             N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
@@ -155,6 +169,9 @@ class BalancedDense(nn.Module):
         number_objects(gt_instances)
         found, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
         labels, index = classes_of_ids(torch.stack(found), gt_instances, self.num_classes)
+        if regions is not None:
+            every = Boxes.cat(anchors)
+            labels = ignore_background(labels, every, regions, self.num_classes, self.ignore_ioa)
         return list(labels), boxes, index
 
     def matched_samples(
@@ -164,7 +181,7 @@ class BalancedDense(nn.Module):
         pred_logits: list[Tensor],
         pred_deltas: list[Tensor],
         gt_instances: list[Instances],
-    ) -> Samples:
+    ) -> tuple[Samples, Tensor]:
         """Matches the objects of a batch to the anchors; the rows with their ids and image labels.
 
         Args:
@@ -173,11 +190,21 @@ class BalancedDense(nn.Module):
             pred_logits: per level (N, A_l, K).
             pred_deltas: per level (N, A_l, 4).
             gt_instances: N sets of objects.
+
+        Returns:
+            Samples, and (N, A) bool: the anchors that are its positives.
         """
         anchors = self.anchor_generator(features)
-        labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances)
+        regions = getattr(images, "ignore_boxes", None)
+        labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances, regions)
         listed = getattr(images, "listed", None)
-        return self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, listed)
+        rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, listed)
+        return rows, self.positives(labels)
+
+    def positives(self, gt_labels: list[Tensor]) -> Tensor:
+        """(N, A) bool of N label vectors (A,) in {-1, 0, ..., K}."""
+        labels = torch.stack(gt_labels)
+        return (labels >= 0) & (labels != self.num_classes)
 
     def samples(
         self,
@@ -204,8 +231,7 @@ class BalancedDense(nn.Module):
             Samples with R = the anchors that are not ignored, image by image.
         """
         labels = torch.stack(gt_labels)  # (N, A)
-        valid = labels >= 0
-        positive = valid & (labels != self.num_classes)
+        valid, positive = labels >= 0, self.positives(gt_labels)
         images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
         level = torch.cat([labels.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
         boxes = Boxes.cat(anchors).tensor  # (A, 4)

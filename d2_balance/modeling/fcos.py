@@ -46,8 +46,9 @@ class BalancedFCOS(BalancedDense, FCOS):
     deltas see the raw predictions; decoding cuts them at 0, and losses on boxes have no gradient
     below that.
 
-    The losses see every anchor point: FCOS ignores none. The centerness is trained as Detectron2
-    does, under every loss; at test the score is the root of class score times centerness.
+    The losses see every anchor point but background in ignore regions: FCOS itself ignores none.
+    The centerness is trained as Detectron2 does, under every loss; at test the score is the root of
+    class score times centerness.
 
     The arguments are those of `BalancedDense`, and of Detectron2's FCOS.
     """
@@ -117,30 +118,31 @@ class BalancedFCOS(BalancedDense, FCOS):
         logits, deltas, centerness = self._transpose_dense_predictions(
             predictions, [self.num_classes, 4, 1]
         )
-        samples = self.matched_samples(images, features, logits, deltas, gt_instances)
-        return self.losses_with_centerness(samples, centerness)
+        samples, positive = self.matched_samples(images, features, logits, deltas, gt_instances)
+        return self.losses_with_centerness(samples, centerness, positive)
 
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ):
         """As Detectron2's FCOS; without object ids and image-level labels."""
         samples = self.samples(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        return self.losses_with_centerness(samples, pred_centerness)
+        return self.losses_with_centerness(samples, pred_centerness, self.positives(gt_labels))
 
     def losses_with_centerness(
-        self, samples: Samples, centerness: list[Tensor]
+        self, samples: Samples, centerness: list[Tensor], positive: Tensor
     ) -> dict[str, Tensor]:
         """The losses of a batch under Detectron2's names.
 
         Args:
-            samples: all anchor points of the batch, image by image.
+            samples: anchor points of the batch that are not ignored, image by image.
             centerness: per level (N, A_l, 1) logits.
+            positive: (N, A) bool, the anchor points that are the positives of `samples`.
 
         Returns:
             "loss_fcos_cls", "loss_fcos_loc" and "loss_fcos_ctr", 0-d tensors with gradient.
         """
         losses = self.sample_losses(samples)
-        logits = torch.cat(centerness, dim=1).flatten()[samples.pos]  # no row was dropped
+        logits = torch.cat(centerness, dim=1).squeeze(2)[positive]  # (P,)
         target = centerness_targets(samples.target_deltas)
         logits = logits.to(target.dtype)  # half precision is raised
         total = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")

@@ -14,6 +14,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ..data.mapper import MASKED
 from ..losses.samples import paired_iou
 from ..reweight import Candidates, Selector
 
@@ -119,10 +120,16 @@ class ProposalSelection:
         return found
 
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
-        return super()._forward_mask(features, self._capped(instances))
+        return super()._forward_mask(features, self._capped(self._masked(instances)))
 
     def _forward_keypoint(self, features: dict[str, Tensor], instances: list[Instances]):
         return super()._forward_keypoint(features, self._capped(instances))
+
+    def _masked(self, instances: list[Instances]) -> list[Instances]:
+        """Those that were matched with an object that has a mask, where some have none."""
+        if not self.training:
+            return instances
+        return [one[one.get(MASKED)] if one.has(MASKED) else one for one in instances]
 
     def _capped(self, instances: list[Instances]) -> list[Instances]:
         """At most `masks_per_image` random positives of each picture; background is dropped."""

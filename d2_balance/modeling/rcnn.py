@@ -1,4 +1,4 @@
-"""GeneralizedRCNN that hands LVIS image-level labels to its RoI heads."""
+"""GeneralizedRCNN that hands LVIS image-level labels and ignore regions to its heads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from detectron2.structures import ImageList
 
 from ..data.image_labels import ImageLabels
 from .feature_memory import build_memories
+from .ignore_regions import regions_of
 
 
 @META_ARCH_REGISTRY.register()
 class BalancedRCNN(GeneralizedRCNN):
-    """GeneralizedRCNN; the labels ride on the ImageList that the RoI heads receive.
+    """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
 
     Args:
         image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
@@ -34,6 +35,8 @@ class BalancedRCNN(GeneralizedRCNN):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         images = super().preprocess_image(batched_inputs)
-        if self.training and self.image_labels is not None:
-            images.listed = self.image_labels.listed(batched_inputs, self.device)
+        if self.training:
+            images.ignore_boxes = regions_of(batched_inputs, self.device)
+            if self.image_labels is not None:
+                images.listed = self.image_labels.listed(batched_inputs, self.device)
         return images

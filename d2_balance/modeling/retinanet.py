@@ -44,7 +44,7 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
-        samples = self.matched_samples(images, features, logits, deltas, gt_instances)
+        samples, _ = self.matched_samples(images, features, logits, deltas, gt_instances)
         return self.sample_losses(samples)
 
     def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ..reweight import Selector
 from .build import build_selector
 from .compatibility import check_pairing
 from .fast_rcnn import BalancedFastRCNNOutputLayers
+from .ignore_regions import check_ioa, without_covered_background
 from .objects import classes_of_ids, ids_as_classes, number_objects
 from .proposal_selection import ProposalSelection
 
@@ -35,6 +37,8 @@ class BalancedROIHeads(ProposalSelection):
         selector: chooses the proposals that train; None: Detectron2's random drawing.
         sample_proposals: False: all proposals train that are not ignored (sampling-free).
         masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        ignore_ioa: background proposals of which a region of `images.ignore_boxes` holds that
+            share do not count, in any stage; in (0, 1].
         **kwargs: as Detectron2's class.
 
     Raises:
@@ -48,9 +52,13 @@ class BalancedROIHeads(ProposalSelection):
         selector: Selector | None = None,
         sample_proposals: bool = True,
         masks_per_image: int = 128,
+        ignore_ioa: float = 0.5,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
+        self._regions: list[Tensor] | None = None  # of the batch
         self.selector = selector
         self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
         self._features: list[Tensor] = []  # of the batch, for the mining pass
@@ -69,17 +77,34 @@ class BalancedROIHeads(ProposalSelection):
         ret["selector"] = build_selector(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         ret["sample_proposals"] = cfg.MODEL.BALANCE.SAMPLE_PROPOSALS
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
+        ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         return ret
 
     def forward(self, images, features, proposals, targets=None) -> Any:
         if targets is not None:
             number_objects(targets)
         self._features = [features[f] for f in self.box_in_features]
+        self._regions = getattr(images, "ignore_boxes", None)
         with self._listed(getattr(images, "listed", None)):
             try:
                 return super().forward(images, features, proposals, targets)
             finally:
-                self._features = []
+                self._features, self._regions = [], None
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """As Detectron2's; background inside an ignore region is not there to be chosen."""
+        proposals = self._outside(proposals, targets, self.proposal_matcher)
+        return super().label_and_sample_proposals(proposals, targets)
+
+    def _outside(
+        self, proposals: list[Instances], targets: list[Instances], matcher: Matcher
+    ) -> list[Instances]:
+        return without_covered_background(
+            proposals, targets, self._regions, matcher, self.ignore_ioa
+        )
 
     def _output_layers(self) -> list[BalancedFastRCNNOutputLayers]:
         predictor = self.box_predictor
@@ -157,6 +182,7 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
         if mines:
             sizes = [p.image_size for p in proposals]
             proposals = self._create_proposals_from_boxes(self._refined, sizes)
+        proposals = self._outside(proposals, targets, self.proposal_matchers[stage])
         marked = ids_as_classes(targets, self.num_classes)
         proposals = super()._match_and_label_boxes(proposals, stage, marked)
         for proposal in proposals:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..data.prior import RPN as PART
@@ -24,6 +24,7 @@ from .build import build_box_loss, build_cls_loss, build_guided, stock_box_loss
 from .compatibility import check_pairing
 from .criterion import Normalizer, PositiveEMA, detection_losses
 from .foreground import load_prior, set_sigmoid_prior
+from .ignore_regions import check_ioa, ignore_background
 
 OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 for an object
 
@@ -68,6 +69,8 @@ class BalancedRPN(RPN):
             positives.
         prior_prob: start probability of an object, in (0, 1).
         prior: counted prior in place of `prior_prob`.
+        ignore_ioa: background anchors of which a region of `images.ignore_boxes` holds that share
+            do not count, in (0, 1].
         **kwargs: as Detectron2's RPN.
 
     Raises:
@@ -86,9 +89,13 @@ class BalancedRPN(RPN):
         sample: bool = True,
         prior_prob: float = 0.5,
         prior: ForegroundPrior | None = None,
+        ignore_ioa: float = 0.5,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
+        self._regions: list[Tensor] | None = None  # of the batch
         self.cls_loss = cls_loss or SigmoidCE()
         self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
         self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
@@ -124,10 +131,32 @@ class BalancedRPN(RPN):
         ret["sample"] = node.SAMPLE
         ret["prior_prob"] = node.PRIOR_PROB
         ret["prior"] = load_prior(cfg)
+        ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         return ret
 
+    def forward(self, images, features, gt_instances=None):
+        """As Detectron2's RPN; the regions of `images.ignore_boxes` are known meanwhile."""
+        self._regions = getattr(images, "ignore_boxes", None)
+        try:
+            return super().forward(images, features, gt_instances)
+        finally:
+            self._regions = None
+
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        return super()._subsample_labels(label) if self.sample else label
+        return label  # drawn below, once the regions are known
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As Detectron2's RPN; background anchors inside an ignore region are never drawn."""
+        labels, boxes = super().label_and_sample_anchors(anchors, gt_instances)
+        if self._regions is not None:
+            labels = ignore_background(
+                labels, Boxes.cat(anchors), self._regions, 0, self.ignore_ioa
+            )
+        draw = super()._subsample_labels
+        return [draw(label) if self.sample else label for label in labels], boxes
 
     def losses(
         self,

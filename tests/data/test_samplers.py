@@ -13,8 +13,9 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
 from d2_balance.data import ClassAwareTrainingSampler
-from d2_balance.data.samplers import images_by_class
+from d2_balance.data.samplers import images_by_class, weighted_repeat_factors
 from d2_balance.engine import TrainStream, build_train_stream
+from d2_balance.engine.train_stream import check_sampler
 from tests.conftest import small_cfg
 
 CLASS_AWARE, REPEAT = "ClassAwareTrainingSampler", "RepeatFactorTrainingSampler"
@@ -185,3 +186,56 @@ def test_repeat_factors_follow_the_paper_on_the_pictures_that_are_left(registere
     assert by_name.get(4, 1.0) == 1.0  # an empty picture that is kept comes once
     sampler = RepeatFactorTrainingSampler(factors, seed=0)
     assert max(take(sampler, 300)) == len(dicts) - 1
+
+
+def test_weighted_repeat_factors_count_classes_over_all_sets():
+    # 4 + 3 pictures; class 0 in 4 of 7, class 4 in 2, class 9 in 1; Detectron2 counts crowds too,
+    # so class 7 is in 1 and class 0 in 5. t = 0.5: r(0) = 1, r(4) = sqrt(0.5 * 7 / 2), and so on
+    sources = ["a"] * 4 + ["b"] * 3
+    found = weighted_repeat_factors(PICTURES, sources, {"b": 0.25}, 0.5)
+    common, rare = math.sqrt(0.5 * 7 / 2), math.sqrt(0.5 * 7)
+    expected = [1, 1, 1, common, 0.25, rare * 0.25, 0.25]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_the_stream_takes_weights_of_data_sets_on_top_of_repeat_factors(registered_sets):
+    cfg = small_cfg("faster")
+    cfg.DATASETS.TRAIN = registered_sets
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.DATALOADER.SAMPLER_TRAIN = "WeightedRepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 1e-6  # repeats nothing
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [[registered_sets[1], 3.0]]
+    cfg.DATALOADER.NUM_WORKERS, cfg.SEED = 0, 1
+    check_sampler(cfg)
+    stream = build_train_stream(cfg)
+    count = Counter(take(stream._sampler, 6 + 3 * 6))  # one epoch of 6 pictures once, 6 three times
+    assert [count[i] for i in range(12)] == [1] * 6 + [3] * 6
+
+
+@pytest.mark.parametrize(
+    ("factors", "sampler", "text"),
+    [
+        ([["c", 2.0]], "WeightedTrainingSampler", "entry .'c', 2.0.; allowed .* DATASETS.TRAIN: a"),
+        ([["a", 0]], "WeightedTrainingSampler", "a factor above 0"),
+        ([["a"]], "WeightedTrainingSampler", "allowed is .name, factor."),
+        ([["a", 2.0]], "TrainingSampler", "would not use it; allowed with it: Weighted"),
+    ],
+)
+def test_weights_that_cannot_work_are_refused(factors, sampler, text):
+    cfg = small_cfg("faster")
+    cfg.DATASETS.TRAIN = ("a",)
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = factors
+    with pytest.raises(ValueError, match=f"TRAIN_REPEAT_FACTOR.*{text}"):
+        check_sampler(cfg)
+
+
+@pytest.fixture
+def registered_sets():
+    """Names of two sets of the six pictures with an annotation that is no crowd, or without."""
+    names = ("weighted_of_test_a", "weighted_of_test_b")
+    for name in names:
+        DatasetCatalog.register(name, lambda: [dict(p) for p in PICTURES[:6]])
+    yield names
+    for name in names:
+        DatasetCatalog.pop(name)
