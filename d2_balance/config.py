@@ -47,8 +47,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     # least 1. TEST.AUG.ENABLED holds for --eval-only; evaluations while training are plain.
     cfg.TEST.AUG.IMS_PER_BATCH = 1
 
-    # Weights of training sets, entries [name, factor above 0], for the samplers whose names begin with
-    # Weighted; sets without one have 1.
+    # Weights of training sets, entries [name, factor above 0], for the samplers whose names begin
+    # with Weighted; sets without one have 1.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
     # Files of objects that a training set leaves out: entries [data set, COCO-style JSON] or
