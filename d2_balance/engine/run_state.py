@@ -86,7 +86,7 @@ class RunState(HookBase):
             "last_writes": {
                 type(writer).__name__: writer._last_write
                 for writer in self._writers()
-                if hasattr(writer, "_last_write")
+                if _counts_iterations(writer)
             },
         }
 
@@ -142,7 +142,7 @@ class RunState(HookBase):
                 os.truncate(path, size)
                 logger.info(f"{path}: what follows iteration {self.trainer.iter - 1} is taken back")
         for writer in self._writers():
-            if hasattr(writer, "_last_write"):
+            if _counts_iterations(writer):
                 last = self._resumed["last_writes"].get(type(writer).__name__, -1)
                 writer._last_write = last
 
@@ -223,6 +223,11 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
         storage._history[name] = history
         storage._latest_scalars[name] = history._data[-1]
         storage._smoothing_hints[name] = saved["smoothing"]
+
+
+def _counts_iterations(writer: EventWriter) -> bool:
+    """Whether a writer knows the last iteration it wrote; the console's knows a time instead."""
+    return isinstance(getattr(writer, "_last_write", None), int)
 
 
 def _digest(value: Tensor) -> bytes:
