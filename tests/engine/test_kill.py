@@ -174,7 +174,7 @@ def config(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_five_kills_leave_no_trace(config, tmp_path, ranks):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(ranks, whole, config) == [0] * ranks

@@ -113,13 +113,13 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     root = str(folder / "mini_lvis")
     mini_lvis._build(root, {"train": 16, "val": 4})
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         mp.spawn(train_all, (ranks, root, str(folder)), nprocs=ranks)
-    return {(k, r): torch.load(folder / f"{k}_{r}.pth") for k in (1, 2) for r in range(k)}
+    return {(k, r): torch.load(folder / f"{k}_{r}.pth") for k in (1, 2, 4) for r in range(k)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_ranks_end_with_the_weights_of_one_process_on_the_joined_batch(results, name, ranks):
     expected, found = results[1, 0][name]["state"], results[ranks, 0][name]["state"]
@@ -133,7 +133,7 @@ def test_ranks_end_with_the_weights_of_one_process_on_the_joined_batch(results, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
 def test_all_buffers_are_identical_over_ranks(results, name, ranks):
     first = results[ranks, 0][name]["buffers"]
