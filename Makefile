@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 TORCH ?= torch torchvision
 DEMO_CONFIG ?= configs/quick_schedules/mask_rcnn_R_18_eql_mini_lvis_demo.yaml
 DEMO_OUTPUT ?= output/demo
+BENCH_OUTPUT ?= output/bench
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -23,7 +24,7 @@ CHECK_VERSION := import sys; v = sys.version_info[:2]; \
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test test-faults lint bench clean
+.PHONY: help setup demo test test-faults lint bench bench-long clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
@@ -31,7 +32,8 @@ help:
 	@echo "make test-faults   only the faults: full disk, broken files, killed processes"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
 	@echo "make lint    ruff check and ruff format --check"
-	@echo "make bench   run what is in benchmarks/"
+	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT)"
+	@echo "make bench-long    the benchmarks that train or evaluate for long"
 	@echo "make clean   remove $(VENV) and caches; output/ and datasets/ stay"
 
 setup: $(STAMP)
@@ -69,10 +71,26 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Tables and JSON of each lie in $(BENCH_OUTPUT); under 15 minutes on two idle cores.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	@for file in $(sort $(wildcard benchmarks/bm_*.py) benchmarks/classification_longtail.py); do \
-		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@mkdir -p $(BENCH_OUTPUT)
+	@run() { name=$$1; shift; echo "== benchmarks/bm_$$name.py"; \
+		$(BIN)/python benchmarks/bm_$$name.py "$$@" --json $(BENCH_OUTPUT)/$$name.json \
+		> $(BENCH_OUTPUT)/$$name.md || exit 1; cat $(BENCH_OUTPUT)/$$name.md; }; \
+	run losses --repeat 3 --plots $(BENCH_OUTPUT); \
+	run train --repeat 5 --size 192; \
+	run data --repeats 1
+
+# What trains or evaluates for long.
+bench-long: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@mkdir -p $(BENCH_OUTPUT)
+	$(BIN)/python benchmarks/bm_quick.py
+	$(BIN)/python benchmarks/bm_evaluation.py
+	$(BIN)/python benchmarks/bm_ensemble.py
+	$(BIN)/python benchmarks/classification_longtail.py
+	$(BIN)/python benchmarks/bm_methods.py $(BENCH_OUTPUT)/methods.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

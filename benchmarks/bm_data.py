@@ -2,10 +2,14 @@
 """Time of what is done with annotations, on a file of the size of LVIS v1 train made here.
 
     python benchmarks/bm_data.py [--images N] [--objects M] [--classes K] [--repeats R]
+                                 [--json FILE]
 
 The defaults have the size of LVIS v1 train: 100,000 pictures, 1.27 million objects with polygons,
 1,203 classes. Every measurement runs in a process of its own, so that none finds a warm heap; each
 is repeated and the fastest counts. `MEASUREMENTS` lists them: another one is a function and a line.
+
+An epoch of repeat-factor sampling is the factors of all pictures and the indices of one pass. Masks
+are those of image-level labels, for every picture once, in batches of 16.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from tqdm import tqdm
 from d2_balance.files import atomic_path
 
 WIDTH, HEIGHT = 640, 480
+LABELS = ("neg_category_ids", "not_exhaustive_category_ids")
+BATCH = 16  # pictures whose masks are made at once
 
 
 def make_file(path: Path, args: argparse.Namespace) -> None:
@@ -117,11 +123,90 @@ def moved_statistics(path: str) -> float:
         os.remove(link)
 
 
+def _records(path: str) -> list[dict]:
+    """The pictures of the file with what samplers and masks read of Detectron2's dicts."""
+    from d2_balance.data.json_files import read_json
+
+    data = read_json(path)
+    records = [
+        {"file_name": image["file_name"], "annotations": [], **{key: image[key] for key in LABELS}}
+        for image in data["images"]
+    ]
+    for annotation in data["annotations"]:
+        records[annotation["image_id"] - 1]["annotations"].append(
+            {"category_id": annotation["category_id"] - 1}
+        )
+    return records
+
+
+def _repeat_factors(records: list[dict]):  # -> Tensor; torch is imported where it is measured
+    from detectron2.data.samplers import RepeatFactorTrainingSampler
+
+    return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.001)
+
+
+def repeat_factors(path: str) -> float:
+    """Detectron2's factors, which the sampler's start needs once."""
+    records = _records(path)
+    start = time.perf_counter()
+    _repeat_factors(records)
+    return time.perf_counter() - start
+
+
+def repeat_factor_epoch(path: str) -> float:
+    """Indices of one epoch of repeat-factor sampling."""
+    from detectron2.data.samplers import RepeatFactorTrainingSampler
+
+    factors = _repeat_factors(_records(path))
+    indices = iter(RepeatFactorTrainingSampler(factors, seed=0))
+    start = time.perf_counter()
+    for _ in range(int(factors.sum())):
+        next(indices)
+    return time.perf_counter() - start
+
+
+def class_aware_epoch(path: str) -> float:
+    """Start of class-aware sampling, and as many indices as there are pictures."""
+    from d2_balance.data.samplers import ClassAwareTrainingSampler
+
+    records = _records(path)
+    start = time.perf_counter()
+    indices = iter(ClassAwareTrainingSampler(records, seed=0))
+    for _ in range(len(records)):
+        next(indices)
+    return time.perf_counter() - start
+
+
+def image_level_masks(path: str) -> float:
+    """Masks of all pictures from their image-level labels and objects."""
+    import torch
+    from detectron2.structures import Instances
+
+    from d2_balance.data.image_labels import ImageLabels
+
+    records = _records(path)
+    classes = 0
+    for record in records:
+        labels = [annotation["category_id"] for annotation in record["annotations"]]
+        classes = max(classes, *record["neg_category_ids"], *(label + 1 for label in labels))
+        record["instances"] = Instances((HEIGHT, WIDTH))
+        record["instances"].gt_classes = torch.tensor(labels, dtype=torch.int64)
+    labels = ImageLabels((), classes)
+    start = time.perf_counter()
+    for first in range(0, len(records), BATCH):
+        labels.listed(records[first : first + BATCH], "cpu")
+    return time.perf_counter() - start
+
+
 MEASUREMENTS: dict[str, Callable[[str], float]] = {
     "json.load": plain_load,
     "class statistics, first call": first_statistics,
     "class statistics, same file again": cached_statistics,
     "class statistics, file under another name": moved_statistics,
+    "repeat factors": repeat_factors,
+    "repeat-factor epoch": repeat_factor_epoch,
+    "class-aware epoch": class_aware_epoch,
+    "image-level masks": image_level_masks,
 }
 
 
@@ -144,6 +229,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--file", help="made there if it does not exist, and kept")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -163,8 +249,12 @@ def main() -> None:
         size = path.stat().st_size / 1e6
     base = seconds["json.load"]
     rows = [[name, f"{value:.3f}", f"{value / base:.3f}"] for name, value in seconds.items()]
-    print(f"{platform.machine()}, Python {platform.python_version()}, file of {size:.0f} MB")
+    machine = {"machine": platform.machine(), "python": platform.python_version(), "MB": size}
+    print(f"{machine['machine']}, Python {machine['python']}, file of {size:.0f} MB")
     print(tabulate(rows, ["what", "seconds", "times json.load"], tablefmt="github"))
+    if args.json:
+        with atomic_path(args.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"about": machine, "seconds": seconds}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -49,15 +49,27 @@ def seconds(run: Run) -> float:
 
 def in_turn(run: Run, plain: Run, repeat: int) -> tuple[float, float]:
     """Median seconds of both, which take turns so that other work on the machine meets both."""
-    run(), plain()
-    pairs = [(seconds(run), seconds(plain)) for _ in range(repeat)]
-    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    times = zip(*pairs(run, plain, repeat), strict=True)
+    ours, theirs = (statistics.median(each) for each in times)
     return ours, theirs
 
 
-def peak_memory(run: Run) -> int:
-    """Bytes that one call holds at most beyond what it started with; CPU tensors."""
-    run()
+def pairs(run: Run, plain: Run, repeat: int) -> list[tuple[float, float]]:
+    """Seconds of both, which take turns, after one call of each that does not count."""
+    run(), plain()
+    return [(seconds(run), seconds(plain)) for _ in range(repeat)]
+
+
+def peak_memory(run: Run, warm: bool = False) -> int:
+    """Bytes that one call holds at most beyond what it started with; warm: it has run before."""
+    if not warm:
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -69,9 +81,10 @@ def peak_memory(run: Run) -> int:
     return peak
 
 
-def waits(run: Run) -> dict[str, int]:
-    """How often one call runs each operation of `WAITS` that it runs at all."""
-    run()
+def waits(run: Run, warm: bool = False) -> dict[str, int]:
+    """How often one call runs each operation of `WAITS` that it runs at all; warm: as above."""
+    if not warm:
+        run()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     return {e.key: e.count for e in profiler.key_averages() if e.key in WAITS}
