@@ -7,8 +7,8 @@
 A step is forward, backward and SGD on pictures of noise, with a ResNet-18 and Detectron2's heads.
 Both models live in one process and take turns (A B A B), so that other work on the machine meets
 both. "more time" is the median over the pairs, and the two quartiles after it say what it is
-worth: a difference within them is noise. In the rows "stock" Detectron2's own
-model is compared with a second copy of itself, which shows the noise of the whole set-up.
+worth: a difference within them is noise. In the rows "stock" Detectron2's own model is compared
+with a second copy of itself, which shows the noise of the whole set-up.
 
 Memory is the peak of a step beyond what is held before it. Waits are operations that make the host
 of a GPU wait, counted by the profiler, beyond those of stock.

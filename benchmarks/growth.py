@@ -127,7 +127,7 @@ def draw(points: list[dict], folder: Path, machine: dict[str, object]) -> None:
         names = sorted({loss for kind, _, loss in found if kind == head} - {PLAIN})
         if not names:
             continue
-        figure, places = plt.subplots(1, 3, figsize=(15, 6), sharey=True, layout="constrained")
+        figure, places = plt.subplots(1, 3, figsize=(15, 7), sharey=True, layout="constrained")
         for place, axis in zip(places, plan, strict=True):
             for number, loss in enumerate([PLAIN, *names]):
                 sizes, times = found[head, axis, loss]
@@ -142,9 +142,10 @@ def draw(points: list[dict], folder: Path, machine: dict[str, object]) -> None:
             others = [f"{key} {shape[key]:,}" for key in "RKP" if key != axis]
             place.set(title=f"growth with {axis} ({', '.join(others)})", xlabel=axis)
             place.grid(True, which="major", alpha=0.3)
-            place.legend(fontsize=7.5, title="slope", title_fontsize=8, loc="upper left", ncols=2)
-            low, high = place.get_ylim()
-            place.set_ylim(low, high * 30)  # room for the legend
+            place.legend(
+                fontsize=8, title="slope", title_fontsize=8, ncols=3, borderaxespad=0,
+                loc="upper center", bbox_to_anchor=(0.5, -0.12),
+            )  # fmt: skip
         places[0].set_ylabel("forward and backward, ms")
         figure.suptitle(
             f"{head} heads: {machine['device']}, {machine['threads']} thread(s), "
