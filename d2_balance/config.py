@@ -121,8 +121,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Parts of parameter names, such as box_predictor.cls_score: all other parameters and their
     # batch norms are frozen (decoupled training); empty trains the whole model.
     _C.TRAIN_ONLY = []
-    # JSON file with class counts (ClassStatistics.save); "" counts on DATASETS.TRAIN;
-    # "checkpoint" takes them from the loaded weights, for inference only.
+    # JSON file with class counts (ClassStatistics.save), also below $DETECTRON2_DATASETS; "" counts
+    # on DATASETS.TRAIN; "checkpoint" takes them from the loaded weights, for inference only.
     _C.CLASS_STATISTICS = ""
 
     # JSON file of `d2-balance prior`: classifiers start at the counted share of foreground in place

@@ -17,8 +17,11 @@ from d2_balance import cli
 from d2_balance.challenge import stages
 from d2_balance.challenge.datasets import keep_classes, split
 from d2_balance.challenge.recipe import Recipe
-from d2_balance.challenge.stages import check_config
+from d2_balance.challenge.training import check_config, read_training_config
+from d2_balance.data.class_map import load_class_map
+from d2_balance.data.metadata import target_categories
 from d2_balance.engine.lock import LOCK_FILE
+from d2_balance.engine.train_stream import check_weights_of_sets
 from tests.conftest import FASTER
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +150,36 @@ def recipe(**changes):
     content |= changes
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     return content
+
+
+def with_second_files(content, **changes):
+    """Ignore regions, an external set and counts for the second training, as in the real recipe."""
+    counts = [{"name": n, "image_count": 4, "instance_count": 5} for n in NAMES]
+    Path("counts.json").write_text(json.dumps({"num_images": 10, "classes": counts}))
+    found = annotations(201, 6)
+    for i in range(201, 207):
+        Image.new("RGB", (64, 64), (i, 40, 90)).save(f"pictures/{i}.jpg")
+    found["categories"] = [{"id": c["id"], "name": f"a {c['name']}"} for c in found["categories"]]
+    Path("more.json").write_text(json.dumps(found))
+    Path("map.yaml").write_text("a rare: rare\na often: often\n")
+    external = {"NAME": "more", "JSON": "more.json", "IMAGES": "pictures", "TARGET": "parts_rest"}
+    content["stages"][3]["train"] = ["parts_rest", "more"]
+    content["stages"][3]["overrides"] = {
+        "DATASETS": {
+            "IGNORE_REGIONS": [["parts_rest", changes.get("regions", "train.json")]],
+            "EXTERNAL": [external | {"CLASS_MAP": "map.yaml"} | changes.get("external", {})],
+            "TRAIN_REPEAT_FACTOR": [["more", 1.0]],
+        },
+        "DATALOADER": {"SAMPLER_TRAIN": "WeightedRepeatFactorTrainingSampler"},
+        "MODEL": {
+            "PROPOSAL_GENERATOR": {"NAME": "BalancedRPN"},
+            "BALANCE": {
+                "CLASS_STATISTICS": changes.get("counts", "counts.json"),
+                "CLS_LOSS": "EQL",
+            },
+        },
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
 
 
 def run(*arguments):
@@ -342,6 +375,30 @@ def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, valu
         assert not os.path.exists("out")
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"regions": "gone.json"},
+            r"IGNORE_REGIONS\[0\]: the annotation file 'gone.json' does not",
+        ),
+        ({"external": {"JSON": "gone.json"}}, r"EXTERNAL\[0\]: the annotation file 'gone.json'"),
+        ({"external": {"CLASS_MAP": "gone.yaml"}}, r"EXTERNAL\[0\]: the class map 'gone.yaml'"),
+        ({"external": {"TARGET": "parts"}}, r"EXTERNAL\[0\]: TARGET 'parts' is no data set of the"),
+        ({"external": {"NAME": "mor"}}, "the data set 'more' is neither registered"),
+        ({"counts": "gone.json"}, "CLASS_STATISTICS: the file 'gone.json' does not exist"),
+    ],
+)
+def test_second_files_are_looked_for_before_the_first_stage(
+    folder, fakes, capsys, changes, message
+):
+    with_second_files(recipe(), **changes)
+    assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
+    assert re.search(f"recipe.yaml: stage model: .*{message}", capsys.readouterr().err)
+    with_second_files(recipe())
+    assert run() == 0
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("configs/recipes/*.yaml")))
 def test_recipes_name_configs_and_keys_that_exist(name):
     found = Recipe.read(str(ROOT / "configs/recipes" / name))
@@ -349,6 +406,35 @@ def test_recipes_name_configs_and_keys_that_exist(name):
     assert len(texts) >= 2
     kinds = {stage.kind for stage in found.stages}
     assert {"train", "predict", "ensemble", "fit", "rescore"} <= kinds
+
+
+def test_the_recipe_of_2019_has_what_the_authors_describe():
+    found = Recipe.read(str(ROOT / "configs/recipes/lvis_v0.5_2019.yaml"))
+    stage = next(s for s in found.stages if s.name == "lvis_model")
+    cfg = read_training_config(stage, found)
+    node = cfg.MODEL.RESNETS
+    assert (node.DEPTH, node.NUM_GROUPS, node.WIDTH_PER_GROUP) == (101, 64, 4)
+    assert node.DEFORM_ON_PER_STAGE == [False, True, True, True] and node.NORM == "SyncBN"
+    assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL" and "RepeatFactor" in cfg.DATALOADER.SAMPLER_TRAIN
+    # what ignores regions, and trains boxes that have no mask
+    assert cfg.MODEL.PROPOSAL_GENERATOR.NAME == "BalancedRPN"
+    assert cfg.MODEL.ROI_HEADS.NAME == "BalancedStandardROIHeads"
+    (regions,), (external,) = cfg.DATASETS.IGNORE_REGIONS, cfg.DATASETS.EXTERNAL
+    assert regions[0] == external["TARGET"] == "lvis_rest"
+    assert list(cfg.DATASETS.TRAIN) == ["lvis_rest", external["NAME"]]
+    check_weights_of_sets(cfg)
+    # the class map fits both sides
+    files = {ROOT / regions[2]}
+    for other in found.stages:
+        for entry in other["inputs"] or []:
+            if entry.get("classes") == "coco_2017_val":
+                files.add((ROOT / "configs/recipes" / entry["map"]).resolve())
+    (file,) = files
+    classes = load_class_map(
+        str(file), target_categories("coco_2017_val"), target_categories("lvis_v0.5_train")
+    )
+    assert len(classes.matched) == 78 and classes.left_out == ["hot dog", "oven"]
+    assert ("tv", "television_set") in classes.matched
 
 
 # ---- derived data sets
@@ -396,7 +482,8 @@ def start(*arguments):
 def test_a_killed_run_goes_on_inside_a_training(folder):
     content = recipe()
     content["stages"][2]["overrides"]["SOLVER"] = {"MAX_ITER": 2}
-    content["stages"][3]["overrides"] = {"SOLVER": {"MAX_ITER": 40, "CHECKPOINT_PERIOD": 2}}
+    with_second_files(content)
+    content["stages"][3]["overrides"]["SOLVER"] = {"MAX_ITER": 40, "CHECKPOINT_PERIOD": 2}
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     process = start()
     checkpoint = folder / "out/model/run/last_checkpoint"
@@ -416,5 +503,6 @@ def test_a_killed_run_goes_on_inside_a_training(folder):
     log = (folder / "out/logs/model.log").read_text()
     resumed = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
     assert resumed[0] == 0 and 0 < resumed[1] < 40
+    assert "ignore regions from" in log and "2 classes of more are classes of parts_rest" in log
     assert contents("out/expert") == before
     assert "11 of 11 stages" in (folder / "out/report.md").read_text()

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     from .recipe import Recipe
     from .runner import Runner
-    from .stages import StageError, check_config
+    from .stages import StageError
+    from .training import check_config
 
     try:
         recipe = Recipe.read(args.recipe)

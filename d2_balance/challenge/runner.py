@@ -21,7 +21,8 @@ from ..files import atomic_path
 from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
-from .stages import StageError, Work, add_sets, check_config, outputs_of, run_stage
+from .stages import StageError, Work, add_sets, outputs_of, run_stage
+from .training import check_config, check_second_files
 
 DONE = "done.json"
 
@@ -138,9 +139,15 @@ class Runner:
 
     def _check_names(self) -> None:
         made = {name for stage in self.recipe.stages for name in sets_of(stage)}
+
+        def known(name: str) -> bool:
+            return name in made or name in self.datasets
+
         for stage in self.recipe.stages:
+            trains = stage.kind == "train"
+            external = check_second_files(stage, self.recipe, known) if trains else ()
             for name in datasets_in(stage):
-                if name not in made and name not in self.datasets:
+                if not known(name) and name not in external:
                     raise ValueError(
                         f"{self.recipe.path}: stage {stage.name}: the data set {name!r} is neither "
                         "registered, nor in 'datasets', nor made by a stage before"

@@ -24,6 +24,7 @@ from ..files import atomic_path
 from ..rescore import apply_factors, fit_factors
 from .datasets import DataSets, keep_classes, pictures_of, split, write_json
 from .recipe import Recipe, Stage, sets_of
+from .training import copy_node, training_config
 
 PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
 WEIGHTS = os.path.join("run", "model_final.pth")
@@ -120,46 +121,11 @@ def _train(work: Work) -> None:
     _train_net(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
 
 
-def training_config(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """The configuration of a train stage: its YAML, overrides and data sets."""
-    from ..engine import read_config
-
-    base = os.path.join(recipe.folder, stage["config"])
-    own = [list(e) if not isinstance(e, dict) else e for e in read_config(base).DATASETS.REGISTER]
-    config = {"_BASE_": os.path.abspath(base)} | _copy(stage["overrides"] or {})
-    config["DATASETS"] = dict(config.get("DATASETS", {})) | {
-        "TRAIN": list(stage["train"]),
-        "TEST": list(stage["test"] or []),
-        "REGISTER": own,
-    }
-    return config
-
-
-def check_config(stage: Stage, recipe: Recipe) -> str:
-    """The full config of a train stage as text.
-
-    Raises:
-        ValueError: its YAML cannot be read, or has keys or types that do not exist.
-    """
-    from detectron2.config import CfgNode
-
-    from ..engine import read_config
-
-    config = training_config(stage, recipe)
-    cfg = read_config(config.pop("_BASE_"))
-    try:
-        cfg.merge_from_other_cfg(CfgNode(config))
-    except (KeyError, ValueError, AssertionError) as error:
-        text = f"{recipe.path}: stage {stage.name}: overrides: {error.args[0]}"
-        raise ValueError(text) from error
-    return cfg.dump()
-
-
 def _predict(work: Work) -> None:
     stage, folder = work.stage, work.folders[work.stage["model"]]
     with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
         config = yaml.safe_load(file)
-    config = _merged(config, _copy(stage["overrides"] or {}))
+    config = _merged(config, copy_node(stage["overrides"] or {}))
     name, entries = stage["dataset"], work.datasets.entries()
     if stage["classes"]:
         root = work.datasets.folder(name)
@@ -297,10 +263,6 @@ def _register(config: dict[str, Any], entries: list[list[str]]) -> None:
     taken = {entry[0] for entry in entries}
     own = [e for e in config["DATASETS"]["REGISTER"] if _name_of(e) not in taken]
     config["DATASETS"]["REGISTER"] = own + entries
-
-
-def _copy(node: Any) -> Any:
-    return {k: _copy(v) for k, v in node.items()} if isinstance(node, Mapping) else node
 
 
 def _name_of(entry: Any) -> str:

@@ -36,6 +36,31 @@ NEGATIVE, NOT_EXHAUSTIVE = IMAGE_LABEL_KEYS
 logger = logging.getLogger(__name__)
 
 
+def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of DATASETS.EXTERNAL, each with its place for messages.
+
+    Raises:
+        ValueError: naming the entry, if it has another form, or a file or folder does not exist.
+    """
+    entries = cfg.DATASETS.EXTERNAL
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"{KEY} must be a list of {_FORM}, not {entries!r}")
+    found = []
+    for number, entry in enumerate(entries):
+        key = f"{KEY}[{number}]"
+        allowed = {*_TEXTS, "CLASS_MAP", "EXHAUSTIVE"}
+        if not isinstance(entry, dict) or not {*_TEXTS} <= set(entry) <= allowed:
+            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+        texts = [entry[field] for field in _TEXTS] + [entry.get("CLASS_MAP", "")]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(
+            entry.get("EXHAUSTIVE", False), bool
+        ):
+            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+        _find(entry["JSON"], entry["IMAGES"], entry.get("CLASS_MAP", ""), key)
+        found.append((key, entry))
+    return found
+
+
 def register_external_from_config(cfg: CfgNode) -> list[str]:
     """Registers every entry of DATASETS.EXTERNAL; equal entries may be registered again.
 
@@ -46,20 +71,10 @@ def register_external_from_config(cfg: CfgNode) -> list[str]:
         ValueError: naming the entry, if it has another form, if a file or folder does not exist, if
             the target is unknown, or if the name belongs to another data set.
     """
-    entries = cfg.DATASETS.EXTERNAL
-    if not isinstance(entries, list | tuple):
-        raise ValueError(f"{KEY} must be a list of {_FORM}, not {entries!r}")
     names = []
-    for number, entry in enumerate(entries):
-        key = f"{KEY}[{number}]"
-        allowed = {*_TEXTS, "CLASS_MAP", "EXHAUSTIVE"}
-        if not isinstance(entry, dict) or not {*_TEXTS} <= set(entry) <= allowed:
-            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+    for key, entry in external_entries(cfg):
         texts = [entry[field] for field in _TEXTS] + [entry.get("CLASS_MAP", "")]
-        exhaustive = entry.get("EXHAUSTIVE", False)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(exhaustive, bool):
-            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
-        register_external(*texts, exhaustive=exhaustive, key=key)
+        register_external(*texts, exhaustive=entry.get("EXHAUSTIVE", False), key=key)
         names.append(entry["NAME"])
     return names
 
@@ -89,10 +104,7 @@ def register_external(
     Raises:
         ValueError: see `register_external_from_config`.
     """
-    json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
-    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
-    if class_map:
-        class_map = resolve_path(class_map, PathManager.isfile, f"{key}: the class map")
+    json_file, image_root, class_map = _find(json_file, image_root, class_map, key)
     if target not in DatasetCatalog or target == name:
         raise ValueError(
             f"{key}: TARGET {target!r} is not a registered data set with other pictures; allowed "
@@ -105,6 +117,15 @@ def register_external(
         raise ValueError(f"{key}: the name {name!r} is taken by another data set; choose another")
     DatasetCatalog.register(name, functools.partial(load_external, *arguments))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
+
+
+def _find(json_file: str, image_root: str, class_map: str, key: str) -> tuple[str, str, str]:
+    """The three places as `resolve_path` finds them; "" stays."""
+    json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
+    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
+    if class_map:
+        class_map = resolve_path(class_map, PathManager.isfile, f"{key}: the class map")
+    return json_file, image_root, class_map
 
 
 def is_external(name: str) -> bool:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..files import atomic_path
 from .file_counts import file_counts
 from .groups import GROUPS, LVIS_CUTS, groups_from_counts
 from .json_files import read_json
-from .register import registered_file
+from .register import registered_file, resolve_path
 from .validation import (
     check_class_count,
     check_num_classes,
@@ -29,7 +30,20 @@ from .validation import (
 )
 
 FROM_CHECKPOINT = "checkpoint"
+_KEY = "MODEL.BALANCE.CLASS_STATISTICS"
 _GIVE = "give MODEL.BALANCE.CLASS_STATISTICS (a file written by ClassStatistics.save) or the data"
+
+
+def statistics_file(cfg: CfgNode) -> str:
+    """The file that MODEL.BALANCE.CLASS_STATISTICS names, "" where it names none.
+
+    Raises:
+        ValueError: there is none, neither there nor below $DETECTRON2_DATASETS.
+    """
+    path = cfg.MODEL.BALANCE.CLASS_STATISTICS
+    if path in ("", FROM_CHECKPOINT):
+        return ""
+    return resolve_path(path, PathManager.isfile, f"{_KEY}: the file")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +154,11 @@ class ClassStatistics:
         Raises:
             ValueError: if the number of classes is not the model's, or if the data cannot be read.
         """
-        path = cfg.MODEL.BALANCE.CLASS_STATISTICS
-        if path not in ("", FROM_CHECKPOINT):
+        if path := statistics_file(cfg):
             statistics = cls.load(path)
             if statistics.num_classes != configured_num_classes(cfg):
                 raise ValueError(
-                    f"MODEL.BALANCE.CLASS_STATISTICS: {path} has {statistics.num_classes} classes, "
+                    f"{_KEY}: {path} has {statistics.num_classes} classes, "
                     f"but {num_classes_key(cfg)} is {configured_num_classes(cfg)}; they must agree"
                 )
             return statistics

@@ -25,6 +25,7 @@ EXPERT = {  # class ids of its own, and a class that the target does not have
     "categories": [{"id": 7, "name": "Class_2"}, {"id": 8, "name": "zebra"}],
     "annotations": [],
 }
+OTHER = EXPERT | {"categories": [{"id": 11, "name": "class 1"}, {"id": 14, "name": "class 4"}]}
 
 
 def mask(x, y, w, h):
@@ -54,9 +55,10 @@ def merge(tmp_path):
     """Runs the command on lists of detections and returns the merged list, or the exit status."""
     (tmp_path / "truth.json").write_text(json.dumps(TRUTH))
     (tmp_path / "expert.json").write_text(json.dumps(EXPERT))
+    (tmp_path / "other.json").write_text(json.dumps(OTHER))
     calls = iter(range(99))
 
-    def run(*models, experts=(), options=(), fails=False):
+    def run(*models, experts=(), options=(), fails=False, files=("expert.json", "other.json")):
         call = next(calls)
         out = tmp_path / f"out{call}.json"
         arguments = []
@@ -66,7 +68,7 @@ def merge(tmp_path):
                 path.write_text(
                     detections if isinstance(detections, str) else json.dumps(detections)
                 )
-                more = ["--expert", path, tmp_path / "expert.json"] if kind else [path]
+                more = ["--expert", path, tmp_path / files[number]] if kind else [path]
                 arguments += more
         arguments += ["--dataset", tmp_path / "truth.json", "--output", out, *options]
         status = cli.main(["ensemble", *map(str, arguments)])
@@ -93,10 +95,30 @@ def test_a_model_with_itself_gives_itself(merge, method, times):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_models_of_different_classes_give_the_union(merge, method):
-    a, b = draw(1, classes=[1]), draw(2, classes=[4])
-    expert = [d | {"category_id": 7} for d in draw(3, classes=[2])]
-    merged = merge(a + b, experts=[expert], options=["--method", "nms"])
-    assert as_set(merged) == as_set(a + b + [d | {"category_id": 2} for d in expert])
+    a, b = draw(1, classes=[1, 4]), draw(3, classes=[2])
+    experts = [
+        [d | {"category_id": 7} for d in b],
+        [d | {"category_id": 10 + d["category_id"]} for d in a],
+    ]
+    merged = merge(experts=experts, options=["--method", method])
+    assert as_set(merged) == as_set(a + b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_overlaps_nothing_of_another_model_stays_and_wbf_counts_who_did_not_see_it(
+    merge, method
+):
+    a = draw(1, classes=[1, 2, 4])
+    b = [d | {"bbox": [70, 50, 5, 5], "segmentation": mask(70, 50, 5, 5)} for d in draw(2, 6)]
+    expert = [d | {"category_id": 7} for d in b]
+    merged = merge(a, experts=[expert], options=["--method", method])
+    # both know class 2, only the first the others
+    share = 2 if method == "wbf" else 1
+    expected = [
+        d | {"score": d["score"] / (share if d["category_id"] == 2 else 1)}
+        for d in a + [d | {"category_id": 2} for d in b]
+    ]
+    assert as_set(merged) == as_set(expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,86 @@
+"""Configurations of train stages, made and checked before the first stage runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .recipe import Recipe, Stage
+
+
+def training_config(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """The configuration of a train stage: its YAML, overrides and data sets."""
+    from ..engine import read_config
+
+    base = os.path.join(recipe.folder, stage["config"])
+    own = [list(e) if not isinstance(e, dict) else e for e in read_config(base).DATASETS.REGISTER]
+    config = {"_BASE_": os.path.abspath(base)} | copy_node(stage["overrides"] or {})
+    config["DATASETS"] = dict(config.get("DATASETS", {})) | {
+        "TRAIN": list(stage["train"]),
+        "TEST": list(stage["test"] or []),
+        "REGISTER": own,
+    }
+    return config
+
+
+def read_training_config(stage: Stage, recipe: Recipe) -> Any:
+    """The full config (CfgNode) of a train stage.
+
+    Raises:
+        ValueError: its YAML cannot be read, or has keys or types that do not exist.
+    """
+    from detectron2.config import CfgNode
+
+    from ..engine import read_config
+
+    config = training_config(stage, recipe)
+    cfg = read_config(config.pop("_BASE_"))
+    try:
+        cfg.merge_from_other_cfg(CfgNode(config))
+    except (KeyError, ValueError, AssertionError) as error:
+        text = f"{recipe.path}: stage {stage.name}: overrides: {error.args[0]}"
+        raise ValueError(text) from error
+    return cfg
+
+
+def check_config(stage: Stage, recipe: Recipe) -> str:
+    """`read_training_config` as text."""
+    return read_training_config(stage, recipe).dump()
+
+
+def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:
+    """Checks what DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_STATISTICS of a train stage name.
+
+    A stage may run for days before the one that needs the file.
+
+    Args:
+        stage, recipe: the stage.
+        known: whether a data set is registered, in the recipe, or made by a stage.
+
+    Returns:
+        Names of the external data sets, which the stage may train on.
+
+    Raises:
+        ValueError: naming recipe, stage and entry, if a file or a target set does not exist.
+    """
+    from ..data.external import external_entries
+    from ..data.ignore_regions import region_files
+    from ..data.statistics import statistics_file
+
+    cfg = read_training_config(stage, recipe)
+    try:
+        region_files(cfg)
+        statistics_file(cfg)
+        entries = external_entries(cfg)
+        for key, entry in entries:
+            if not known(entry["TARGET"]):
+                raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no data set of the recipe")
+    except ValueError as error:
+        raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
+    return [entry["NAME"] for _, entry in entries]
+
+
+def copy_node(node: Any) -> Any:
+    """A copy of nested mappings as dicts."""
+    return {k: copy_node(v) for k, v in node.items()} if isinstance(node, Mapping) else node
