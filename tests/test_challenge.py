@@ -170,7 +170,10 @@ def with_second_files(content, **changes):
             "EXTERNAL": [external | {"CLASS_MAP": "map.yaml"} | changes.get("external", {})],
             "TRAIN_REPEAT_FACTOR": [["more", 1.0]],
         },
-        "DATALOADER": {"SAMPLER_TRAIN": "WeightedRepeatFactorTrainingSampler"},
+        "DATALOADER": {
+            "SAMPLER_TRAIN": "WeightedRepeatFactorTrainingSampler",
+            "REPEAT_THRESHOLD": 0.5,
+        },
         "MODEL": {
             "PROPOSAL_GENERATOR": {"NAME": "BalancedRPN"},
             "BALANCE": {
