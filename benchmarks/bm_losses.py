@@ -2,7 +2,7 @@
 """Forward and backward time of every loss, as a multiple of cross-entropy on the same logits.
 
     python benchmarks/bm_losses.py [--repeat N] [--only NAME ...] [--shapes PART ...]
-                                   [--json FILE] [--plots FOLDER]
+                                   [--json FILE] [--plots FOLDER] [--fresh-memory]
 
 Each loss is timed in turn with the plain loss, in one run, and the medians are compared, so that
 other work on the machine meets both. Dense heads are compared with
@@ -14,6 +14,9 @@ logits. ISR is the time of its weights alone over that of the loss that they wei
 fvcore's focal loss and, where mmdet 3.3 is installed (extra `bench`), mmdet's losses are timed in
 turn with ours. mmdet's package is not imported as a whole, which would need mmcv and its compiled
 part: `mmdet_losses.py` loads only its loss files, with stand-ins for what they import.
+
+Freed memory is kept for the next call (`measuring.keep_memory`); --fresh-memory leaves that to the
+C library, whose pages from the system can take longer than a loss.
 
 With --plots the growth of every loss with R, K and P is timed, fitted and drawn (`growth.py`).
 """
@@ -28,7 +31,7 @@ from pathlib import Path
 import growth
 import torch
 from loss_cases import isr_case, loss_cases, peers
-from measuring import about, in_turn, peak_memory, seconds
+from measuring import about, in_turn, keep_memory, peak_memory, seconds
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -45,7 +48,8 @@ def copy_seconds(rows: int, columns: int, repeat: int, device: str) -> float:
     """Copying float32 logits once."""
     source = torch.zeros(rows, columns, device=device)
     target = torch.ones_like(source)
-    return min(seconds(lambda: target.copy_(source)) for _ in range(repeat + 1))
+    target.copy_(source)
+    return min(seconds(lambda: target.copy_(source)) for _ in range(max(repeat, 10)))
 
 
 def measure(case: tuple[str, str, Callable, Callable], repeat: int, device: str) -> dict:
@@ -82,7 +86,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="PART", default=[""], help="parts of shapes")
     parser.add_argument("--plots", metavar="FOLDER", help="also measure and draw the growth")
     parser.add_argument("--scale", type=float, default=1.0, help="growth: factor of R and P (1)")
+    parser.add_argument("--fresh-memory", action="store_true", help="freed memory is not kept")
     args = parser.parse_args()
+    if not args.fresh_memory:
+        keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def wanted(shape: str, name: str) -> bool:
@@ -95,7 +102,7 @@ def main() -> None:
         rows.append(measure(isr_case(device), args.repeat, device))
     rows.sort(key=lambda row: row["shape"])
     others = measure_peers(wanted, args.repeat, device)
-    machine = about()
+    machine = about() | {"memory": "fresh" if args.fresh_memory else "kept"}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     for table in (rows, others):
         print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"), end="\n\n")

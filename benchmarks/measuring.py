@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 import statistics
 import time
@@ -15,6 +17,25 @@ Run = Callable[[], object]
 
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 """Operations that make a GPU's host wait, by the names that a profile on any device shows."""
+
+
+LEAST_SECONDS = 0.6
+"""Pairs are timed for at least this long: a median of a few short calls says little."""
+
+MOST_PAIRS = 60
+
+
+def keep_memory() -> None:
+    """Has the C library keep freed memory, as PyTorch does with a GPU's.
+
+    glibc gives tensors above 32 MB back at once, and at times smaller ones, so that the next call
+    gets pages that the system must fill with zeros first. That can take longer than a loss, and it
+    depends on what ran before.
+    """
+    # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD; another library has no such function, or ignores it
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, -1)
 
 
 def about() -> dict[str, object]:
@@ -55,9 +76,15 @@ def in_turn(run: Run, plain: Run, repeat: int) -> tuple[float, float]:
 
 
 def pairs(run: Run, plain: Run, repeat: int) -> list[tuple[float, float]]:
-    """Seconds of both, which take turns, after one call of each that does not count."""
+    """Seconds of both, which take turns, after one call of each that does not count.
+
+    At least `repeat` pairs, and more of short ones, up to `MOST_PAIRS` in `LEAST_SECONDS`.
+    """
     run(), plain()
-    return [(seconds(run), seconds(plain)) for _ in range(repeat)]
+    times: list[tuple[float, float]] = []
+    while len(times) < repeat or (len(times) < MOST_PAIRS and sum(map(sum, times)) < LEAST_SECONDS):
+        times.append((seconds(run), seconds(plain)))
+    return times
 
 
 def peak_memory(run: Run, warm: bool = False) -> int:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import CLS_LOSSES, ClassificationLoss, check
+from .entries import row_pieces, with_slope
 from .samples import Samples
 
 
@@ -79,22 +80,10 @@ def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Ten
     Returns:
         0-d tensor.
     """
-    loss = group_log_sum(logits, member) - logits.gather(1, target)  # (R, G + 1)
+    log_sum = logits.unsqueeze(1).masked_fill(~member, -torch.inf).logsumexp(dim=2)  # (R, G + 1)
     # masked_fill would hide the NaN of a row that is not used, but not its gradient
-    return ((loss * used).sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
-
-
-def group_log_sum(logits: Tensor, member: Tensor) -> Tensor:
-    """log sum exp over the columns of each group.
-
-    Args:
-        logits: (R, C).
-        member: (G, C) bool.
-
-    Returns:
-        (R, G).
-    """
-    return logits.unsqueeze(1).masked_fill(~member, -torch.inf).logsumexp(dim=2)
+    loss = (log_sum - logits.gather(1, target)) * used
+    return (loss.sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
 
 
 @CLS_LOSSES.register()
@@ -139,6 +128,21 @@ class BAGS(ClassificationLoss):
         self.register_buffer("instance_count", count)
         self.register_buffer("group", group)
         self.register_buffer("member", owner == torch.arange(self.num_groups + 1).unsqueeze(1))
+        self.register_buffer("order", torch.empty_like(owner), persistent=False)
+        self._arrange()
+        self.register_load_state_dict_post_hook(lambda module, _: module._arrange())
+
+    def _arrange(self) -> None:
+        """Takes down which columns each group has; groups come with a checkpoint, too."""
+        self.order.copy_(self.member.long().argmax(dim=0).argsort(stable=True))  # (C,)
+        self._sizes = self.member.sum(dim=1).tolist()
+
+    def _by_group(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """(R, C) logits with the columns of a group side by side, their (R, c) parts, which share
+        its memory, and (R, G + 1) log sum exp of each part."""
+        ordered = logits.index_select(1, self.order)
+        parts = ordered.split(self._sizes, dim=1)
+        return ordered, parts, torch.stack([part.logsumexp(dim=1) for part in parts], dim=1)
 
     def num_outputs(self, num_classes: int) -> int:
         return num_classes + self.num_groups + 2
@@ -147,10 +151,25 @@ class BAGS(ClassificationLoss):
         target = group_targets(samples.labels, self.group, self.num_groups)
         used = draw_rows(target[:, :-1] < samples.num_classes, self.beta)
         used = torch.cat([used, torch.ones_like(target[:, -1:], dtype=torch.bool)], dim=1)
-        return group_softmax_loss(samples.logits, target, self.member, used)
+        return with_slope(samples.logits, *self._value_and_slope(samples.logits, target, used))
+
+    @torch.no_grad()
+    def _value_and_slope(self, logits: Tensor, target: Tensor, used: Tensor) -> tuple:
+        """`group_softmax_loss` and its (R, C) derivative, in pieces that stay in the cache."""
+        share = used.to(logits.dtype) / used.sum(dim=0).clamp(min=1)  # (R, G + 1)
+        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        value, back = logits.new_zeros((), dtype=torch.float64), self.order.argsort()
+        for rows in row_pieces(logits):
+            ordered, parts, log_sum = self._by_group(logits[rows])
+            weights = share[rows].split(1, dim=1)
+            for part, total, weight in zip(parts, log_sum.split(1, dim=1), weights, strict=True):
+                part.sub_(total).exp_().mul_(weight)
+            torch.index_select(ordered, 1, back, out=slope[rows])
+            value += ((log_sum - logits[rows].gather(1, target[rows])) * share[rows]).sum()
+        return value.to(logits.dtype), slope.scatter_add_(1, target, -share)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        log_sum = group_log_sum(logits, self.member[:-1])  # (R, G)
+        _, _, log_sum = self._by_group(logits)
         classes = (logits[:, : len(self.group)] - log_sum[:, self.group]).exp()  # (R, K)
         objectness = logits[:, -2:].softmax(dim=1)  # (R, 2), object and background
         return torch.cat([classes * objectness[:, :1], objectness[:, 1:]], dim=1)

@@ -32,6 +32,11 @@ def row_pieces(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """(R, C) entries of a (T,) table; `index_select` of one dimension would use one thread."""
+    return table.expand(len(index), -1).gather(1, index.long())
+
+
 class Negative(Protocol):
     """How an entry counts that is not the object's class."""
 

@@ -21,7 +21,7 @@ from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss, check
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 from .density import EmaMode, GradientDensity, check_density, entry_bins, level_bins
 from .distributed import world_size
-from .entries import entry_total
+from .entries import entry_total, look_up
 from .samples import Samples
 
 
@@ -130,7 +130,7 @@ class GHMC(ClassificationLoss):
         weight = scales.flatten().reciprocal().to(samples.logits.dtype)  # (levels * M,)
 
         def of_entries(index: Tensor) -> Tensor:
-            return weight.index_select(0, index.flatten().int()).view(index.shape)
+            return look_up(weight, index)
 
         own_weight = of_entries(index.gather(1, samples.column))
         loss = entry_total(

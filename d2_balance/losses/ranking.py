@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .entries import row_pieces, with_slope
+from .entries import look_up, row_pieces, with_slope
 from .samples import Samples
 
 
@@ -51,16 +51,24 @@ class StepBuckets:
         Args:
             weights: (n,) float64; None: ones.
         """
-        count = self.centers.new_zeros(len(self.edges) + 1)
+        size = len(self.edges) + 1
+        found = pieces(self.values)
+        length = found[0].stop if found else 0
+        # most values lie in one bucket, and a sum waits for its last addition: neighbours, and
+        # threads, are added up in tables of their own
+        tables = 1 if self.values.is_cuda else 4
+        offset = torch.arange(length, device=self.values.device).remainder_(tables).mul_(size)
+        ones = self.centers.new_ones(length)
+        count = self.centers.new_zeros(len(by_thread(ones)), tables * size)
         total = torch.zeros_like(count)
-        for piece in pieces(self.values):
-            value, bucket = self.values[piece].double(), self.bucket[piece].long()
-            if weights is None:
-                count += torch.zeros_like(count).scatter_add_(0, bucket, torch.ones_like(value))
-            else:
-                count.scatter_add_(0, bucket, weights[piece])
-                value = value * weights[piece]
-            total.scatter_add_(0, bucket, value)
+        for piece in found:
+            value = self.values[piece].double()
+            bucket = by_thread(self.bucket[piece] + offset[: len(value)])
+            weight = ones[: len(value)] if weights is None else weights[piece]
+            value = value if weights is None else value * weight
+            count[: len(bucket)].scatter_add_(1, bucket, by_thread(weight))
+            total[: len(bucket)].scatter_add_(1, bucket, by_thread(value))
+        count, total = (x.view(-1, size).sum(dim=0) for x in (count, total))
         # sums over all values at or above the lower end of a bucket
         count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
         low, high = self._ends()
@@ -84,9 +92,9 @@ class StepBuckets:
         slopes, offsets = slopes.cumsum(0), offsets.cumsum(0)
         out = torch.empty_like(self.values)
         for piece in pieces(self.values):
-            bucket = self.bucket[piece]
-            at = offsets.index_select(0, bucket)
-            out[piece] = at.addcmul_(slopes.index_select(0, bucket), self.values[piece].double())
+            bucket = by_thread(self.bucket[piece]).long()
+            at, slope = look_up(offsets, bucket), look_up(slopes, bucket)
+            out[piece] = at.addcmul_(slope, by_thread(self.values[piece]).double()).view(-1)
         return out
 
     def _ends(self) -> tuple[Tensor, Tensor]:
@@ -98,6 +106,15 @@ class StepBuckets:
 def pieces(values: Tensor) -> list[slice]:
     """Slices of (n,) values; on a GPU one slice."""
     return row_pieces(values.unsqueeze(1))
+
+
+def by_thread(values: Tensor) -> Tensor:
+    """(n,) as (threads, n / threads) where that is whole, else as (1, n).
+
+    Adding up and looking up entries by index takes one thread for each row.
+    """
+    rows = 1 if values.is_cuda else torch.get_num_threads()
+    return values.view(rows if len(values) % rows == 0 else 1, -1)
 
 
 def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
@@ -129,7 +146,7 @@ def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
     table = at_edges.cumsum(0).int().masked_fill_(at_edges > 0, -1)  # -1: to be searched
     bucket = torch.empty_like(values, dtype=torch.int32)
     for piece in pieces(values):
-        found = table.index_select(0, cell(values[piece]))
+        found = look_up(table, by_thread(cell(values[piece]))).view(-1)
         unsure = (found < 0).nonzero().squeeze(1)
         wide = values[piece][unsure].double()
         found[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check
 from .samples import Samples
+from .softmax import softmax_losses
 
 
 def seesaw_ce_loss(
@@ -40,13 +41,20 @@ def seesaw_ce_loss(
     Returns:
         (R,).
     """
+    balanced = seesaw_logits(logits, labels, counts, p, q, eps)
+    return F.cross_entropy(balanced, labels, reduction="none")
+
+
+def seesaw_logits(
+    logits: Tensor, labels: Tensor, counts: Tensor, p: float, q: float, eps: float
+) -> Tensor:
+    """(R, K) z_j + log S_ij, whose softmax is that of the loss; arguments as `seesaw_ce_loss`."""
     own = labels.unsqueeze(1)  # (R, 1)
     log_count = counts.clamp(min=1).log().to(logits.dtype)
     fewer = (log_count - log_count[own]).clamp(max=0)  # (R, K)
     score = F.log_softmax(logits.detach(), dim=1)
     higher = (score - score.gather(1, own).clamp(min=math.log(eps))).clamp(min=0)
-    factor = (p * fewer + q * higher).scatter(1, own, 0.0)  # log S_ij, S_ii = 1
-    return F.cross_entropy(logits + factor, labels, reduction="none")
+    return logits + (p * fewer + q * higher).scatter(1, own, 0.0)  # S_ii = 1
 
 
 @CLS_LOSSES.register()
@@ -93,7 +101,11 @@ class Seesaw(ClassificationLoss):
         fg = samples.foreground
         classes, objectness = samples.logits[:, :-2], samples.logits[:, -2:]
         labels = samples.labels.clamp(max=samples.num_classes - 1)
-        loss = seesaw_ce_loss(classes, labels, self.counts, self.p, self.q, self.eps)
+
+        def balanced(logits: Tensor, rows: slice) -> Tensor:
+            return seesaw_logits(logits, labels[rows], self.counts, self.p, self.q, self.eps)
+
+        loss = softmax_losses(classes, labels, balanced)
         two_way = F.cross_entropy(objectness, (~fg).long(), reduction="none")
         return (
             loss * fg + two_way

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .base import CLS_LOSSES, ClassificationLoss, check
 from .eql import Threshold, checked_frequency, tail_weight
 from .samples import Samples
+from .softmax import softmax_losses
 
 
 def softmax_eql_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -71,9 +72,14 @@ class SoftmaxEQL(ClassificationLoss):
         self.register_buffer("class_frequency", frequency)
 
     def compute(self, samples: Samples) -> Tensor:
-        logits, onehot = samples.logits, samples.onehot
+        logits, pos = samples.logits, samples.pos
         tail = tail_weight(self.class_frequency, self.lambda_, self.threshold).to(logits.dtype)
-        dropped = torch.rand_like(onehot) < self.gamma
-        suppressed = dropped & (onehot == 0) & samples.foreground.unsqueeze(1)
-        weight = F.pad(1 - tail * suppressed, (0, logits.shape[1] - len(tail)), value=1.0)
-        return softmax_eql_loss(logits, samples.labels, weight)
+        log_weight = F.pad((-tail).log1p(), (0, logits.shape[1] - len(tail)))  # (C,)
+        dropped = torch.zeros_like(logits, dtype=torch.bool)  # (R, C)
+        drawn = torch.rand(len(pos), len(tail), device=logits.device) < self.gamma
+        dropped[pos, : len(tail)] = drawn.scatter_(1, samples.column[pos], False)
+
+        def weighted(logits: Tensor, rows: slice) -> Tensor:
+            return torch.where(dropped[rows], logits + log_weight, logits)
+
+        return softmax_losses(logits, samples.labels, weighted)

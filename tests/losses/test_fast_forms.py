@@ -7,16 +7,19 @@ import torch
 from torch.nn import functional as F
 
 from d2_balance.losses import CLS_LOSSES, Samples, entries
+from d2_balance.losses.bags import draw_rows, group_softmax_loss, group_targets
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
 from d2_balance.losses.density import count_bins
 from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.efl import equalized_focal_loss
-from d2_balance.losses.eql import eql_loss
+from d2_balance.losses.eql import eql_loss, tail_weight
 from d2_balance.losses.federated import federated_classes
 from d2_balance.losses.focal import focal_loss
 from d2_balance.losses.ghm import ghm_c_loss
 from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
+from d2_balance.losses.seesaw import seesaw_ce_loss
+from d2_balance.losses.softmax_eql import softmax_eql_loss
 
 from .test_contract import build, make
 
@@ -47,6 +50,28 @@ def plain_eqlv2(loss, s):
     return sigmoid_ce_loss(s.logits, target) * torch.where(target > 0, positive, negative)
 
 
+def plain_bags(loss, s):
+    target = group_targets(s.labels, loss.group, loss.num_groups)
+    used = draw_rows(target[:, :-1] < s.num_classes, loss.beta)
+    used = torch.cat([used, torch.ones_like(used[:, :1])], dim=1)
+    return group_softmax_loss(s.logits, target, loss.member, used)
+
+
+def plain_seesaw(loss, s):
+    own = s.labels.clamp(max=s.num_classes - 1)
+    classes = seesaw_ce_loss(s.logits[:, :-2], own, loss.counts, loss.p, loss.q, loss.eps)
+    objectness = F.cross_entropy(s.logits[:, -2:], (~s.foreground).long(), reduction="none")
+    return torch.where(s.foreground, classes, torch.zeros_like(classes)) + objectness
+
+
+def plain_softmax_eql(loss, s):
+    tail = tail_weight(loss.class_frequency, loss.lambda_, loss.threshold)
+    drawn = torch.zeros_like(s.onehot)
+    drawn[s.pos] = (torch.rand(len(s.pos), s.num_classes) < loss.gamma).to(drawn.dtype)
+    weight = 1 - tail * drawn * (1 - s.onehot)
+    return softmax_eql_loss(s.logits, s.labels, F.pad(weight, (0, 1), value=1.0))
+
+
 PLAIN = {
     "SigmoidCE": lambda loss, s: sigmoid_ce_loss(s.logits, s.onehot),
     "BalancedCE": lambda loss, s: balanced_ce_loss(s.logits, s.onehot, loss.alpha),
@@ -62,6 +87,9 @@ PLAIN = {
     "GHMC": lambda loss, s: ghm_c_loss(s.logits, s.onehot, loss.density.scales),
     "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image, 2, **loss.arguments).mean(),
     "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
+    "BAGS": plain_bags,
+    "Seesaw": plain_seesaw,
+    "SoftmaxEQL": plain_softmax_eql,
 }
 # rows, positives, classes
 SIZES = {"mixed": (60, 9, 7), "no positive": (60, 0, 7), "one class": (60, 9, 1), "all": (9, 9, 7)}
@@ -78,6 +106,7 @@ def trained(name, classes):
 def value_and_gradient(compute, samples, upstream):
     torch.manual_seed(4)  # for the losses that draw
     value = compute(samples)
+    upstream = upstream.squeeze(1) if value.dim() == 1 else upstream
     (grad,) = torch.autograd.grad((value * upstream).sum(), samples.logits)
     return value.detach(), grad
 

@@ -1,0 +1,44 @@
+"""Softmax cross-entropy of logits that a method has moved, in pieces that stay in the cache.
+
+Autograd would keep the moved logits, their softmax and what the method made on the way, each of the
+size of the logits. Here only the derivative is kept, softmax minus one-hot.
+
+Shapes as in `samples`; C is the number of columns of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .entries import row_pieces, with_slope
+
+
+@torch.no_grad()
+def softmax_losses(
+    logits: Tensor, labels: Tensor, moved: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """-log softmax(moved logits) at the label of each row.
+
+    Args:
+        logits: (R, C).
+        labels: (R,) int64 in [0, C).
+        moved: what a method makes of (r, C) logits, given the slice of their rows: the logits plus
+            what counts as a constant.
+
+    Returns:
+        (R,), with gradient.
+    """
+    own = labels.unsqueeze(1)
+    value = logits.new_empty(len(logits), 1)
+    slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in row_pieces(logits):
+        log_p = F.log_softmax(moved(logits[rows], rows), dim=1)
+        torch.neg(log_p.gather(1, own[rows]), out=value[rows])
+        torch.exp(log_p, out=slope[rows])
+    slope.scatter_add_(1, own, -torch.ones_like(value))
+    with torch.enable_grad():
+        return with_slope(logits, value, slope).squeeze(1)
