@@ -79,7 +79,7 @@ bench: $(STAMP)
 		$(BIN)/python benchmarks/bm_$$name.py "$$@" --json $(BENCH_OUTPUT)/$$name.json \
 		> $(BENCH_OUTPUT)/$$name.md || exit 1; cat $(BENCH_OUTPUT)/$$name.md; }; \
 	run losses --repeat 3 --plots $(BENCH_OUTPUT); \
-	run train --repeat 5 --size 192; \
+	run train --repeat 7 --size 192; \
 	run data --repeats 1
 
 # What trains or evaluates for long.
