@@ -124,12 +124,11 @@ def test_a_thousand_pictures_keep_positives_and_lose_background_in_regions():
             boxes, stage = random_boxes(60, generator), 1 + number % 2
             rows = chosen_rows(model, anchors, objects, boxes, [regions], stage)
             left += torch.tensor([inside(b[y == CLASSES], record) for b, y in rows])
-            if number % 4 == 1:
-                free = chosen_rows(model, anchors, objects, boxes, None, stage)
-                without += torch.tensor([inside(b[y == CLASSES], record) for b, y in free])
-                assert positives(rows) == positives(free)
+            free = chosen_rows(model, anchors, objects, boxes, None, stage)
+            without += torch.tensor([inside(b[y == CLASSES], record) for b, y in free])
+            assert positives(rows) == positives(free)
     assert left.tolist() == [0, 0, 0]
-    assert without.min() > 250  # they would be there in every part
+    assert without.min() > 1000  # they would be there in every part
 
 
 @pytest.mark.parametrize(
