@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2_balance import cli
-from d2_balance.challenge import stages
-from d2_balance.challenge.datasets import keep_classes, split
+from d2_balance.challenge import class_maps, stages
+from d2_balance.challenge.datasets import DataSets, keep_classes, split
 from d2_balance.challenge.recipe import Recipe
 from d2_balance.challenge.training import check_config, read_training_config
+from d2_balance.data import register_json
 from d2_balance.data.class_map import load_class_map
 from d2_balance.data.metadata import target_categories
 from d2_balance.engine.lock import LOCK_FILE
@@ -400,6 +402,87 @@ def test_second_files_are_looked_for_before_the_first_stage(
     assert re.search(f"recipe.yaml: stage model: .*{message}", capsys.readouterr().err)
     with_second_files(recipe())
     assert run() == 0
+
+
+def with_maps(content):
+    """Class maps for the external set, for ignore regions, and for both inputs of an ensemble."""
+    with_second_files(content)
+    Path("regions.yaml").write_text("rare: rare\nother: null\n")
+    content["stages"][3]["overrides"]["DATASETS"]["IGNORE_REGIONS"][0].append("regions.yaml")
+    Path("two.yaml").write_text("often: often\nrare: common\n")
+    content["stages"][7]["inputs"][1]["map"] = "two.yaml"
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        (
+            "map.yaml",
+            "a rar: rare",
+            r"model: DATASETS.EXTERNAL\[0\]: .*map.yaml: 'a rar': .*more.json",
+        ),
+        (
+            "map.yaml",
+            "a rare: rar",
+            r"model: .*'a rare': parts_rest has no class 'rar'; did you me",
+        ),
+        ("map.yaml", "- rare", r"model: .*map.yaml: a class map has lines 'source class: target"),
+        (
+            "regions.yaml",
+            "oftn: rare",
+            r"model: DATASETS.IGNORE_REGIONS\[0\]: .*regions.yaml: 'oftn",
+        ),
+        (
+            "regions.yaml",
+            "rare: frequent",
+            r"model: .*regions.yaml: 'rare': parts_rest has no class 'frequ",
+        ),
+        # the expert knows two of the classes
+        ("two.yaml", "other: rare", r"merged: inputs\[1\]: .*two.yaml: 'other': two has no class"),
+        ("two.yaml", "often: oft", r"merged: inputs\[1\]: .*'often': challenge_val has no class"),
+    ],
+)
+def test_class_maps_are_checked_before_the_first_stage(folder, fakes, capsys, file, text, message):
+    with_maps(recipe())
+    Path(file).write_text(text + "\n")
+    assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
+    assert re.search(f"recipe.yaml: stage {message}", capsys.readouterr().err)
+
+
+def test_class_maps_of_classes_that_are_not_known_yet_are_left_to_their_stage(
+    folder, fakes, monkeypatch
+):
+    with_maps(recipe())
+    monkeypatch.setattr(DataSets, "file", lambda self, name: None)
+    Path("two.yaml").write_text("other: rare\n")
+    assert run() == 1
+    assert fakes.calls == ["expert", "model", "held", "val", "expert_val"]
+
+
+def test_classes_are_known_of_files_and_of_what_stages_make_of_them(folder):
+    recipe()
+    found = Recipe.read("recipe.yaml")
+    lists = class_maps.ClassLists(found, DataSets(found.datasets))
+    register_json("challenge_known", "train.json", "pictures")
+    try:
+        for name in ("challenge_train", "challenge_known", "parts_rest", "parts_held"):
+            assert [c["name"] for c in lists.of_set(name)] == NAMES
+        assert [c["name"] for c in lists.of_set("challenge_known", trains=True)] == NAMES
+        assert [c["name"] for c in lists.of_set("two")] == ["rare", "often"]
+        os.remove("train.json")
+        assert lists.of_set("challenge_known") is None
+    finally:
+        DatasetCatalog.remove("challenge_known")
+        MetadataCatalog.remove("challenge_known")
+    assert lists.of_set("nothing") is None
+
+
+def test_maps_of_finished_stages_are_not_read_again(folder, fakes, monkeypatch):
+    with_maps(recipe())
+    assert run() == 0
+    monkeypatch.setattr(class_maps, "read_class_map", None)
+    assert run("--resume") == 0
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("configs/recipes/*.yaml")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,15 @@ class DataSets:
         """What `Annotations.load` takes: the file of a known set, else the registered name."""
         return self._known[name][0] if name in self._known else name
 
+    def file(self, name: str) -> str | None:
+        """Its annotation file; None where there is none yet."""
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+
+        if name in self._known:
+            return self._known[name][0]
+        path = MetadataCatalog.get(name).get("json_file") if name in DatasetCatalog else None
+        return path if path and os.path.isfile(path) else None
+
     def load(self, name: str) -> Annotations:
         """Its annotations."""
         return replace(Annotations.load(self.source(name), f"data set {name}"), name=name)
@@ -87,17 +97,10 @@ def keep_classes(
     Raises:
         ValueError: a name that it does not have, or no class left.
     """
-    from ..data.class_map import resolve_class_map
     from ..data.validation import category_name
 
     categories = sorted(data["categories"], key=lambda c: c["id"])
-    if keep:
-        found = resolve_class_map({n: n for n in keep}, categories, categories, (name, name))
-        ids = set(found.ids)
-    elif every and len(every) == 2 and every[0] > 0 <= every[1]:
-        ids = {c["id"] for c in categories[every[1] :: every[0]]}
-    else:
-        raise ValueError(f"{name}: give keep, a list of classes, or every: [n, first]")
+    ids = chosen_classes(categories, keep, every, name)
     objects = [a for a in data["annotations"] if a["category_id"] in ids]
     if not objects:
         raise ValueError(
@@ -111,6 +114,28 @@ def keep_classes(
     ]
     classes = [c for c in categories if c["id"] in ids]
     return dict(data) | {"images": images, "categories": classes, "annotations": objects}
+
+
+def chosen_classes(
+    categories: Iterable[Mapping[str, Any]],
+    keep: list[str] | None,
+    every: list[int] | None,
+    name: str,
+) -> set[int]:
+    """Ids of the classes that `keep_classes` keeps.
+
+    Raises:
+        ValueError: a name that the data set does not have, or neither rule is given.
+    """
+    from ..data.class_map import resolve_class_map
+
+    categories = sorted(categories, key=lambda c: c["id"])
+    if keep:
+        found = resolve_class_map({n: n for n in keep}, categories, categories, (name, name))
+        return set(found.ids)
+    if every and len(every) == 2 and every[0] > 0 <= every[1]:
+        return {c["id"] for c in categories[every[1] :: every[0]]}
+    raise ValueError(f"{name}: give keep, a list of classes, or every: [n, first]")
 
 
 _LABELS = ("neg_category_ids", "not_exhaustive_category_ids")

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..engine.lock import LOCK_FILE, output_lock
 from ..files import atomic_path
+from .class_maps import ClassLists, check_class_maps
 from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
@@ -39,7 +40,8 @@ class Runner:
 
     Raises:
         FileExistsError: the folder holds stages, and `resume` is False.
-        ValueError: stages that are done do not fit the recipe, or miss files or predecessors.
+        ValueError: stages that are done do not fit the recipe, or miss files or predecessors; or a
+            data set, a file or a class of a class map does not exist.
     """
 
     def __init__(
@@ -63,6 +65,10 @@ class Runner:
         self.fingerprints = self._fingerprints()
         self.done = {s.name: found for s in recipe.stages if (found := self._read_done(s))}
         self._check_done()
+        lists = ClassLists(recipe, self.datasets)
+        for stage in recipe.stages:
+            if stage.name not in self.done:
+                check_class_maps(stage, recipe, lists)
 
     def run(self) -> str:
         """Run what is not done yet; the report is written after each stage.

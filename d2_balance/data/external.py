@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of DATASETS.EXTERNAL, each with its place for messages.
+    """The entries of DATASETS.EXTERNAL with paths of files that are there.
+
+    Each comes with its place for messages.
 
     Raises:
         ValueError: naming the entry, if it has another form, or a file or folder does not exist.
@@ -56,8 +58,8 @@ def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
             entry.get("EXHAUSTIVE", False), bool
         ):
             raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
-        _find(entry["JSON"], entry["IMAGES"], entry.get("CLASS_MAP", ""), key)
-        found.append((key, entry))
+        places = _find(entry["JSON"], entry["IMAGES"], entry.get("CLASS_MAP", ""), key)
+        found.append((key, entry | dict(zip(("JSON", "IMAGES", "CLASS_MAP"), places, strict=True))))
     return found
 
 
