@@ -1,4 +1,4 @@
-"""LVIS's image-level labels as a mask for the losses.
+"""LVIS's image-level labels as masks for the losses.
 
 An LVIS image is annotated for some classes only. ``neg_category_ids`` are verified to be absent,
 ``not_exhaustive_category_ids`` present but not marked completely; about every class that is neither
@@ -16,11 +16,12 @@ from torch import Tensor
 from .metadata import id_map
 from .validation import IMAGE_LABEL_KEYS
 
+NOT_EXHAUSTIVE = IMAGE_LABEL_KEYS[1]
 _UNRESOLVED = object()
 
 
 class ImageLabels:
-    """Turns a batch into the mask of classes whose presence or absence was verified.
+    """Turns a batch into masks of the classes about which something is known.
 
     Args:
         dataset_names: the training sets, whose metadata say how category ids become classes.
@@ -58,19 +59,34 @@ class ImageLabels:
         """
         if not any(key in record for record in batched_inputs for key in IMAGE_LABEL_KEYS):
             return None
-        rows: list[int] = []
-        columns: list[int] = []
-        for row, record in enumerate(batched_inputs):
-            classes = self._classes(record)
-            rows += [row] * len(classes)
-            columns += classes
-        mask = torch.zeros(len(batched_inputs), self.num_classes, dtype=torch.bool)
-        mask[rows, columns] = True
+        return self._mask([self._classes(record) for record in batched_inputs], device)
+
+    def partial(
+        self, batched_inputs: Sequence[dict[str, Any]], device: torch.device | str
+    ) -> Tensor | None:
+        """Classes that are not annotated exhaustively, per image.
+
+        Arguments and errors as `listed`.
+
+        Returns:
+            (N, K) bool, or None if no image has such a class.
+        """
+        if not any(record.get(NOT_EXHAUSTIVE) for record in batched_inputs):
+            return None
+        keys = (NOT_EXHAUSTIVE,)
+        return self._mask([self._labelled(record, keys) for record in batched_inputs], device)
+
+    def _mask(self, classes: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
+        rows = [row for row, own in enumerate(classes) for _ in own]
+        mask = torch.zeros(len(classes), self.num_classes, dtype=torch.bool)
+        mask[rows, [index for own in classes for index in own]] = True
         return mask.to(device, non_blocking=True)
 
-    def _classes(self, record: dict[str, Any]) -> list[int]:
-        """Indices in [0, K) of the listed classes of one image, possibly repeated."""
-        raw_ids = [raw for key in IMAGE_LABEL_KEYS for raw in record.get(key) or ()]
+    def _labelled(
+        self, record: dict[str, Any], keys: Sequence[str] = IMAGE_LABEL_KEYS
+    ) -> list[int]:
+        """Indices in [0, K) of the classes under some keys of one image, possibly repeated."""
+        raw_ids = [raw for key in keys for raw in record.get(key) or ()]
         mapping = self._resolved_map()
         if mapping is None:
             classes = [raw - 1 for raw in raw_ids]
@@ -87,6 +103,11 @@ class ImageLabels:
                 f"{wrong[:5]}; allowed are the category ids of the {self.num_classes} classes of "
                 f"{', '.join(self.dataset_names)}"
             )
+        return classes
+
+    def _classes(self, record: dict[str, Any]) -> list[int]:
+        """Indices in [0, K) of the listed classes of one image, possibly repeated."""
+        classes = self._labelled(record)
         annotated = record["instances"].gt_classes.tolist() if "instances" in record else []
         if annotated and not 0 <= min(annotated) <= max(annotated) < self.num_classes:
             raise ValueError(

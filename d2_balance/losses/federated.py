@@ -5,7 +5,9 @@
 S_n holds the classes present in the batch and the classes that annotators verified in image n, and
 is filled up to `num_sampled` foreground classes by drawing without replacement with probability
 proportional to image_count^power. Background takes no place in it. More present classes than
-`num_sampled` are all kept; with fewer classes than `num_sampled` all take part.
+`num_sampled` are all kept; with fewer classes than `num_sampled` all take part. A class that is not
+annotated exhaustively in image n trains its positive rows there and no negatives, which may be
+objects that nobody marked.
 
 Source: Zhou et al., Probabilistic Two-Stage Detection, arXiv:2103.07461, appendix D; image-level
 labels: Gupta et al., LVIS, arXiv:1908.03195, section 3. Mean over rows.
@@ -50,7 +52,8 @@ class Federated(ClassificationLoss):
         class_count: (K,) training images of each class.
         num_sampled: foreground classes that take part per image, at least 1.
         power: exponent of the image count, at least 0.
-        image_labels: True always takes the classes that are verified in the image.
+        image_labels: True always takes the classes that are verified in the image, and no negatives
+            of those that are not annotated exhaustively there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -81,8 +84,12 @@ class Federated(ClassificationLoss):
         if self.image_labels and samples.listed is not None:
             required = required | samples.listed
         chosen = federated_classes(required, self.weight, self.num_sampled)  # (1 or N, K)
-        chosen = chosen.to(samples.logits.dtype)
+        if self.image_labels and samples.partial is not None:
+            chosen = chosen & ~samples.partial
+        chosen = chosen.to(samples.logits.dtype)  # whose negatives train
         if len(chosen) == 1 or samples.image is None:
-            return weighted_ce(samples, chosen[0], chosen[0][samples.column])
+            own = chosen[0][samples.column]
+            return weighted_ce(samples, chosen[0], torch.maximum(own, samples.hit))
         own = chosen[samples.image, samples.column.squeeze(1)].unsqueeze(1)
-        return weighted_ce(samples, lambda rows: chosen[samples.image[rows]], own)
+        weight = torch.maximum(own, samples.hit)  # positives always train
+        return weighted_ce(samples, lambda rows: chosen[samples.image[rows]], weight)

@@ -35,6 +35,8 @@ class Samples:
         row_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
         listed: (N, K) bool, True where the presence or the absence of the class in the image was
             verified by annotators (LVIS image-level labels). None: unknown.
+        partial: (N, K) bool, True where not every object of the class in the image is annotated
+            (`not_exhaustive_category_ids`); part of `listed`. None: unknown.
         pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
         boxes: (P, 4) their anchors or proposals, x0 y0 x1 y1 in pixels.
         gt_boxes: (P, 4) their matched ground truth boxes, x0 y0 x1 y1 in pixels.
@@ -55,6 +57,7 @@ class Samples:
     num_levels: int = 1
     row_weight: Tensor | None = None
     listed: Tensor | None = None
+    partial: Tensor | None = None
     pred_deltas: Tensor | None = None
     boxes: Tensor | None = None
     gt_boxes: Tensor | None = None
@@ -72,10 +75,12 @@ class Samples:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != rows:
                 raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")
-        if self.listed is not None and self.listed.shape[-1] != self.num_classes:
-            raise ValueError(
-                f"Samples: listed must be (N, {self.num_classes}), not {tuple(self.listed.shape)}."
-            )
+        for name in ("listed", "partial"):
+            value = getattr(self, name)
+            if value is not None and value.shape[-1] != self.num_classes:
+                raise ValueError(
+                    f"Samples: {name} must be (N, {self.num_classes}), not {tuple(value.shape)}."
+                )
 
     @cached_property
     def foreground(self) -> Tensor:

@@ -137,6 +137,7 @@ class BalancedDense(nn.Module):
             images.ignore_boxes = regions_of(batched_inputs, self.device)
             if self.image_labels is not None:
                 images.listed = self.image_labels.listed(batched_inputs, self.device)
+                images.partial = self.image_labels.partial(batched_inputs, self.device)
         return images
 
     def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
@@ -197,8 +198,8 @@ class BalancedDense(nn.Module):
         anchors = self.anchor_generator(features)
         regions = getattr(images, "ignore_boxes", None)
         labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances, regions)
-        listed = getattr(images, "listed", None)
-        rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, listed)
+        known = {name: getattr(images, name, None) for name in ("listed", "partial")}
+        rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, **known)
         return rows, self.positives(labels)
 
     def positives(self, gt_labels: list[Tensor]) -> Tensor:
@@ -215,6 +216,7 @@ class BalancedDense(nn.Module):
         gt_boxes: list[Tensor],
         gt_index: Tensor | None = None,
         listed: Tensor | None = None,
+        partial: Tensor | None = None,
     ) -> Samples:
         """Flattens the dense predictions of a batch and drops ignored anchors.
 
@@ -225,7 +227,7 @@ class BalancedDense(nn.Module):
             pred_deltas: per level (N, A_l, 4).
             gt_boxes: N tensors (A, 4).
             gt_index: (N, A) ids of the matched objects.
-            listed: (N, K) bool.
+            listed, partial: (N, K) bool, see `Samples`.
 
         Returns:
             Samples with R = the anchors that are not ignored, image by image.
@@ -244,6 +246,7 @@ class BalancedDense(nn.Module):
             level=level.expand_as(labels)[valid],
             num_levels=len(anchors),
             listed=listed,
+            partial=partial,
             pred_deltas=cat(pred_deltas, dim=1)[positive],
             boxes=boxes.expand(len(labels), -1, -1)[positive],
             gt_boxes=torch.stack(gt_boxes)[positive],

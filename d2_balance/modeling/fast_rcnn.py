@@ -92,7 +92,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
         self.guided = guided
         self.normalizer = RowNormalizer() if guided is None else PositiveNormalizer()
-        self.listed: Tensor | None = None  # image-level labels of the batch, set by the RoI heads
+        # image-level labels of the batch, set by the RoI heads
+        self.listed: Tensor | None = None
+        self.partial: Tensor | None = None
         self.memory: FeatureMemory | None = None  # see `build_memories`
         sigmoid = self.cls_loss.activation == "sigmoid"
         check_pairing(
@@ -242,6 +244,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             num_images=len(proposals),
             row_weight=weight,
             listed=self.listed,
+            partial=self.partial,
             pred_deltas=deltas[pos, column],
             boxes=boxes[pos],
             gt_boxes=gt_boxes[pos],

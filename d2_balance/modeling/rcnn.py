@@ -39,4 +39,5 @@ class BalancedRCNN(GeneralizedRCNN):
             images.ignore_boxes = regions_of(batched_inputs, self.device)
             if self.image_labels is not None:
                 images.listed = self.image_labels.listed(batched_inputs, self.device)
+                images.partial = self.image_labels.partial(batched_inputs, self.device)
         return images

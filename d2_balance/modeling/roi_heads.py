@@ -7,7 +7,7 @@ objects. Mask and keypoint heads stay stock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ class BalancedROIHeads(ProposalSelection):
             number_objects(targets)
         self._features = [features[f] for f in self.box_in_features]
         self._regions = getattr(images, "ignore_boxes", None)
-        with self._listed(getattr(images, "listed", None)):
+        with self._image_labels(getattr(images, "listed", None), getattr(images, "partial", None)):
             try:
                 return super().forward(images, features, proposals, targets)
             finally:
@@ -111,15 +111,15 @@ class BalancedROIHeads(ProposalSelection):
         return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
     @contextmanager
-    def _listed(self, listed):
+    def _image_labels(self, listed: Tensor | None, partial: Tensor | None) -> Iterator[None]:
         layers = self._output_layers()
         for layer in layers:
-            layer.listed = listed
+            layer.listed, layer.partial = listed, partial
         try:
             yield
         finally:
             for layer in layers:
-                layer.listed = None
+                layer.listed = layer.partial = None
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -35,6 +35,20 @@ def test_listed_is_annotated_with_negative_with_not_exhaustive(names):
     assert _listed(mask) == [[0, 2, 4, 5], [1], [3]]
 
 
+def test_partial_is_what_is_not_exhaustive(names):
+    labels = ImageLabels([names()], 6)
+    batch = [
+        _input([4, 2], neg_category_ids=[1], not_exhaustive_category_ids=[3, 5]),
+        _input([], neg_category_ids=[2]),
+    ]
+    mask = labels.partial(batch, "cpu")
+    assert mask.shape == (2, 6) and mask.dtype == torch.bool
+    assert _listed(mask) == [[2, 4], []]
+    assert labels.partial(batch[1:], "cpu") is None
+    with pytest.raises(ValueError, match="hold .7.; allowed are the category ids of the 6"):
+        labels.partial([_input([], not_exhaustive_category_ids=[7])], "cpu")
+
+
 def test_no_labels_no_mask(names):
     labels = ImageLabels([names()], 6)
     assert labels.listed([_input([1]), _input([2])], "cpu") is None

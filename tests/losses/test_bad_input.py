@@ -80,8 +80,9 @@ def test_images_without_rows_and_without_labels_of_their_own(name):
     # image 1 of 3 has no row; no class was verified in any image
     loss = build(CLS_LOSSES, name)
     samples = make(loss)
+    nothing = torch.zeros(3, K, dtype=torch.bool)
     samples = dataclasses.replace(
-        samples, image=samples.image * 2, num_images=3, listed=torch.zeros(3, K, dtype=torch.bool)
+        samples, image=samples.image * 2, num_images=3, listed=nothing, partial=nothing
     )
     assert finite(loss, samples)
 

@@ -39,8 +39,8 @@ def plain_drop(loss, s):
 
 def plain_federated(loss, s):
     required = (s.onehot > 0).any(dim=0, keepdim=True) | s.listed
-    chosen = federated_classes(required, loss.weight, loss.num_sampled)[s.image]
-    return sigmoid_ce_loss(s.logits, s.onehot) * chosen
+    chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.partial
+    return sigmoid_ce_loss(s.logits, s.onehot) * (chosen[s.image] | (s.onehot > 0))
 
 
 def plain_eqlv2(loss, s):
@@ -155,7 +155,8 @@ def test_ignored_rows_get_no_gradient_and_leave_the_others_alone(name):
         field: getattr(whole, field)[kept[pos]]
         for field in ("pred_deltas", "boxes", "gt_boxes", "gt_index")
     }
-    rest = {"listed": whole.listed, "num_images": 2, "box_transform": whole.box_transform}
+    rest = {"listed": whole.listed, "partial": whole.partial}
+    rest |= {"num_images": 2, "box_transform": whole.box_transform}
     samples = Samples(
         logits=whole.logits[kept],
         labels=whole.labels[kept],

@@ -54,6 +54,24 @@ def test_verified_classes_take_part_in_their_image_only():
     assert torch.equal(same[0], same[1])
 
 
+def test_classes_that_are_not_annotated_exhaustively_have_no_negatives_in_their_image():
+    # class 1 is partly marked in image 0, where rows 0 to 2 are; class 3, the last one, in image 1
+    partial = torch.tensor([[False, True, False, False], [False, False, False, True]])
+    fields = {"image": torch.tensor([0, 0, 0, 1, 1, 1]), "num_images": 2, "partial": partial}
+    fields["listed"] = partial.clone()
+    labels = [1, 2, 4, 1, 3, 4]  # the first row of class 1 and of class 3 is an object
+    taken = trained(Federated(class_count=[5] * 4, num_sampled=50), labels, 4, **fields)
+    expected = torch.ones(6, 4, dtype=torch.bool)
+    expected[[1, 2], 1] = False
+    expected[[3, 5], 3] = False
+    assert torch.equal(taken, expected)
+    one = {"partial": partial[:1], "listed": partial[:1]}
+    taken = trained(Federated(class_count=[5] * 4), labels[:3], 4, **one)
+    assert torch.equal(taken, expected[:3])
+    off = Federated(class_count=[5] * 4, image_labels=False)
+    assert trained(off, labels, 4, **fields).all()
+
+
 def test_frequent_classes_are_drawn_more_often():
     # one draw of two classes with counts 9 and 1 and power .5: probabilities 3/4 and 1/4
     weight = torch.tensor([9.0, 1.0]).sqrt()

@@ -65,12 +65,14 @@ def test_drop_loss_is_a_weighted_sum_of_cross_entropies():
 def test_federated_sums_the_classes_of_each_image():
     image = torch.arange(R) % 2
     listed = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
-    batch = rows(image=image, num_images=2, listed=listed)
+    partial = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    batch = rows(image=image, num_images=2, listed=listed, partial=partial)
     # classes 3 and 4 have no picture and are never drawn; a sample of 1 draws nothing besides
     batch = Samples(**{**vars_of(batch), "labels": torch.where(batch.labels < 2, 2, K)})
     value = Federated(class_count=[9, 9, 9, 0, 0], num_sampled=1)(batch)
     for i in range(R):
         taken = {2} | {j for j in range(K) if listed[image[i], j]}
+        taken -= {j for j in range(K) if partial[image[i], j] and batch.labels[i] != j}
         expected = sum(bce(batch.logits[i, j].item(), float(batch.labels[i] == j)) for j in taken)
         assert value[i].sum().item() == pytest.approx(expected)
 

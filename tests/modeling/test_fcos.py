@@ -204,6 +204,7 @@ def test_image_level_labels_reach_the_loss(statistics_file, monkeypatch):
     annotated = set(inputs[0]["instances"].gt_classes.tolist())
     rows = [set(row.nonzero().flatten().tolist()) for row in seen[0].listed]
     assert rows == [annotated | {1, 3}, {5}]  # raw ids begin at 1
+    assert seen[0].partial.nonzero().tolist() == [[0, 3]]
 
 
 def test_reweighters_and_guided_scaling_change_the_losses_they_are_for():

@@ -116,11 +116,12 @@ def test_image_level_labels_reach_the_loss(kind, statistics_file, monkeypatch):
     for samples in seen:
         rows = [set(row.nonzero().flatten().tolist()) for row in samples.listed]
         assert rows == [annotated | {1, 3}, {5}]
+        assert samples.partial.nonzero().tolist() == [[0, 3]]
         assert set(samples.image.tolist()) == {0, 1}
         expected = samples.listed[samples.image]
         assert torch.equal(samples.row_listed, expected)
     if kind != "retinanet":
-        assert all(layer.listed is None for layer in predictors(model))
+        assert all(layer.listed is layer.partial is None for layer in predictors(model))
 
 
 def test_batches_without_image_level_labels_have_no_mask(statistics_file, monkeypatch):
@@ -128,7 +129,7 @@ def test_batches_without_image_level_labels_have_no_mask(statistics_file, monkey
     seen = capture(monkeypatch, model)
     with EventStorage(0):
         model(make_inputs())
-    assert seen[0].listed is None
+    assert seen[0].listed is seen[0].partial is None
 
 
 @pytest.mark.parametrize("images", [0, 2])
