@@ -134,6 +134,8 @@ def peers(device: str) -> Iterator[tuple[str, str, Callable, Callable]]:
         "GHMC": (100_000, 80, 300),
         "EQLv2": (1_024, 1_203, 256),
         "Seesaw": (1_024, 1_203, 256),
+        "QFL": (100_000, 80, 300),
+        "VFL": (100_000, 80, 300),
     }
     for name, (rows, classes, positives) in {**shapes, "Focal": (100_000, 80, 300)}.items():
         loss = build(name, classes).to(device)

@@ -93,26 +93,41 @@ def isr(samples, k: float = 2.0) -> Callable[[], object] | None:
     return run
 
 
+FILES = {
+    "GHMC": "ghm_loss",
+    "EQLv2": "eqlv2_loss",
+    "Seesaw": "seesaw_loss",
+    "QFL": "gfocal_loss",
+    "VFL": "varifocal_loss",
+}
+
+
 def cases(samples, name: str) -> Callable[[], None] | None:
-    """Forward and backward of mmdet's GHMC, EQLv2 or Seesaw on the samples; None: not there."""
-    file = {"GHMC": "ghm_loss", "EQLv2": "eqlv2_loss", "Seesaw": "seesaw_loss"}[name]
-    module = load(file)
+    """Forward and backward of mmdet's loss of a name in `FILES`; None: mmdet is not there."""
+    module = load(FILES[name])
     if module is None:
         return None
     logits, labels, classes = samples.logits, samples.labels, samples.num_classes
+    quality = labels.new_zeros(len(labels), dtype=logits.dtype)
+    quality[samples.pos] = samples.iou.to(quality.dtype)  # beforehand, which favours mmdet
+    compute: dict[str, Callable[[], Tensor]] = {
+        "GHMC": lambda: loss(logits, samples.onehot, everywhere),
+        "EQLv2": lambda: loss(logits, labels),
+        "Seesaw": lambda: sum(v for k, v in loss(logits, labels).items() if "loss" in k),
+        "QFL": lambda: module.quality_focal_loss(logits, (labels, quality), reduction="sum"),
+        "VFL": lambda: module.varifocal_loss(logits, soft, reduction="sum"),
+    }
     if name == "GHMC":
-        loss = module.GHMC(bins=30, momentum=0.75)
-        target, weight = samples.onehot, torch.ones_like(samples.onehot)
-        compute = lambda: loss(logits, target, weight)  # noqa: E731
+        loss, everywhere = module.GHMC(bins=30, momentum=0.75), torch.ones_like(samples.onehot)
     elif name == "EQLv2":
         loss = module.EQLV2Loss(num_classes=classes)
-        compute = lambda: loss(logits, labels)  # noqa: E731
-    else:
+    elif name == "Seesaw":
         loss = module.SeesawLoss(num_classes=classes)
-        compute = lambda: sum(v for k, v in loss(logits, labels).items() if "loss" in k)  # noqa: E731
+    elif name == "VFL":
+        soft = samples.onehot * quality.unsqueeze(1)
 
     def run() -> None:
         logits.grad = None
-        compute().backward()
+        compute[name]().backward()
 
     return run
