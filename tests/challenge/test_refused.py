@@ -1,0 +1,149 @@
+"""Recipes and class maps that cannot work are refused before the first stage."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2_balance.challenge import class_maps
+from d2_balance.challenge.datasets import DataSets
+from d2_balance.challenge.recipe import Recipe
+from d2_balance.data import register_json
+
+from .recipes import NAMES, recipe, run, with_second_files
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ((0, "kind"), "clases", "kind 'clases' is unknown; did you mean classes"),
+        ((0, "name"), "a b", "a name has letters, digits"),
+        ((1, "name"), "two", "another stage has this name"),
+        ((1, "shar"), 1, "unknown field 'shar'; did you mean share"),
+        ((1, "share"), None, "split needs share"),
+        ((2, "config"), "gone.yaml", "config 'gone.yaml' does not exist in"),
+        ((2, "train"), ["nothing"], "stage expert: the data set 'nothing' is neither registered"),
+        ((2, "overrides"), {"SOLVER": {"MAX": 1}}, "stage expert: overrides: .*SOLVER.MAX"),
+        ((4, "model"), "modell", "held.: model: 'modell' is no stage of kind train before this"),
+        ((7, "inputs"), [{"predictions": "model"}], r"inputs\[0\]: 'model' is no stage of kind"),
+        ((8, "dataset"), "challenge_val", "is challenge_val|which is evaluated on"),
+        ((9, "factors"), "merged", "factors: 'merged' is no stage of kind fit"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, value, message):
+    content = recipe()
+    content["stages"][place[0]][place[1]] = value
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    status = run()
+    error = capsys.readouterr().err
+    assert status in (1, 2) and re.search(message, error), error
+    if status == 2:
+        assert not os.path.exists("out")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"regions": "gone.json"},
+            r"IGNORE_REGIONS\[0\]: the annotation file 'gone.json' does not",
+        ),
+        ({"external": {"JSON": "gone.json"}}, r"EXTERNAL\[0\]: the annotation file 'gone.json'"),
+        ({"external": {"CLASS_MAP": "gone.yaml"}}, r"EXTERNAL\[0\]: the class map 'gone.yaml'"),
+        ({"external": {"TARGET": "parts"}}, r"EXTERNAL\[0\]: TARGET 'parts' is no data set of the"),
+        ({"external": {"NAME": "mor"}}, "the data set 'more' is neither registered"),
+        ({"counts": "gone.json"}, "CLASS_STATISTICS: the file 'gone.json' does not exist"),
+    ],
+)
+def test_second_files_are_looked_for_before_the_first_stage(
+    folder, fakes, capsys, changes, message
+):
+    with_second_files(recipe(), **changes)
+    assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
+    assert re.search(f"recipe.yaml: stage model: .*{message}", capsys.readouterr().err)
+    with_second_files(recipe())
+    assert run() == 0
+
+
+def with_maps(content):
+    """Class maps for the external set, for ignore regions, and for both inputs of an ensemble."""
+    with_second_files(content)
+    Path("regions.yaml").write_text("rare: rare\nother: null\n")
+    content["stages"][3]["overrides"]["DATASETS"]["IGNORE_REGIONS"][0].append("regions.yaml")
+    Path("two.yaml").write_text("often: often\nrare: common\n")
+    content["stages"][7]["inputs"][1]["map"] = "two.yaml"
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        (
+            "map.yaml",
+            "a rar: rare",
+            r"model: DATASETS.EXTERNAL\[0\]: .*map.yaml: 'a rar': .*more.json",
+        ),
+        (
+            "map.yaml",
+            "a rare: rar",
+            r"model: .*'a rare': parts_rest has no class 'rar'; did you me",
+        ),
+        ("map.yaml", "- rare", r"model: .*map.yaml: a class map has lines 'source class: target"),
+        (
+            "regions.yaml",
+            "oftn: rare",
+            r"model: DATASETS.IGNORE_REGIONS\[0\]: .*regions.yaml: 'oftn",
+        ),
+        (
+            "regions.yaml",
+            "rare: frequent",
+            r"model: .*regions.yaml: 'rare': parts_rest has no class 'frequ",
+        ),
+        # the expert knows two of the classes
+        ("two.yaml", "other: rare", r"merged: inputs\[1\]: .*two.yaml: 'other': two has no class"),
+        ("two.yaml", "often: oft", r"merged: inputs\[1\]: .*'often': challenge_val has no class"),
+    ],
+)
+def test_class_maps_are_checked_before_the_first_stage(folder, fakes, capsys, file, text, message):
+    with_maps(recipe())
+    Path(file).write_text(text + "\n")
+    assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
+    assert re.search(f"recipe.yaml: stage {message}", capsys.readouterr().err)
+
+
+def test_class_maps_of_classes_that_are_not_known_yet_are_left_to_their_stage(
+    folder, fakes, monkeypatch
+):
+    with_maps(recipe())
+    monkeypatch.setattr(DataSets, "file", lambda self, name: None)
+    Path("two.yaml").write_text("other: rare\n")
+    assert run() == 1
+    assert fakes.calls == ["expert", "model", "held", "val", "expert_val"]
+
+
+def test_classes_are_known_of_files_and_of_what_stages_make_of_them(folder):
+    recipe()
+    found = Recipe.read("recipe.yaml")
+    lists = class_maps.ClassLists(found, DataSets(found.datasets))
+    register_json("challenge_known", "train.json", "pictures")
+    try:
+        for name in ("challenge_train", "challenge_known", "parts_rest", "parts_held"):
+            assert [c["name"] for c in lists.of_set(name)] == NAMES
+        assert [c["name"] for c in lists.of_set("challenge_known", trains=True)] == NAMES
+        assert [c["name"] for c in lists.of_set("two")] == ["rare", "often"]
+        os.remove("train.json")
+        assert lists.of_set("challenge_known") is None
+    finally:
+        DatasetCatalog.remove("challenge_known")
+        MetadataCatalog.remove("challenge_known")
+    assert lists.of_set("nothing") is None
+
+
+def test_maps_of_finished_stages_are_not_read_again(folder, fakes, monkeypatch):
+    with_maps(recipe())
+    assert run() == 0
+    monkeypatch.setattr(class_maps, "read_class_map", None)
+    assert run("--resume") == 0

@@ -1,0 +1,133 @@
+"""`d2-balance challenge`: what runs, what runs again, what stays, the report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .recipes import (
+    contents,
+    recipe,
+    run,
+)
+
+
+def test_all_stages_run_and_the_report_has_each(folder, fakes, capsys):
+    recipe()
+    assert run() == 0
+    assert fakes.calls == ["expert", "model", "held", "val", "expert_val"]
+    text = (folder / "out/report.md").read_text()
+    assert "11 of 11 stages" in text and (folder / "out/report.html").stat().st_size > 1000
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    head = [cell.strip() for cell in rows["stage"].split("|")]
+    assert [c for c in head if "box" in c] == [
+        f"box {m}" for m in ("AP", "AP50", "APr", "APc", "APf")
+    ]
+    values = dict(zip(head, (c.strip() for c in rows["val"].split("|")), strict=True))
+    assert values["evaluated on"] == "challenge_val" and float(values["box APf"]) > 50
+    merged = json.loads((folder / "out/merged/predictions.json").read_text())
+    assert len(merged) == 4 * 4  # the expert's two classes join the model's four
+    assert len(json.loads((folder / "out/rescored/predictions.json").read_text())) == 4 * 2
+    config = yaml.safe_load((folder / "out/model/config.yaml").read_text())
+    assert config["MODEL"]["WEIGHTS"] == str(folder / "out/expert/run/model_final.pth")
+    two = json.loads((folder / "out/two/annotations.json").read_text())
+    assert [c["name"] for c in two["categories"]] == ["rare", "often"]
+
+
+@pytest.mark.parametrize("stage", ["expert", "model", "val"])
+def test_a_run_goes_on_behind_the_stage_that_failed(folder, fakes, capsys, stage):
+    recipe()
+    fakes.fails = stage
+    assert run() == 1
+    assert f"stage {stage}: train_net.py ended with status 3" in capsys.readouterr().err
+    before = contents("out")
+    assert not (folder / f"out/{stage}/done.json").exists()
+    assert "not done" in (folder / "out/report.md").read_text()
+    fakes.fails, fakes.calls = "", []
+    assert run("--resume") == 0
+    assert (
+        fakes.calls
+        == (["expert", "model", "held", "val", "expert_val"])[
+            ["expert", "model", "held", "val"].index(stage) :
+        ]
+    )
+    after = contents("out")
+    changed = {str(p.relative_to("out")) for p, text in before.items() if after.get(p) != text}
+    # what a failed stage left is gone or its own; outputs of the others are as they were
+    assert all(p.startswith(("report", "logs", f".{stage}", f"{stage}/")) for p in changed)
+    assert not list(Path("out").glob(".*.partial"))
+
+
+def test_a_finished_run_does_nothing(folder, fakes):
+    recipe()
+    assert run() == 0
+    before, fakes.calls = contents("out"), []
+    assert run("--resume") == 0 and fakes.calls == [] and contents("out") == before
+
+
+def test_a_folder_that_is_not_empty_needs_resume(folder, fakes, capsys):
+    recipe()
+    (folder / "out").mkdir()
+    (folder / "out/mine.txt").write_text("x")
+    assert run() == 2
+    assert "out is not empty, and nothing is overwritten: pass --resume" in capsys.readouterr().err
+    assert list((folder / "out").iterdir()) == [folder / "out/mine.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(folder, fakes, capsys):
+    recipe()
+    (folder / "out").mkdir()
+    code = (
+        "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert run() == 2
+        other.stdin.close()
+    assert "is being written by another run" in capsys.readouterr().err and fakes.calls == []
+    assert run() == 0
+
+
+def remove(path):
+    subprocess.run(["rm", "-r", path], check=True)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda: remove("out/expert"), "stage expert is missing in .*out, and stage model, which"),
+        (lambda: remove("out/val/predictions.json"), "stage val is done, but its predictions.json"),
+        (lambda: remove("out/model/run"), "stage model is done, but its run/model_final.pth is"),
+    ],
+)
+def test_what_is_missing_on_resume_is_named(folder, fakes, capsys, spoil, message):
+    recipe()
+    assert run() == 0
+    spoil()
+    fakes.calls = []
+    assert run("--resume") == 2 and fakes.calls == []
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_other_settings_are_not_mixed_with_what_is_done(folder, fakes, capsys):
+    content = recipe()
+    assert run() == 0
+    content["stages"][8]["max_dets"] = 3
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--resume") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"stage factors in .*out was made with other settings \(max_dets\)", error)
+    remove("out/factors")
+    assert run("--resume") == 2  # made from the old factors
+    assert "stage rescored, which is done, was made from it" in capsys.readouterr().err
+    remove("out/rescored")
+    assert run("--resume") == 0
+    recipe()
+    (folder / "small.yaml").write_text((folder / "small.yaml").read_text() + "\nOUTPUT_DIR: x\n")
+    assert run("--resume") == 2
