@@ -13,6 +13,7 @@ TORCH ?= torch torchvision
 DEMO_CONFIG ?= configs/quick_schedules/mask_rcnn_R_18_eql_mini_lvis_demo.yaml
 DEMO_OUTPUT ?= output/demo
 BENCH_OUTPUT ?= output/bench
+BENCH_PAGE ?= docs/performance.md
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -32,7 +33,8 @@ help:
 	@echo "make test-faults   only the faults: full disk, broken files, killed processes"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
 	@echo "make lint    ruff check and ruff format --check"
-	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT)"
+	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT) and"
+	@echo "             in $(BENCH_PAGE) (BENCH_PAGE= leaves that as it is)"
 	@echo "make bench-long    the benchmarks that train or evaluate for long"
 	@echo "make clean   remove $(VENV) and caches; output/ and datasets/ stay"
 
@@ -81,6 +83,8 @@ bench: $(STAMP)
 	run losses --repeat 3 --plots $(BENCH_OUTPUT); \
 	run train --repeat 7 --size 192; \
 	run data --repeats 1
+	@[ -z "$(BENCH_PAGE)" ] || \
+		$(BIN)/python benchmarks/performance_page.py $(BENCH_OUTPUT) --page $(BENCH_PAGE)
 
 # What trains or evaluates for long.
 bench-long: $(STAMP)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
+from .blocks import with_blocks
 from .losses import BOX_LOSSES, CLS_LOSSES
 from .method_list import METHODS, Method
 from .modeling import compatibility as rules
@@ -90,24 +90,7 @@ def pair_table() -> str:
 
 def blocks() -> dict[str, str]:
     """The generated parts of README.md by the name of their markers."""
-    tables = {"methods": method_table(links=True), "pairs": pair_table()}
-    # without the padding, which makes lines of links 500 characters long
-    return {name: re.sub(r" {2,}", " ", re.sub("-{4,}", "---", t)) for name, t in tables.items()}
-
-
-def with_blocks(text: str) -> str:
-    """`text` with what stands between `<!-- name -->` and `<!-- /name -->` brought up to date.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for name, table in blocks().items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"the markers {begin} and {end} are missing")
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = f"{before}{begin}\n{table}\n{end}{after}"
-    return text
+    return {"methods": method_table(links=True), "pairs": pair_table()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path = Path(args.write)
     try:
-        text = with_blocks(path.read_text(encoding="utf-8"))
+        text = with_blocks(path.read_text(encoding="utf-8"), blocks())
     except (OSError, ValueError) as error:
         print(f"d2-balance methods: {path}: {error}", file=sys.stderr)
         return 2
