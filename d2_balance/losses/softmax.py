@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from .entries import row_pieces, with_slope
 
 
-@torch.no_grad()
 def softmax_losses(
     logits: Tensor, labels: Tensor, moved: Callable[[Tensor, slice], Tensor]
 ) -> Tensor:
@@ -32,13 +31,19 @@ def softmax_losses(
     Returns:
         (R,), with gradient.
     """
-    own = labels.unsqueeze(1)
+    # not in one function under no_grad: torch.compile loses an enable_grad inside of it
+    return with_slope(logits, *_value_and_slope(logits, labels.unsqueeze(1), moved)).squeeze(1)
+
+
+@torch.no_grad()
+def _value_and_slope(
+    logits: Tensor, own: Tensor, moved: Callable[[Tensor, slice], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(R, 1) losses and their (R, C) derivatives, for (R, 1) labels."""
     value = logits.new_empty(len(logits), 1)
     slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows in row_pieces(logits):
         log_p = F.log_softmax(moved(logits[rows], rows), dim=1)
         torch.neg(log_p.gather(1, own[rows]), out=value[rows])
         torch.exp(log_p, out=slope[rows])
-    slope.scatter_add_(1, own, -torch.ones_like(value))
-    with torch.enable_grad():
-        return with_slope(logits, value, slope).squeeze(1)
+    return value, slope.scatter_add_(1, own, -torch.ones_like(value))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
 
+from d2_balance.engine import train_stream
 from d2_balance.engine.random_state import seed_everything, seeded
 from d2_balance.engine.train_stream import TrainStream, build_train_stream
 
@@ -99,6 +100,25 @@ def test_a_config_gives_the_same_stream_whatever_was_drawn_before(dataset, tmp_p
     assert [names(b) for b in first[2:]] == [names(b) for b in second]
     for one, other in zip(first[2:], second, strict=True):
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, other, strict=True))
+
+
+def test_the_order_of_pictures_is_the_same_whether_samplers_draw_or_take_a_seed(
+    dataset, tmp_path, monkeypatch
+):
+    """Detectron2's head gives its samplers cfg.SEED, earlier versions let them draw."""
+    cfg, seeds = run_cfg(tmp_path, "SEED", "5"), []
+    parts = train_stream._loader_parts
+
+    def later_version(given):
+        seeds.append(given.SEED)
+        found = parts(given)
+        return found | {"sampler": TrainingSampler(len(found["dataset"]), seed=given.SEED)}
+
+    names = [r["file_name"] for b in take(build_train_stream(cfg), 6) for r in b]
+    monkeypatch.setattr(train_stream, "_loader_parts", later_version)
+    assert names == [r["file_name"] for b in take(build_train_stream(cfg), 6) for r in b]
+    build_train_stream(run_cfg(tmp_path, "SEED", "-1"))
+    assert seeds[1] >= 0 and seeds[1] != seeds[0]
 
 
 def test_a_batch_size_of_zero_is_refused(dataset, tmp_path):
