@@ -209,8 +209,13 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
             f"number of processes, {ranks}."
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    with seeded(seed):  # the sampler draws the seed of its order from numpy
-        parts = _loader_parts(cfg)
+    given = cfg.clone()
+    given.defrost()
+    with seeded(seed):
+        # later versions of Detectron2 give its samplers cfg.SEED, earlier ones draw this number
+        given.SEED = comm.shared_random_seed()
+    with seeded(seed):
+        parts = _loader_parts(given)
     if not isinstance(parts["dataset"], list):
         logger.warning("The training set is no list of pictures; a resumed run starts it anew.")
         return build_detection_train_loader(**parts)
