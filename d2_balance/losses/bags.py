@@ -86,6 +86,11 @@ def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Ten
     return (loss.sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
 
 
+def _arrange_loaded(loss: BAGS, _: object) -> None:
+    """Called after `load_state_dict`; not a lambda, which could not be pickled with the loss."""
+    loss._arrange()
+
+
 @CLS_LOSSES.register()
 class BAGS(ClassificationLoss):
     """Balanced group softmax (arXiv:2006.10408) for softmax RoI heads.
@@ -130,7 +135,7 @@ class BAGS(ClassificationLoss):
         self.register_buffer("member", owner == torch.arange(self.num_groups + 1).unsqueeze(1))
         self.register_buffer("order", torch.empty_like(owner), persistent=False)
         self._arrange()
-        self.register_load_state_dict_post_hook(lambda module, _: module._arrange())
+        self.register_load_state_dict_post_hook(_arrange_loaded)
 
     def _arrange(self) -> None:
         """Takes down which columns each group has; groups come with a checkpoint, too."""

@@ -1,6 +1,8 @@
 """Balanced group softmax: groups, the loss against the paper's sums, the drawing, the scores."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -205,3 +207,15 @@ def test_groups_come_with_the_weights():
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"BAGS: {name}=.* is not allowed"):
         BAGS(**{"instance_count": [1, 2], **arguments})
+
+
+def test_copies_have_groups_of_their_own():
+    """A copied and a saved loss load other groups; the first keeps its own."""
+    first, other = BAGS(instance_count=[5, 50, 5000]), BAGS(instance_count=[500, 5, 5])
+    logits = torch.randn(4, 3 + 4 + 2, generator=torch.Generator().manual_seed(0))
+    before = first.probabilities(logits)
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert torch.equal(copied.probabilities(logits), before)
+        copied.load_state_dict(other.state_dict())
+        assert torch.equal(copied.probabilities(logits), other.probabilities(logits))
+        assert torch.equal(first.probabilities(logits), before)
