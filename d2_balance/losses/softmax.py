@@ -31,8 +31,9 @@ def softmax_losses(
     Returns:
         (R,), with gradient.
     """
-    # not in one function under no_grad: torch.compile loses an enable_grad inside of it
-    return with_slope(logits, *_value_and_slope(logits, labels.unsqueeze(1), moved)).squeeze(1)
+    value, slope = _value_and_slope(logits, labels.unsqueeze(1), moved)
+    # the sum of one column: `squeeze` makes a view, whose gradient torch.compile loses
+    return with_slope(logits, value, slope).sum(dim=1)
 
 
 @torch.no_grad()

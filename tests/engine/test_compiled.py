@@ -1,19 +1,21 @@
 """Compiled losses equal plain ones, and plain ones take over where a compiler fails."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.compiled import compile_losses
-from d2_balance.losses import GHMC, Focal, Samples, SmoothL1
+from d2_balance.losses import BAGS, GHMC, Focal, Samples, Seesaw, SmoothL1, SoftmaxEQL
 from tests.conftest import make_inputs, small_cfg
 
 COMPILE = ["MODEL.BALANCE.COMPILE", "True", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
 
 
-def samples(rows, seed=0):
+def samples(rows, seed=0, columns=5):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, 5, generator=generator, requires_grad=True)
+    logits = torch.randn(rows, columns, generator=generator, requires_grad=True)
     labels = torch.randint(0, 6, (rows,), generator=generator)
     return Samples(logits=logits, labels=labels, num_classes=5)
 
@@ -108,4 +110,29 @@ def test_compiled_losses_and_gradients_equal_plain_ones(caplog):
         torch.testing.assert_close(ours.logits.grad, theirs.logits.grad, rtol=1e-5, atol=1e-6)
         pred, target = torch.randn(rows, 4), torch.randn(rows, 4)
         torch.testing.assert_close(model.losses[1](pred, target), plain[1](pred, target))
+    assert not ours_among(caplog)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BAGS(instance_count=[1, 20, 200, 2000, 5], beta=0.0),
+        lambda: Seesaw(num_classes=5),
+        lambda: SoftmaxEQL(class_frequency=[0.0001, 0.5, 0.0001, 0.2, 0.9], gamma=1.0),
+    ],
+    ids=["BAGS", "Seesaw", "SoftmaxEQL"],
+)
+def test_softmax_losses_keep_their_gradients(make, monkeypatch, caplog):
+    """The compiler's own treatment of views and gradients, without machine code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, plain = Model(make()), make()
+    with caplog.at_level("WARNING", logger="d2_balance"):
+        compile_losses(model)
+        for rows in (17, 33):
+            ours, theirs = (samples(rows, columns=plain.num_outputs(5)) for _ in range(2))
+            value, expected = model.losses[0](ours), plain(theirs)
+            value.sum().backward()
+            expected.sum().backward()
+            torch.testing.assert_close(value, expected)
+            torch.testing.assert_close(ours.logits.grad, theirs.logits.grad, rtol=1e-5, atol=1e-6)
     assert not ours_among(caplog)
