@@ -75,6 +75,8 @@ def entry_bins(
     for rows in row_pieces(logits):
         piece = index[rows]
         piece.copy_(logits[rows].sigmoid().mul_(bins).clamp_(max=bins - 1))
+        if small == torch.int32:  # what is no number becomes the least one, which is no bin
+            piece.clamp_(min=0)
         piece.scatter_(1, column[rows], own[rows])
         if levels > 1:
             piece.add_((level[rows] * bins).to(small).unsqueeze(1))

@@ -207,3 +207,11 @@ def test_arguments_out_of_range_are_named(cls, arguments, name):
 def test_mu_must_be_positive():
     with pytest.raises(ValueError, match="GHMR: mu=0 is not allowed; a number above 0"):
         GHMR(mu=0)
+
+
+@pytest.mark.parametrize("bins", [256, 257])
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none(bins):
+    """The trainer then names the loss; counting bins must not fail before."""
+    logits = torch.full((3, 2), torch.nan, requires_grad=True)
+    samples = Samples(logits=logits, labels=torch.tensor([0, 1, 2]), num_classes=2)
+    assert GHMC(bins=bins)(samples).isnan()
