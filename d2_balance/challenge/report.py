@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..eval import TASKS
+from ..evaluation.files import file_name_of
 from ..files import atomic_path
 from ..page import Page
 from .recipe import Recipe, Stage
@@ -61,16 +61,18 @@ def table(
 
 
 def evaluation_of(stage: Stage, output: str) -> dict[str, Any] | None:
-    """The figures of a finished stage, None where it has none (no annotations)."""
-    folder = os.path.join(output, stage.name)
-    paths = [os.path.join(folder, EVALUATION)]
+    """The figures of a finished stage, None where it has none (no annotations).
+
+    Those of a training are of the first of its test sets.
+    """
+    path = os.path.join(output, stage.name, EVALUATION)
     if stage.kind == "train":
-        paths = sorted(glob.glob(os.path.join(folder, "run", "inference", "evaluation_*.json")))
-    for path in paths:
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                return json.load(file)
-    return None
+        name = f"evaluation_{file_name_of(_evaluated_on(stage))}.json"
+        path = os.path.join(output, stage.name, "run", "inference", name)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..data.json_files import read_json
 from ..engine.lock import LOCK_FILE, output_lock
 from ..files import atomic_path
 from .class_maps import ClassLists, check_class_maps
@@ -40,8 +41,9 @@ class Runner:
 
     Raises:
         FileExistsError: the folder holds stages, and `resume` is False.
-        ValueError: stages that are done do not fit the recipe, or miss files or predecessors; or a
-            data set, a file or a class of a class map does not exist.
+        ValueError: stages that are done do not fit the recipe, or miss files or predecessors; a
+            stage that is not done has a folder; or a data set, a file or a class of a class map
+            does not exist.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Runner:
         self.fingerprints = self._fingerprints()
         self.done = {s.name: found for s in recipe.stages if (found := self._read_done(s))}
         self._check_done()
+        self._check_free()
         lists = ClassLists(recipe, self.datasets)
         for stage in recipe.stages:
             if stage.name not in self.done:
@@ -140,8 +143,7 @@ class Runner:
         path = os.path.join(self._folder(stage), DONE)
         if not os.path.isfile(path):
             return None
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(path)
 
     def _check_names(self) -> None:
         made = {name for stage in self.recipe.stages for name in sets_of(stage)}
@@ -181,6 +183,16 @@ class Runner:
                         f"stage {name} is done, but its {file} is missing in {folder}: put it "
                         "back, or remove the folder to make it again"
                     )
+
+    def _check_free(self) -> None:
+        """A stage's work would end at a folder that is there, and only trainings go on in one."""
+        for stage in self.recipe.stages:
+            folder = self._folder(stage)
+            if stage.kind != "train" and stage.name not in self.done and os.path.lexists(folder):
+                raise ValueError(
+                    f"stage {stage.name} is not done, for {folder} has no {DONE}; nothing is "
+                    "overwritten: remove the folder to make it again"
+                )
 
     def _fingerprints(self) -> dict[str, str]:
         """A key of each stage's settings and of all that it is made from."""

@@ -192,7 +192,8 @@ def _rescore(work: Work) -> None:
 
 
 def _evaluate(work: Work) -> None:
-    _evaluate_file(work, work.of(work.stage["predictions"], PREDICTIONS))
+    if _evaluate_file(work, work.of(work.stage["predictions"], PREDICTIONS)) is None:
+        raise ValueError(f"the data set {work.stage['dataset']} has no annotations to compare with")
 
 
 def _evaluate_file(work: Work, path: str) -> Evaluation | None:

@@ -62,6 +62,31 @@ def test_a_run_goes_on_behind_the_stage_that_failed(folder, fakes, capsys, stage
     assert not list(Path("out").glob(".*.partial"))
 
 
+def test_figures_of_a_training_are_of_the_first_test_set(folder, fakes):
+    content = recipe()
+    content["stages"][3]["test"] = ["parts_held", "challenge_val"]
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run() == 0
+    for name, ap in (("parts_held", 11.0), ("challenge_val", 22.0)):
+        path = folder / f"out/model/run/inference/evaluation_{name}.json"
+        path.write_text(json.dumps({"results": {"bbox": {"AP": ap}}}))
+    assert run("--resume") == 0
+    text = (folder / "out/report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| model "))
+    assert "parts_held" in row and "11.0" in row
+
+
+def test_pictures_without_annotations_are_no_evaluation(folder, fakes, capsys):
+    content = recipe()
+    content["stages"][-1]["dataset"] = "bare"
+    content["datasets"].append(["bare", "bare.json", "pictures"])
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    truth = json.loads(Path("val.json").read_text()) | {"annotations": []}
+    Path("bare.json").write_text(json.dumps(truth))
+    assert run() == 1
+    assert "stage again: the data set bare has no annotations" in capsys.readouterr().err
+
+
 def test_a_finished_run_does_nothing(folder, fakes):
     recipe()
     assert run() == 0
@@ -98,12 +123,18 @@ def remove(path):
     subprocess.run(["rm", "-r", path], check=True)
 
 
+def cut(path):
+    Path(path).write_text(Path(path).read_text()[:20])
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda: remove("out/expert"), "stage expert is missing in .*out, and stage model, which"),
         (lambda: remove("out/val/predictions.json"), "stage val is done, but its predictions.json"),
         (lambda: remove("out/model/run"), "stage model is done, but its run/model_final.pth is"),
+        (lambda: remove("out/again/done.json"), "stage again is not done, for .*again has no done"),
+        (lambda: cut("out/again/done.json"), "out/again/done.json"),
     ],
 )
 def test_what_is_missing_on_resume_is_named(folder, fakes, capsys, spoil, message):
