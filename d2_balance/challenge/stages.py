@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -225,6 +227,9 @@ _ACTIONS: dict[str, Callable[[Work], Any]] = {
 def _train_net(work: Work, *arguments: str) -> None:
     """Run the training script, and end it when this process is ended.
 
+    Where this process is killed outright, Linux ends the script; elsewhere it goes on, and its lock
+    refuses a second one in the same folder.
+
     Raises:
         StageError: it has failed.
     """
@@ -233,7 +238,10 @@ def _train_net(work: Work, *arguments: str) -> None:
         raise ValueError(f"{script} does not exist; recipes need the repository, not the package")
     with open(work.log, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, str(script), *arguments], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, str(script), *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_ends_with_this_process(),
         )
         try:
             status = process.wait()
@@ -245,6 +253,20 @@ def _train_net(work: Work, *arguments: str) -> None:
         with open(work.log, encoding="utf-8", errors="replace") as log:
             last = "".join(log.readlines()[-5:])
         raise StageError(f"train_net.py ended with status {status}; {work.log} ends:\n{last}")
+
+
+def _ends_with_this_process() -> Callable[[], None] | None:
+    """What a new process calls before it starts, so that SIGTERM ends it with its parent."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        library.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended before it was asked
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _write_yaml(path: str, content: Mapping[str, Any]) -> None:

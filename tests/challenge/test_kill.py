@@ -23,7 +23,8 @@ def start(*arguments):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_inside_a_training(folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_inside_a_training(folder, number):
     content = recipe()
     content["stages"][2]["overrides"]["SOLVER"] = {"MAX_ITER": 2}
     with_second_files(content)
@@ -35,9 +36,10 @@ def test_a_killed_run_goes_on_inside_a_training(folder):
         if checkpoint.exists() or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, printed
+    expected = 128 + number if number == signal.SIGTERM else -number
+    assert process.returncode == expected, printed
     assert not (folder / "out/model/done.json").exists()
     before = contents("out/expert")
     process = start("--resume")
