@@ -5,13 +5,19 @@
 `d2-balance doctor` still work.
 """
 
+import warnings
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "add_balance_config"]
 
 try:
-    from . import modeling  # noqa: F401  registers the models and heads
-    from .config import add_balance_config
-    from .data.mini_lvis import register_mini_lvis
+    with warnings.catch_warnings():
+        # Detectron2 is older than these deprecations; a user can do nothing about them.
+        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+        from . import modeling  # noqa: F401  registers the models and heads
+        from .config import add_balance_config
+        from .data.mini_lvis import register_mini_lvis
 except Exception as error:  # a broken binary raises anything; doctor must still be able to say so
     _error = error
 

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # name -> (module, one line of help). A module offers `add_arguments(parser) -> None` and
@@ -42,10 +44,24 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit status; argparse exits by itself on bad usage."""
+    """Run one sub-command and return its exit status; argparse exits by itself on bad usage.
+
+    A file that cannot be read or written (a full disk, a folder without permission) ends in one
+    line and status 2.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # as in train_net.py
     args = build_parser(argv[0] if argv else None).parse_args(argv)
-    return args.run(args)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `d2-balance methods | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"d2-balance {args.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

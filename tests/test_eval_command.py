@@ -156,6 +156,14 @@ def changed(**fields):
             "detection 1: the mask is [100, 80] pixels (height, width), but image 7 is [80, 100]",
         ),
         (changed(segmentation=[[0, 0, 1, 1, 2, 2]]), "segmentation must be an RLE"),
+        (
+            changed(segmentation={"size": 80, "counts": "a"}),
+            "size is 80; it must be [height, width]",
+        ),
+        (
+            changed(segmentation={"size": [80, 100], "counts": [9]}),
+            "counts is a list; it must be a",
+        ),
     ],
 )
 def test_predictions_that_cannot_be_used_are_named(files, capsys, found, message):

@@ -134,6 +134,14 @@ def _problem(detection: Any, sizes: Mapping) -> str:
         size = sizes.get(detection["image_id"])
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
             return "segmentation must be an RLE: an object with 'size' and 'counts'"
+        if not isinstance(mask["size"], list):
+            return f"segmentation: size is {mask['size']!r}; it must be [height, width]"
+        if not isinstance(mask["counts"], str):
+            kind = type(mask["counts"]).__name__
+            return (
+                f"segmentation: counts is a {kind}; it must be a text, the compressed RLE that "
+                "pycocotools.mask.encode gives"
+            )
         if size is not None and None not in size and tuple(mask["size"]) != size:
             return (
                 f"the mask is {mask['size']} pixels (height, width), but image "
