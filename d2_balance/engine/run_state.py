@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class RunState(HookBase):
         if self._resumed and comm.is_main_process():
             restore_scalars(self.trainer.storage, self._resumed["scalars"])
             self._restore_logs()
+        elif self.trainer.start_iter == 0 and comm.is_main_process():
+            self._take_back({})  # what a run logged that was stopped before its first checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -135,16 +138,19 @@ class RunState(HookBase):
 
     def _restore_logs(self) -> None:
         """Takes back what was logged after the checkpoint: these iterations run again."""
-        for name, path in self._logs():
-            size = self._resumed["logs"].get(name, 0)
-            more = os.path.getsize(path) - size
-            if more > 0:
-                os.truncate(path, size)
-                logger.info(f"{path}: what follows iteration {self.trainer.iter - 1} is taken back")
+        self._take_back(self._resumed["logs"])
         for writer in self._writers():
             if _counts_iterations(writer):
                 last = self._resumed["last_writes"].get(type(writer).__name__, -1)
                 writer._last_write = last
+
+    def _take_back(self, sizes: Mapping[str, int]) -> None:
+        """Cuts the log files to the sizes they had."""
+        for name, path in self._logs():
+            size = sizes.get(name, 0)
+            if os.path.getsize(path) > size:
+                os.truncate(path, size)
+                logger.info(f"{path}: what follows iteration {self.trainer.iter - 1} is taken back")
 
 
 class FinishIteration(HookBase):

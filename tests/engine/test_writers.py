@@ -61,6 +61,21 @@ def test_the_csv_holds_what_metrics_json_holds_and_survives_a_kill(dataset, tmp_
     assert (43, "bbox/AP", 1.5) in expected
 
 
+def test_a_run_killed_before_its_first_checkpoint_logs_each_iteration_once(dataset, tmp_path):
+    settings = ["SOLVER.MAX_ITER", "43", "SOLVER.CHECKPOINT_PERIOD", "40", "LOG.CSV", "True"]
+    train(run_cfg(tmp_path / "whole", *settings))
+    cfg = run_cfg(tmp_path / "parts", *settings)
+    train(cfg, kill_at=30)
+    assert (tmp_path / "parts" / "metrics.json").stat().st_size > 0
+    train(cfg, resume=True)
+
+    def logged(folder):
+        records = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+        return [record["iteration"] for record in records], [row[:2] for row in rows(folder)]
+
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
 class FakeRun:
     def __init__(self, calls, **arguments):
         self.id, self.calls = arguments.get("id", "abc"), calls
