@@ -81,9 +81,16 @@ class Runner:
 
         Raises:
             StageError: a stage has failed; those before it stay done.
-            ValueError: another run works in the output folder.
+            ValueError: another run works in the output folder, or has worked there since the
+                recipe was read.
         """
         with output_lock(self.output):
+            new = {s.name for s in self.recipe.stages if self._read_done(s)} - self.done.keys()
+            if new:
+                raise ValueError(
+                    f"another run has finished {', '.join(sorted(new))} in {self.output} "
+                    "meanwhile: start again with --resume"
+                )
             return self._run_all()
 
     def _run_all(self) -> str:

@@ -40,14 +40,20 @@ def level_bins(norm: Tensor, bins: int, level: Tensor | None, levels: int) -> Te
 def count_bins(index: Tensor, size: int) -> Tensor:
     """(size,) int64, how often each of 0 ... size - 1 occurs in whole numbers (R, C)."""
     if index.is_cuda:  # there `bincount` waits for the device twice, to learn the range
-        counts = torch.histc(index.flatten().float(), bins=size, min=-0.5, max=size - 0.5)
-        return counts.long()
+        return histogram(index, size)
     # most entries fall into one bin, and a counter waits for its last addition: neighbours count
     # in tables of their own, as many as the type has room for
     tables = max(torch.iinfo(index.dtype).max // size, 1) if index.dtype == torch.uint8 else 1
     table = torch.arange(index.shape[-1]).remainder_(tables).mul_(size).to(index.dtype)
     counts = torch.bincount((index + table).flatten(), minlength=tables * size)
     return counts.view(tables, size).sum(dim=0)
+
+
+def histogram(index: Tensor, size: int) -> Tensor:
+    """`count_bins` without waiting for the device; float32 counts to 2^24 without an error."""
+    parts = index.flatten().split(2**24)
+    counts = [torch.histc(p.float(), bins=size, min=-0.5, max=size - 0.5) for p in parts]
+    return torch.stack(counts).long().sum(dim=0)
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from d2_balance.challenge.recipe import Recipe
+from d2_balance.challenge.runner import Runner
+
 from .recipes import (
     contents,
     recipe,
@@ -117,6 +120,16 @@ def test_two_runs_do_not_share_a_folder(folder, fakes, capsys):
         other.stdin.close()
     assert "is being written by another run" in capsys.readouterr().err and fakes.calls == []
     assert run() == 0
+
+
+def test_what_another_run_has_finished_meanwhile_is_not_done_again(folder, fakes):
+    recipe()
+    first, second = (Runner(Recipe.read("recipe.yaml"), "out", resume=True) for _ in range(2))
+    second.run()
+    before, calls = contents("out"), list(fakes.calls)
+    with pytest.raises(ValueError, match="another run has finished again, expert, .*--resume"):
+        first.run()
+    assert contents("out") == before and fakes.calls == calls
 
 
 def remove(path):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from d2_balance.losses import CLS_LOSSES, Samples, entries
 from d2_balance.losses.bags import draw_rows, group_softmax_loss, group_targets
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
-from d2_balance.losses.density import count_bins
+from d2_balance.losses.density import count_bins, histogram
 from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.efl import equalized_focal_loss
@@ -229,5 +229,10 @@ def test_sharp_dr_takes_the_form_that_cannot_underflow():
 
 def test_bins_are_counted_alike_without_bincount():
     index = torch.randint(0, 150, (1000, 3), dtype=torch.uint8)
-    histogram = torch.histc(index.flatten().float(), bins=150, min=-0.5, max=149.5)
-    assert torch.equal(histogram.long(), count_bins(index, 150))  # what a GPU takes
+    assert torch.equal(histogram(index, 150), count_bins(index, 150))  # what a GPU takes
+    assert histogram(index[:0], 150).tolist() == [0] * 150
+
+
+def test_a_bin_of_many_millions_is_counted_to_the_last():
+    index = torch.zeros(2**24 + 3, 1, dtype=torch.uint8)  # float32 has no 2^24 + 1
+    assert histogram(index, 4).tolist() == [2**24 + 3, 0, 0, 0]
