@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe; 2 where the user has to change something, 1 where a stage has failed."""
+    from detectron2.data import DatasetCatalog
+
     import d2_balance  # noqa: F401  registers the built-in sets
 
     from .recipe import Recipe
-    from .runner import Runner
+    from .runner import Runner, check_names
     from .stages import StageError
     from .training import check_config
 
@@ -35,7 +37,11 @@ def run(args: argparse.Namespace) -> int:
             for stage in recipe.stages:
                 if stage.kind == "train":
                     check_config(stage, recipe)
-            print(f"{args.recipe}: {len(recipe.stages)} stages, every field and config key exists")
+            check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
+            print(
+                f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and data set "
+                "exists (files were not looked for)"
+            )
             return 0
         runner = Runner(recipe, output, resume=args.resume, gpus=args.num_gpus)
     except (ValueError, FileExistsError) as error:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from ..data.json_files import read_json
@@ -24,9 +24,35 @@ from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
 from .stages import StageError, Work, add_sets, outputs_of, run_stage
-from .training import check_config, check_second_files
+from .training import check_config, check_second_files, external_names
 
 DONE = "done.json"
+
+
+def sets_made(recipe: Recipe) -> set[str]:
+    """Names of the data sets that the stages make."""
+    return {name for stage in recipe.stages for name in sets_of(stage)}
+
+
+def check_names(recipe: Recipe, known: Container[str]) -> None:
+    """Checks that there is each data set that a stage names; reads no annotation file.
+
+    Args:
+        recipe: the recipe.
+        known: names that are registered or stand in the recipe's `datasets`.
+
+    Raises:
+        ValueError: naming recipe, stage and data set.
+    """
+    made = sets_made(recipe)
+    for stage in recipe.stages:
+        external = external_names(stage, recipe) if stage.kind == "train" else ()
+        for name in datasets_in(stage):
+            if name not in made and name not in known and name not in external:
+                raise ValueError(
+                    f"{recipe.path}: stage {stage.name}: the data set {name!r} is neither "
+                    "registered, nor in 'datasets', nor made by a stage before"
+                )
 
 
 class Runner:
@@ -153,20 +179,13 @@ class Runner:
         return read_json(path)
 
     def _check_names(self) -> None:
-        made = {name for stage in self.recipe.stages for name in sets_of(stage)}
-
-        def known(name: str) -> bool:
-            return name in made or name in self.datasets
-
+        made = sets_made(self.recipe)
         for stage in self.recipe.stages:
-            trains = stage.kind == "train"
-            external = check_second_files(stage, self.recipe, known) if trains else ()
-            for name in datasets_in(stage):
-                if not known(name) and name not in external:
-                    raise ValueError(
-                        f"{self.recipe.path}: stage {stage.name}: the data set {name!r} is neither "
-                        "registered, nor in 'datasets', nor made by a stage before"
-                    )
+            if stage.kind == "train":
+                check_second_files(
+                    stage, self.recipe, lambda name: name in made or name in self.datasets
+                )
+        check_names(self.recipe, self.datasets)
 
     def _check_done(self) -> None:
         by_name = {stage.name: stage for stage in self.recipe.stages}

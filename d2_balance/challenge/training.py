@@ -49,7 +49,22 @@ def check_config(stage: Stage, recipe: Recipe) -> str:
     return read_training_config(stage, recipe).dump()
 
 
-def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:
+def external_names(stage: Stage, recipe: Recipe) -> list[str]:
+    """Names of the external data sets of a train stage, which it may train on.
+
+    Raises:
+        ValueError: naming recipe, stage and entry, if an entry has another form.
+    """
+    from ..data.external import entries_as_given
+
+    try:
+        entries = entries_as_given(read_training_config(stage, recipe))
+    except ValueError as error:
+        raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
+    return [entry["NAME"] for _, entry in entries]
+
+
+def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> None:
     """Checks what DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_STATISTICS of a train stage name.
 
     A stage may run for days before the one that needs the file.
@@ -57,9 +72,6 @@ def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool
     Args:
         stage, recipe: the stage.
         known: whether a data set is registered, in the recipe, or made by a stage.
-
-    Returns:
-        Names of the external data sets, which the stage may train on.
 
     Raises:
         ValueError: naming recipe, stage and entry, if a file or a target set does not exist.
@@ -72,13 +84,11 @@ def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool
     try:
         region_files(cfg)
         statistics_file(cfg)
-        entries = external_entries(cfg)
-        for key, entry in entries:
+        for key, entry in external_entries(cfg):
             if not known(entry["TARGET"]):
                 raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no data set of the recipe")
     except ValueError as error:
         raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
-    return [entry["NAME"] for _, entry in entries]
 
 
 def copy_node(node: Any) -> Any:

@@ -44,6 +44,15 @@ def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: naming the entry, if it has another form, or a file or folder does not exist.
     """
+    found = []
+    for key, entry in entries_as_given(cfg):
+        places = _find(entry["JSON"], entry["IMAGES"], entry.get("CLASS_MAP", ""), key)
+        found.append((key, entry | dict(zip(("JSON", "IMAGES", "CLASS_MAP"), places, strict=True))))
+    return found
+
+
+def entries_as_given(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
+    """`external_entries` before files are looked for; the same errors about their form."""
     entries = cfg.DATASETS.EXTERNAL
     if not isinstance(entries, list | tuple):
         raise ValueError(f"{KEY} must be a list of {_FORM}, not {entries!r}")
@@ -58,8 +67,7 @@ def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
             entry.get("EXHAUSTIVE", False), bool
         ):
             raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
-        places = _find(entry["JSON"], entry["IMAGES"], entry.get("CLASS_MAP", ""), key)
-        found.append((key, entry | dict(zip(("JSON", "IMAGES", "CLASS_MAP"), places, strict=True))))
+        found.append((key, entry))
     return found
 
 

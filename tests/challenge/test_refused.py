@@ -147,3 +147,21 @@ def test_maps_of_finished_stages_are_not_read_again(folder, fakes, monkeypatch):
     assert run() == 0
     monkeypatch.setattr(class_maps, "read_class_map", None)
     assert run("--resume") == 0
+
+
+def test_check_knows_data_sets_without_their_files(folder, capsys):
+    content = recipe()
+    with_second_files(content)
+    for file in ("train.json", "val.json", "more.json"):
+        os.remove(file)
+    assert run("--check") == 0 and "11 stages" in capsys.readouterr().out
+    content["stages"][3]["test"] = ["challenge_vla"]
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--check") == 2
+    message = capsys.readouterr().err
+    assert "recipe.yaml: stage model: the data set 'challenge_vla' is neither" in message
+    content["stages"][3]["overrides"]["DATASETS"]["EXTERNAL"] = ["more"]
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--check") == 2
+    assert "stage model: DATASETS.EXTERNAL[0] is 'more'; allowed is" in capsys.readouterr().err
+    assert not os.path.exists("out")
