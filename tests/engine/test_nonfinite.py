@@ -143,8 +143,8 @@ def spoil_samples(model, change):
         marks[:] = [i for i, record in enumerate(inputs) if record.get("marked")]
         return preprocess(inputs)
 
-    def spoilt(*arguments):
-        samples = gather(*arguments)
+    def spoilt(*arguments, **known):
+        samples = gather(*arguments, **known)
         return change(samples, torch.isin(samples.image, torch.tensor(marks).long()))
 
     model.preprocess_image, head.samples = look, spoilt
