@@ -1,15 +1,12 @@
 """BalancedFCOS on two gloo ranks trains as one process on both pictures, centerness included."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from tests.conftest import make_inputs, small_cfg
+from tests.two_ranks import results_of_two_ranks
 
 CASES = [("", ""), ("GHMC", "GHMR"), ("QFL", "SmoothL1")]
 STEPS = 2  # in the second one rank 1 has no object
@@ -37,17 +34,13 @@ def train(case, pictures):
     return found
 
 
-def worker(rank, address, folder):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.save([train(case, [rank]) for case in CASES], os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+def of_rank(rank):
+    return [train(case, [rank]) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (f"file://{folder}/store", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    return results_of_two_ranks(of_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(c) or "stock" for c in CASES])

@@ -1,15 +1,12 @@
 """LOCE and its memory on two gloo ranks: common mean scores, a memory of each rank's own rows."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from tests.conftest import CLASSES, make_inputs, small_cfg
+from tests.two_ranks import results_of_two_ranks
 
 from .test_feature_memory_steps import MEMORY
 
@@ -40,17 +37,9 @@ def train(rank):
     return found
 
 
-def worker(rank, address, folder):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.save(train(rank), os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (f"file://{folder}/store", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    return results_of_two_ranks(train, tmp_path_factory.mktemp("ranks"))
 
 
 def test_mean_scores_are_those_of_all_ranks(two_ranks):

@@ -1,16 +1,13 @@
 """Two gloo ranks keep the state and the gradients of one process on the joined batch."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
 from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
 from d2_balance.modeling.rpn import ImageNormalizer
 from tests.losses.test_contract import Deltas, build
+from tests.two_ranks import results_of_two_ranks
 
 K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
 PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on
@@ -94,18 +91,13 @@ def train(pair, ranks):
     return grads, state
 
 
-def worker(rank, address, folder):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    results = [train(pair, [rank]) for pair in PAIRS]
-    torch.save(results, os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+def of_rank(rank):
+    return [train(pair, [rank]) for pair in PAIRS]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (f"file://{folder}/store", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    return results_of_two_ranks(of_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def equal(actual, expected):

@@ -3,19 +3,15 @@
 Both must do the same collectives: a rank that leaves one out makes the other wait.
 """
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import make_inputs, small_cfg
+from tests.two_ranks import results_of_two_ranks
 
 RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
 CASES = {
@@ -73,21 +69,15 @@ def train(kind, ranks):
     return steps, model.state_dict()
 
 
-def worker(rank, address, folder):
+def of_rank(rank):
     torch.set_num_threads(1)
     proposal_utils.batched_nms = nms_of_floats
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=5)
-    )
-    torch.save({kind: train(kind, [rank]) for kind in CASES}, os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+    return {kind: train(kind, [rank]) for kind in CASES}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (f"file://{folder}/store", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    return results_of_two_ranks(of_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind", CASES)
