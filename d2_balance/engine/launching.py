@@ -36,14 +36,23 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
         comm.synchronize()
         dist.destroy_process_group()
         return
+    numbers = args.num_gpus, args.num_machines, args.machine_rank
     try:
-        launch(
-            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
-        )
+        launch(_run, *numbers, args.dist_url, args=(main, args))
     except ProcessExitedException as error:
         if error.signal_name:  # otherwise the process itself has printed why it ended
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
+
+
+def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Calls `main(args)` and leaves the process group.
+
+    Threads of a group that is still there when Python ends can abort the process.
+    """
+    main(args)
+    if dist.is_initialized():  # without waiting: another process may have failed
+        dist.destroy_process_group()
 
 
 def under_torchrun() -> bool:
