@@ -29,11 +29,6 @@ from .training import check_config, check_second_files, external_names
 DONE = "done.json"
 
 
-def sets_made(recipe: Recipe) -> set[str]:
-    """Names of the data sets that the stages make."""
-    return {name for stage in recipe.stages for name in sets_of(stage)}
-
-
 def check_names(recipe: Recipe, known: Container[str]) -> None:
     """Checks that there is each data set that a stage names; reads no annotation file.
 
@@ -44,11 +39,15 @@ def check_names(recipe: Recipe, known: Container[str]) -> None:
     Raises:
         ValueError: naming recipe, stage and data set.
     """
-    made = sets_made(recipe)
+    made = {name for stage in recipe.stages for name in sets_of(stage)}
+
+    def exists(name: str) -> bool:
+        return name in made or name in known
+
     for stage in recipe.stages:
-        external = external_names(stage, recipe) if stage.kind == "train" else ()
+        external = external_names(stage, recipe, exists) if stage.kind == "train" else ()
         for name in datasets_in(stage):
-            if name not in made and name not in known and name not in external:
+            if not exists(name) and name not in external:
                 raise ValueError(
                     f"{recipe.path}: stage {stage.name}: the data set {name!r} is neither "
                     "registered, nor in 'datasets', nor made by a stage before"
@@ -89,7 +88,10 @@ class Runner:
                 f"{output} is not empty, and nothing is overwritten: pass --resume to go on with "
                 "the recipe there, or another --output"
             )
-        self._check_names()
+        for stage in recipe.stages:
+            if stage.kind == "train":
+                check_second_files(stage, recipe)
+        check_names(recipe, self.datasets)
         self.fingerprints = self._fingerprints()
         self.done = {s.name: found for s in recipe.stages if (found := self._read_done(s))}
         self._check_done()
@@ -177,15 +179,6 @@ class Runner:
         if not os.path.isfile(path):
             return None
         return read_json(path)
-
-    def _check_names(self) -> None:
-        made = sets_made(self.recipe)
-        for stage in self.recipe.stages:
-            if stage.kind == "train":
-                check_second_files(
-                    stage, self.recipe, lambda name: name in made or name in self.datasets
-                )
-        check_names(self.recipe, self.datasets)
 
     def _check_done(self) -> None:
         by_name = {stage.name: stage for stage in self.recipe.stages}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .recipe import Recipe, Stage
@@ -49,44 +50,52 @@ def check_config(stage: Stage, recipe: Recipe) -> str:
     return read_training_config(stage, recipe).dump()
 
 
-def external_names(stage: Stage, recipe: Recipe) -> list[str]:
+def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:
     """Names of the external data sets of a train stage, which it may train on.
-
-    Raises:
-        ValueError: naming recipe, stage and entry, if an entry has another form.
-    """
-    from ..data.external import entries_as_given
-
-    try:
-        entries = entries_as_given(read_training_config(stage, recipe))
-    except ValueError as error:
-        raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
-    return [entry["NAME"] for _, entry in entries]
-
-
-def check_second_files(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> None:
-    """Checks what DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_STATISTICS of a train stage name.
-
-    A stage may run for days before the one that needs the file.
 
     Args:
         stage, recipe: the stage.
         known: whether a data set is registered, in the recipe, or made by a stage.
 
     Raises:
-        ValueError: naming recipe, stage and entry, if a file or a target set does not exist.
+        ValueError: naming recipe, stage and entry, if an entry has another form, or a TARGET does
+            not exist.
+    """
+    from ..data.external import entries_as_given
+
+    cfg = read_training_config(stage, recipe)
+    with _names(stage, recipe):
+        entries = entries_as_given(cfg)
+        for key, entry in entries:
+            if not known(entry["TARGET"]):
+                raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no data set of the recipe")
+    return [entry["NAME"] for _, entry in entries]
+
+
+def check_second_files(stage: Stage, recipe: Recipe) -> None:
+    """Checks the files of DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_STATISTICS of a train stage.
+
+    A stage may run for days before the one that needs the file.
+
+    Raises:
+        ValueError: naming recipe, stage and entry, if a file does not exist.
     """
     from ..data.external import external_entries
     from ..data.ignore_regions import region_files
     from ..data.statistics import statistics_file
 
     cfg = read_training_config(stage, recipe)
-    try:
+    with _names(stage, recipe):
         region_files(cfg)
         statistics_file(cfg)
-        for key, entry in external_entries(cfg):
-            if not known(entry["TARGET"]):
-                raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no data set of the recipe")
+        external_entries(cfg)
+
+
+@contextmanager
+def _names(stage: Stage, recipe: Recipe) -> Iterator[None]:
+    """Puts the recipe and the stage in front of what a ValueError says."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
 

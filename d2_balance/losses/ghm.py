@@ -128,15 +128,11 @@ class GHMC(ClassificationLoss):
             self.statistics(samples)
         (_, index), self._index = self._index, None
         weight = scales.flatten().reciprocal().to(samples.logits.dtype)  # (levels * M,)
-
-        def of_entries(index: Tensor) -> Tensor:
-            return look_up(weight, index)
-
-        own_weight = of_entries(index.gather(1, samples.column))
+        own_weight = look_up(weight, index.gather(1, samples.column))
         loss = entry_total(
             samples.logits,
             samples.column,
-            NegativeCE(lambda rows: of_entries(index[rows])),
+            NegativeCE(lambda rows: look_up(weight, index[rows])),
             lambda own: sigmoid_ce_loss(own, samples.hit) * own_weight,
         )
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks

@@ -160,7 +160,14 @@ def test_check_knows_data_sets_without_their_files(folder, capsys):
     assert run("--check") == 2
     message = capsys.readouterr().err
     assert "recipe.yaml: stage model: the data set 'challenge_vla' is neither" in message
-    content["stages"][3]["overrides"]["DATASETS"]["EXTERNAL"] = ["more"]
+    content["stages"][3]["test"] = ["challenge_val"]
+    external = content["stages"][3]["overrides"]["DATASETS"]["EXTERNAL"]
+    external[0]["TARGET"] = "parts_rets"
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--check") == 2
+    message = capsys.readouterr().err
+    assert "stage model: DATASETS.EXTERNAL[0]: TARGET 'parts_rets' is no data set" in message
+    external[0] = "more"
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2
     assert "stage model: DATASETS.EXTERNAL[0] is 'more'; allowed is" in capsys.readouterr().err
