@@ -24,8 +24,9 @@ from .build import (
 from .compatibility import check_pairing
 from .criterion import PositiveEMA, detection_losses
 from .foreground import load_prior, set_class_thresholds, set_sigmoid_prior
-from .ignore_regions import check_ioa, ignore_background, regions_of
+from .ignore_regions import check_ioa, ignore_background
 from .objects import classes_of_ids, ids_as_classes, number_objects
+from .picture_labels import LabelledPictures
 
 
 def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     }
 
 
-class BalancedDense(nn.Module):
+class BalancedDense(LabelledPictures, nn.Module):
     """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
 
     The normaliser is a buffer counted over all ranks (`loss_normalizer`), so that a resumed run
@@ -130,15 +131,6 @@ class BalancedDense(nn.Module):
     def loss_normalizer(self) -> Tensor:
         """0-d moving average of the number of positives of all ranks."""
         return self.normalizer.loss_normalizer
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        images = super().preprocess_image(batched_inputs)
-        if self.training:
-            images.ignore_boxes = regions_of(batched_inputs, self.device)
-            if self.image_labels is not None:
-                images.listed = self.image_labels.listed(batched_inputs, self.device)
-                images.partial = self.image_labels.partial(batched_inputs, self.device)
-        return images
 
     def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
         """The losses of a batch; see `detection_losses`."""

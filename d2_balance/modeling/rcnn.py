@@ -5,15 +5,14 @@ from __future__ import annotations
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
-from detectron2.structures import ImageList
 
 from ..data.image_labels import ImageLabels
 from .feature_memory import build_memories
-from .ignore_regions import regions_of
+from .picture_labels import LabelledPictures
 
 
 @META_ARCH_REGISTRY.register()
-class BalancedRCNN(GeneralizedRCNN):
+class BalancedRCNN(LabelledPictures, GeneralizedRCNN):
     """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
 
     Args:
@@ -32,12 +31,3 @@ class BalancedRCNN(GeneralizedRCNN):
         build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
         ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        images = super().preprocess_image(batched_inputs)
-        if self.training:
-            images.ignore_boxes = regions_of(batched_inputs, self.device)
-            if self.image_labels is not None:
-                images.listed = self.image_labels.listed(batched_inputs, self.device)
-                images.partial = self.image_labels.partial(batched_inputs, self.device)
-        return images
