@@ -1,22 +1,36 @@
-"""Two processes that train together, for the tests that compare ranks."""
+"""Processes that train together, for the tests that compare ranks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.utils import comm
+
+from d2_balance.engine.launching import leave_groups
+
+
+@contextmanager
+def joined(rank: int, folder: str | Path, ranks: int = 2) -> Iterator[None]:
+    """This process as one of several that meet in a folder and wait for each other at the end."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting_of_{ranks}"
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(minutes=5)
+    )
+    comm.create_local_process_group(ranks)
+    yield
+    dist.barrier()
+    leave_groups()
 
 
 def _worker(rank, train, folder):
-    address = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=5)
-    )
-    torch.save(train(rank), os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        torch.save(train(rank), os.path.join(folder, f"{rank}.pth"))
 
 
 def results_of_two_ranks(train: Callable[[int], object], folder: Path) -> list:

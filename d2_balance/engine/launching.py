@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -32,9 +33,7 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
     check_launch(args)
     if under_torchrun():
         join_torchrun()
-        main(args)
-        comm.synchronize()
-        dist.destroy_process_group()
+        _run(main, args)
         return
     numbers = args.num_gpus, args.num_machines, args.machine_rank
     try:
@@ -46,13 +45,28 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
 
 
 def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Calls `main(args)` and leaves the process group.
+    """Calls `main(args)` and leaves the process groups, also when it fails."""
+    try:
+        main(args)
+    except BaseException:
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL may wait for the others
+            leave_groups()
+        raise
+    leave_groups()
 
-    Threads of a group that is still there when Python ends can abort the process.
+
+def leave_groups() -> None:
+    """Destroys the process groups of this process, if it has any, and ends their threads.
+
+    A thread of gloo that still runs when Python ends can abort the process, and it runs as long as
+    Detectron2 keeps a reference to its group. Does not wait for the other processes.
     """
-    main(args)
-    if dist.is_initialized():  # without waiting: another process may have failed
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a model in a cycle of references holds the group that averages its gradients
 
 
 def under_torchrun() -> bool:

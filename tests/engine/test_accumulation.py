@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.modeling.proposal_generator import proposal_utils
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from d2_balance.data import register_json
@@ -16,6 +14,7 @@ from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.losses.distributed import MicroBatches, sum_over_ranks, world_size
 from d2_balance.modeling.compatibility import has_class_columns_only
 from tests.conftest import make_inputs, small_cfg
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
@@ -134,22 +133,16 @@ def test_a_killed_run_continues_exactly(dataset, tmp_path):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    for count in (1, 2):
-        overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", str(count), *ALONE]
-        overrides += ["SOLVER.MAX_ITER", "3", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
-        # pictures of one size: a whole batch is padded to its largest, and padding has anchors
-        overrides += ["INPUT.MIN_SIZE_TRAIN", "(48,)"]
-        trainer = trained(run_cfg(f"{folder}/out{count}", *overrides))
-        torch.save(trainer.model.module.state_dict(), f"{folder}/{count}_{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        for count in (1, 2):
+            overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", str(count), *ALONE]
+            overrides += ["SOLVER.MAX_ITER", "3", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
+            # pictures of one size: a whole batch is padded to its largest, and padding has anchors
+            overrides += ["INPUT.MIN_SIZE_TRAIN", "(48,)"]
+            trainer = trained(run_cfg(f"{folder}/out{count}", *overrides))
+            torch.save(trainer.model.module.state_dict(), f"{folder}/{count}_{rank}.pth")
 
 
 def test_micro_batches_of_two_ranks_equal_whole_batches_of_two_ranks(dataset_files, tmp_path):

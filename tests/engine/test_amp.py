@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, NonFiniteLossError
 from d2_balance.engine.amp import widen_inputs_of_strided_convs
 from d2_balance.engine.random_state import seed_everything
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
@@ -182,22 +181,16 @@ def test_strided_convolutions_of_narrow_maps_have_sound_gradients(size):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    # behind the reduction of DDP: the other rank knows nothing of it
-    iterations = (1,) if rank == 1 else ()
-    trainer, _ = start(f"{folder}/out", *FP16, "SOLVER.MAX_ITER", "3", iterations=iterations)
-    trainer.train()
-    state = {"skipped": trainer._trainer._skipped, "scale": trainer._trainer.scaler.get_scale()}
-    state["weight"] = trainer.model.module.state_dict()["head.cls_score.weight"]
-    torch.save(state, f"{folder}/rank{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        # behind the reduction of DDP: the other rank knows nothing of it
+        iterations = (1,) if rank == 1 else ()
+        trainer, _ = start(f"{folder}/out", *FP16, "SOLVER.MAX_ITER", "3", iterations=iterations)
+        trainer.train()
+        state = {"skipped": trainer._trainer._skipped, "scale": trainer._trainer.scaler.get_scale()}
+        state["weight"] = trainer.model.module.state_dict()["head.cls_score.weight"]
+        torch.save(state, f"{folder}/rank{rank}.pth")
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(dataset_files, tmp_path):

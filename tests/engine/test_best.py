@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
@@ -13,6 +12,7 @@ from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.best import BestModel, check_best
 from d2_balance.engine.random_state import seed_everything
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import Kill, Killed
@@ -127,20 +127,16 @@ def test_small_gains_do_not_reset_the_patience_but_are_saved(dataset, tmp_path):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    cfg = run_cfg(f"{folder}/out", *BEST, "TEST.BEST.PATIENCE", "2", "SOLVER.EMA.ENABLED", "True")
-    trainer = run(cfg, [None, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
-    best = best_of(trainer)
-    state = {"evaluated": trainer.evaluated, "value": best.value, "result": trainer.result}
-    torch.save(state, os.path.join(folder, f"rank{rank}.pth"))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        cfg = run_cfg(
+            f"{folder}/out", *BEST, "TEST.BEST.PATIENCE", "2", "SOLVER.EMA.ENABLED", "True"
+        )
+        trainer = run(cfg, [None, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+        best = best_of(trainer)
+        state = {"evaluated": trainer.evaluated, "value": best.value, "result": trainer.result}
+        torch.save(state, os.path.join(folder, f"rank{rank}.pth"))
 
 
 def test_two_ranks_end_together(dataset_files, tmp_path):

@@ -16,17 +16,16 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, RunStopped, TrainStream
 from d2_balance.engine.checkpoint import BalancedCheckpointer
 from d2_balance.engine.lock import output_lock
 from d2_balance.engine.random_state import seed_everything
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg, write_dataset
 from .test_checkpoint import STATE, different
@@ -211,16 +210,10 @@ def test_loading_processes_that_die_again_and_again_end_the_run(log):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    trained(run_cfg(f"{folder}/out", *STATE), kill_at=5)
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        trained(run_cfg(f"{folder}/out", *STATE), kill_at=5)
 
 
 def test_another_number_of_processes_continues_with_a_warning(

@@ -99,6 +99,7 @@ def process(rank, ranks, meeting, arguments, kill):
     from detectron2.utils import comm
 
     import train_net
+    from d2_balance.engine.launching import leave_groups
 
     if ranks > 1:
         dist.init_process_group("gloo", init_method=meeting, world_size=ranks, rank=rank)
@@ -107,6 +108,7 @@ def process(rank, ranks, meeting, arguments, kill):
         plant(*kill)
     train_net.main(default_argument_parser().parse_args(arguments))
     comm.synchronize()
+    leave_groups()
 
 
 def run(ranks, folder, config, *more, kill=None):

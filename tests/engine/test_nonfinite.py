@@ -7,13 +7,12 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, NonFiniteLossError
 from d2_balance.engine.random_state import seed_everything
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 
@@ -275,21 +274,15 @@ def test_other_errors_stay_what_they_are(dataset, tmp_path, error):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    change = bad_box if rank == 1 else lambda batch: None
-    trainer = start(f"{folder}/out", "SOLVER.IMS_PER_BATCH", "4", at=1, change=change)
-    error = failure(trainer)
-    found = error.losses, error.pictures, error.classes, str(error), last_batch(trainer)
-    with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
-        json.dump(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        change = bad_box if rank == 1 else lambda batch: None
+        trainer = start(f"{folder}/out", "SOLVER.IMS_PER_BATCH", "4", at=1, change=change)
+        error = failure(trainer)
+        found = error.losses, error.pictures, error.classes, str(error), last_batch(trainer)
+        with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
+            json.dump(found, file)
 
 
 def test_all_ranks_end_with_the_picture_of_one(dataset_files, tmp_path):

@@ -7,9 +7,10 @@ feed deals the pictures of one fixed batch to the ranks. Numbers are float64: in
 order of summation moves scores by 1e-7, and that is enough to swap two proposals.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -19,6 +20,7 @@ from detectron2.utils import comm
 from d2_balance.data import mini_lvis, register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.random_state import seed_everything
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 
@@ -92,19 +94,11 @@ def train(root, folder, name):
 def train_all(rank, ranks, root, folder):
     torch.set_num_threads(1)
     proposal_utils.batched_nms = nms_of_floats
-    if ranks > 1:
-        meeting = f"file://{folder}/rendezvous{ranks}"
-        dist.init_process_group("gloo", init_method=meeting, world_size=ranks, rank=rank)
-        comm.create_local_process_group(ranks)
     for name in (TRAIN, TEST):
         register_json(name, f"{root}/v1/mini_lvis_train.json", f"{root}/v1")
-    results = {}
-    for name in LOSSES:
-        results[name] = train(root, f"{folder}/{ranks}", name)
-    torch.save(results, f"{folder}/{ranks}_{rank}.pth")
-    if ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    with joined(rank, folder, ranks) if ranks > 1 else nullcontext():
+        results = {name: train(root, f"{folder}/{ranks}", name) for name in LOSSES}
+        torch.save(results, f"{folder}/{ranks}_{rank}.pth")
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,15 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import HookBase, hooks
-from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, BetaDecay, LossStats, SeedSteps
 from d2_balance.engine.random_state import seed_everything
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from d2_balance.modeling.compatibility import has_class_columns_only
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 
@@ -176,25 +175,19 @@ def test_without_a_seed_steps_are_not_seeded(dataset, tmp_path):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    trainer = trained(run_cfg(f"{folder}/out", *GHM, *DECAY, "SOLVER.MAX_ITER", "3"))
-    state = trainer.model.module.state_dict()
-    torch.save(
-        {
-            "hooks": [type(h).__name__ for h in trainer._hooks],
-            "losses": {k: v for k, v in state.items() if "loss" in k},
-            "weights": state["head.cls_score.weight"],
-        },
-        os.path.join(folder, f"rank{rank}.pth"),
-    )
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        trainer = trained(run_cfg(f"{folder}/out", *GHM, *DECAY, "SOLVER.MAX_ITER", "3"))
+        state = trainer.model.module.state_dict()
+        torch.save(
+            {
+                "hooks": [type(h).__name__ for h in trainer._hooks],
+                "losses": {k: v for k, v in state.items() if "loss" in k},
+                "weights": state["head.cls_score.weight"],
+            },
+            os.path.join(folder, f"rank{rank}.pth"),
+        )
 
 
 def test_two_ranks_agree_on_hooks_and_state(dataset_files, tmp_path):

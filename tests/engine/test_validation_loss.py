@@ -7,14 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.random_state import seed_everything
 from d2_balance.engine.validation_loss import ValidationLoss, check_validation_loss
+from tests.two_ranks import joined
 
 from .conftest import TEST, TRAIN, run_cfg
 
@@ -96,19 +95,13 @@ def test_as_many_pictures_as_asked_for_are_measured(dataset, tmp_path):
 
 
 def _rank(rank, folder, files):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank
-    )
-    comm.create_local_process_group(2)
-    for name in (TRAIN, TEST):
-        register_json(name, *files)
-    trainer = train(run_cfg(f"{folder}/out", *SHORT))
-    trainer.model.module.load_state_dict(torch.load(f"{folder}/start.pth"))
-    hook = next(h for h in trainer._hooks if isinstance(h, ValidationLoss))
-    torch.save(hook.measure(), os.path.join(folder, f"rank{rank}.pth"))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder):
+        for name in (TRAIN, TEST):
+            register_json(name, *files)
+        trainer = train(run_cfg(f"{folder}/out", *SHORT))
+        trainer.model.module.load_state_dict(torch.load(f"{folder}/start.pth"))
+        hook = next(h for h in trainer._hooks if isinstance(h, ValidationLoss))
+        torch.save(hook.measure(), os.path.join(folder, f"rank{rank}.pth"))
 
 
 def test_two_ranks_measure_what_one_process_does(dataset, dataset_files, tmp_path):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from d2_balance.evaluation import LVISGroupEvaluator
 from d2_balance.evaluation.files import RankPredictions, atomic_path, file_name_of
+from tests.two_ranks import joined
 
 
 def _detect(evaluator, image_id, box):
@@ -20,18 +20,17 @@ def _detect(evaluator, image_id, box):
 
 
 def _work(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     MetadataCatalog.get("two_ranks").set(json_file=f"{folder}/two_ranks.json")
     results = []
-    for output_dir in (f"{folder}/out", None):
-        evaluator = LVISGroupEvaluator("two_ranks", output_dir=output_dir)
-        for _ in range(2):  # the second round must not find the files of the first
-            evaluator.reset()
-            _detect(evaluator, 1 + rank, [0.0, 10.0, 20.0, 30.0])
-            results.append(evaluator.evaluate())
+    with joined(rank, folder):
+        for output_dir in (f"{folder}/out", None):
+            evaluator = LVISGroupEvaluator("two_ranks", output_dir=output_dir)
+            for _ in range(2):  # the second round must not find the files of the first
+                evaluator.reset()
+                _detect(evaluator, 1 + rank, [0.0, 10.0, 20.0, 30.0])
+                results.append(evaluator.evaluate())
     with open(f"{folder}/rank{rank}.json", "w") as f:
         json.dump(results, f)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_give_one_result_on_rank_0(tmp_path):

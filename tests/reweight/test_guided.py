@@ -1,17 +1,14 @@
 """Guided loss scaling: its value, what it is invariant to, and its edges."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from d2_balance.losses import SigmoidCE, SmoothL1
 from d2_balance.modeling.criterion import PositiveNormalizer, detection_losses
 from d2_balance.reweight import GuidedScale
 from tests.losses.test_contract import make
+from tests.two_ranks import results_of_two_ranks
 
 
 def value(number):
@@ -89,20 +86,17 @@ def test_mean_over_positives():
 BATCHES = [(4.0, 3.0), (1.0, 0.0)]  # (L_cls, L_box) of two ranks; the second has no positive
 
 
-def worker(rank, address, folder):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def scaled(rank):
     guided = GuidedScale(2.0)
     cls, box = BATCHES[rank]
     cls = value(cls)
     loss = guided(cls, torch.tensor(box))
     (grad,) = torch.autograd.grad(loss, cls)
-    torch.save((guided.ratio, loss.detach(), grad), os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+    return guided.ratio, loss.detach(), grad
 
 
 def test_two_ranks_have_one_ratio(tmp_path):
-    mp.spawn(worker, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    found = results_of_two_ranks(scaled, tmp_path)
     for (ratio, loss, grad), (cls, _) in zip(found, BATCHES, strict=True):
         assert ratio.item() == pytest.approx(3 / 5)  # (3 + 0) / (4 + 1)
         assert loss.item() == pytest.approx(2 * 3 / 5 * cls)
