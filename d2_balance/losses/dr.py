@@ -132,23 +132,27 @@ class _NegativeMean(torch.autograd.Function):
     With e = exp((p - 1) / lambda), 0 for positives, P- = sum e p / sum e, and
 
         dP- / dp_j = e_j / (sum e) (1 + (p_j - P-) / lambda)
+
+    e p (1 - p) is kept for it: to compute it again takes longer.
     """
 
     @staticmethod
     def forward(ctx, logits, column, hit, group, groups, temperature):
         own = logits.gather(1, column)
         own_weight = _weights(own.sigmoid(), temperature).mul_(1 - hit)  # (R, 1)
+        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
         sums = logits.new_empty(2, len(logits))
         for rows in row_pieces(logits):
             prob = logits[rows].sigmoid()
             weight = _weights(prob, temperature).scatter_(1, column[rows], own_weight[rows])
             torch.sum(weight, dim=1, out=sums[0, rows])
             torch.sum(weight.mul_(prob), dim=1, out=sums[1, rows])
+            torch.addcmul(weight, weight, prob, value=-1, out=slope[rows])
         total = sums.new_zeros(2, groups, dtype=torch.float64).index_add_(1, group, sums.double())
         filled = total[0] != 0  # NaN counts as filled, or a diverged image would weigh 0
         total[0].masked_fill_(~filled, 1)
         mean = total[1] / total[0]
-        ctx.save_for_backward(logits, column, own_weight, group, total[0], mean)
+        ctx.save_for_backward(logits, slope, column, group, total[0], mean)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(filled)
         return mean.to(logits.dtype), filled, own
@@ -156,16 +160,14 @@ class _NegativeMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean, _, grad_own):
-        logits, column, own_weight, group, total, mean = ctx.saved_tensors
-        factor = grad_mean.double() / total  # (G,)
-        slope, offset = factor / ctx.temperature, factor * (1 - mean / ctx.temperature)
-        slope, offset = (x.to(logits.dtype)[group].unsqueeze(1) for x in (slope, offset))  # (R, 1)
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        logits, slope, column, group, total, mean = ctx.saved_tensors
+        share = grad_mean.double() / total  # (G,)
+        factor, offset = share / ctx.temperature, share * (1 - mean / ctx.temperature)
+        factor, offset = (x.to(slope.dtype)[group].unsqueeze(1) for x in (factor, offset))  # (R, 1)
+        grad = torch.empty_like(slope)
         for rows in row_pieces(logits):
-            prob = logits[rows].sigmoid()
-            weight = _weights(prob, ctx.temperature).scatter_(1, column[rows], own_weight[rows])
-            piece = torch.addcmul(offset[rows], slope[rows], prob, out=grad[rows])
-            piece.mul_(weight).mul_(prob.addcmul_(prob, prob, value=-1))  # times p (1 - p)
+            prob = torch.sigmoid(logits[rows], out=grad[rows])
+            torch.addcmul(offset[rows], factor[rows], prob, out=prob).mul_(slope[rows])
         return grad.scatter_add_(1, column, grad_own), None, None, None, None, None
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import CLS_LOSSES, ClassificationLoss, check, per_row
 from .ranking import StepBuckets, error_driven, positive_scores
 from .samples import Samples
 
 MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
-PIECE = 2**17  # pairs of the P x P sorting part at a time
+PIECE = 2**18  # pairs of the P x P sorting part at a time
 
 
 def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -39,22 +40,29 @@ def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tens
     Returns:
         (P,) errors l_S - l_S*, and (P,) gradient of their sum.
     """
-    error = torch.zeros_like(scores)
-    pushed = torch.zeros_like(scores)
-    miss = torch.stack([1 - targets, torch.ones_like(targets)], dim=1)  # (P, 2)
+    order = scores.argsort()
+    scores, targets = scores[order], targets[order]
+    error, pushed = torch.zeros_like(scores), torch.zeros_like(scores)
+    miss = torch.stack([1 - targets, torch.ones_like(targets)])  # (2, P)
     size = max(PIECE // max(len(scores), 1), 1)
-    for start in range(0, len(scores), size):  # a few buffers of P x size stay in the cache
-        rows = slice(start, start + size)
-        step = (scores - scores[rows, None]).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)  # (C, P)
-        better = step * (targets >= targets[rows, None])
+    starts = range(0, len(scores), size)
+    firsts = [0] * len(starts)  # steps of lower scores are 0; a GPU would have to wait for them
+    if not scores.is_cuda:
+        firsts = torch.searchsorted(scores, scores[::size] - delta).tolist()
+    for start, first in zip(starts, firsts, strict=True):  # buffers of P x size stay in the cache
+        rows, others = slice(start, start + size), slice(first, None)
+        step = (scores[others] - scores[rows, None]).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
+        better = torch.empty_like(step)  # (C, P')
+        torch.ge(targets[others], targets[rows, None], out=better).mul_(step)
         worse = step.sub_(better)
-        best, rest = better @ miss, worse @ miss  # (C, 2), sums of misses and of steps
+        best, rest = (F.linear(x, miss[:, others]) for x in (better, worse))  # (C, 2)
         current = (best[:, 0] + rest[:, 0]) / (best[:, 1] + rest[:, 1])
         error[rows] = current - best[:, 0] / best[:, 1]
         moved = torch.where(rest[:, 1] > 0, error[rows], torch.zeros_like(current))
-        pushed += (moved / rest[:, 1].clamp(min=1e-12)) @ worse
+        pushed[others] += (moved / rest[:, 1].clamp(min=1e-12)) @ worse
         pushed[rows] -= moved
-    return error, pushed
+    back = order.argsort()
+    return error[back], pushed[back]
 
 
 def rank_sort_and_gradient(
