@@ -31,7 +31,7 @@ from pathlib import Path
 import growth
 import torch
 from loss_cases import isr_case, loss_cases, peers
-from measuring import about, in_turn, keep_memory, peak_memory, seconds
+from measuring import about, in_turn, in_words, keep_memory, peak_memory, seconds
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -103,7 +103,7 @@ def main() -> None:
     rows.sort(key=lambda row: row["shape"])
     others = measure_peers(wanted, args.repeat, device)
     machine = about() | {"memory": "fresh" if args.fresh_memory else "kept"}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(in_words(machine))
     for table in (rows, others):
         print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"), end="\n\n")
     if not any(row["library"].startswith("mmdet") for row in others):

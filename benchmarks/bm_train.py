@@ -29,7 +29,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from measuring import about, keep_memory, pairs, peak_memory, waits
+from measuring import about, in_words, keep_memory, pairs, peak_memory, waits
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -187,7 +187,7 @@ def main() -> None:
                 found = compare(step, stock, args.repeat, base)
                 rows.append({"model": model, "method": name, **found})
     machine = about() | {"pictures": args.batch, "pixels": args.size, "classes": args.classes}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(in_words(machine))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
     if args.json:
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:

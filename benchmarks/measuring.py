@@ -40,13 +40,19 @@ def keep_memory() -> None:
 
 def about() -> dict[str, object]:
     """Machine, versions and threads."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+
+
+def in_words(machine: dict[str, object]) -> str:
+    """What `about` says, on one line."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def _processor() -> str:
