@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import check
-from .entries import row_pieces
+from .entries import Scratch, row_pieces
 from .samples import Samples
 
 EMA_MODES = ("official", "debiased", "paper")
@@ -37,7 +37,7 @@ def level_bins(norm: Tensor, bins: int, level: Tensor | None, levels: int) -> Te
     return index if levels == 1 else index + level.unsqueeze(1) * bins
 
 
-def count_bins(index: Tensor, size: int) -> Tensor:
+def count_bins(index: Tensor, size: int, scratch: Scratch | None = None) -> Tensor:
     """(size,) int64, how often each of 0 ... size - 1 occurs in whole numbers (R, C)."""
     if index.is_cuda:  # there `bincount` waits for the device twice, to learn the range
         return histogram(index, size)
@@ -45,7 +45,8 @@ def count_bins(index: Tensor, size: int) -> Tensor:
     # in tables of their own, as many as the type has room for
     tables = max(torch.iinfo(index.dtype).max // size, 1) if index.dtype == torch.uint8 else 1
     table = torch.arange(index.shape[-1]).remainder_(tables).mul_(size).to(index.dtype)
-    counts = torch.bincount((index + table).flatten(), minlength=tables * size)
+    spread = torch.add(index, table, out=(scratch or Scratch()).take("spread", index))
+    counts = torch.bincount(spread.flatten(), minlength=tables * size)
     return counts.view(tables, size).sum(dim=0)
 
 
@@ -77,16 +78,17 @@ def entry_bins(
     index = torch.empty_like(logits, dtype=small, memory_format=torch.contiguous_format)
     norm = (logits.gather(1, column).sigmoid() - samples.hit).abs_()
     own = gradient_bins(norm, bins).to(small)  # (R, 1)
-    counts = index.new_zeros(size, dtype=torch.int64)
+    counts, scratch = index.new_zeros(size, dtype=torch.int64), Scratch()
     for rows in row_pieces(logits):
         piece = index[rows]
-        piece.copy_(logits[rows].sigmoid().mul_(bins).clamp_(max=bins - 1))
+        norm = torch.sigmoid(logits[rows], out=scratch.take("norm", logits[rows]))
+        piece.copy_(norm.mul_(bins).clamp_(max=bins - 1))
         if small == torch.int32:  # what is no number becomes the least one, which is no bin
             piece.clamp_(min=0)
         piece.scatter_(1, column[rows], own[rows])
         if levels > 1:
             piece.add_((level[rows] * bins).to(small).unsqueeze(1))
-        counts += count_bins(piece, size)
+        counts += count_bins(piece, size, scratch)
     return index, counts.view(levels, bins)
 
 

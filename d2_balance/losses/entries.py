@@ -32,9 +32,42 @@ def row_pieces(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """(R, C) entries of a (T,) table; `index_select` of one dimension would use one thread."""
-    return table.expand(len(index), -1).gather(1, index.long())
+class Scratch:
+    """Buffers that the pieces of a pass share.
+
+    Each thread then writes where it wrote before. A new buffer for every piece often lies in the
+    cache of another core, and to fetch it from there can take as long as the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer of a name, in the shape of a piece (r, C); the first piece is the longest."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty_like(
+                like, dtype=dtype, memory_format=torch.contiguous_format
+            )
+        return self._buffers[name][: len(like)]
+
+
+def look_up(table: Tensor, index: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Entries of a table by their numbers.
+
+    Args:
+        table: (T,).
+        index: (r, C) whole numbers in [0, T).
+        scratch: holds the result, until it is asked for the next piece.
+
+    Returns:
+        (r, C).
+    """
+    scratch = scratch or Scratch()
+    if index.dtype != torch.int64:
+        index = scratch.take("index", index, torch.int64).copy_(index)
+    found = scratch.take("found", index, table.dtype)
+    # `index_select` of one dimension would use one thread
+    return torch.gather(table.expand(len(index), -1), 1, index, out=found)
 
 
 class Negative(Protocol):
@@ -110,9 +143,9 @@ def entry_total(
     with torch.no_grad():
         own_value, own_slope = value_and_slope(own, logits.gather(1, column))
         slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        total = logits.new_zeros((), dtype=torch.float64)
+        total, scratch = logits.new_zeros((), dtype=torch.float64), Scratch()
         for rows in row_pieces(logits):
-            value = torch.empty_like(slope[rows])
+            value = scratch.take("value", slope[rows])
             negative.write(logits[rows], rows, value, slope[rows])
             total += value.scatter_(1, column[rows], own_value[rows]).sum()
         slope.scatter_(1, column, own_slope)

@@ -21,7 +21,7 @@ from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss, check
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 from .density import EmaMode, GradientDensity, check_density, entry_bins, level_bins
 from .distributed import world_size
-from .entries import entry_total, look_up
+from .entries import Scratch, entry_total, look_up
 from .samples import Samples
 
 
@@ -128,11 +128,11 @@ class GHMC(ClassificationLoss):
             self.statistics(samples)
         (_, index), self._index = self._index, None
         weight = scales.flatten().reciprocal().to(samples.logits.dtype)  # (levels * M,)
-        own_weight = look_up(weight, index.gather(1, samples.column))
+        own_weight, scratch = look_up(weight, index.gather(1, samples.column)), Scratch()
         loss = entry_total(
             samples.logits,
             samples.column,
-            NegativeCE(lambda rows: look_up(weight, index[rows])),
+            NegativeCE(lambda rows: look_up(weight, index[rows], scratch)),
             lambda own: sigmoid_ce_loss(own, samples.hit) * own_weight,
         )
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks
