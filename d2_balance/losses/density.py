@@ -60,7 +60,7 @@ def histogram(index: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def entry_bins(
     samples: Samples, bins: int, level: Tensor | None, levels: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where each entry lies in the bins of all levels, and how many lie in each.
 
     Args:
@@ -70,26 +70,28 @@ def entry_bins(
         levels: number of levels.
 
     Returns:
-        (R, K) whole numbers in [0, levels * M), of one byte where that is enough, and
-        (levels, M) int64.
+        (R, K) whole numbers in [0, levels * M), of one byte where that is enough, (levels, M)
+        int64, and (R, K) probabilities.
     """
     logits, column, size = samples.logits, samples.column, levels * bins
     small = torch.uint8 if size <= 256 else torch.int32
     index = torch.empty_like(logits, dtype=small, memory_format=torch.contiguous_format)
-    norm = (logits.gather(1, column).sigmoid() - samples.hit).abs_()
-    own = gradient_bins(norm, bins).to(small)  # (R, 1)
+    prob = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    own = (logits.gather(1, column).sigmoid() - samples.hit).abs_()
+    own = gradient_bins(own, bins).to(small)  # (R, 1)
     counts, scratch = index.new_zeros(size, dtype=torch.int64), Scratch()
     for rows in row_pieces(logits):
         piece = index[rows]
-        norm = torch.sigmoid(logits[rows], out=scratch.take("norm", logits[rows]))
-        piece.copy_(norm.mul_(bins).clamp_(max=bins - 1))
+        norm = torch.sigmoid(logits[rows], out=prob[rows])  # of a negative
+        place = torch.mul(norm, bins, out=scratch.take("place", norm))
+        piece.copy_(place.clamp_(max=bins - 1))
         if small == torch.int32:  # what is no number becomes the least one, which is no bin
             piece.clamp_(min=0)
         piece.scatter_(1, column[rows], own[rows])
         if levels > 1:
             piece.add_((level[rows] * bins).to(small).unsqueeze(1))
         counts += count_bins(piece, size, scratch)
-    return index, counts.view(levels, bins)
+    return index, counts.view(levels, bins), prob
 
 
 class GradientDensity(nn.Module):

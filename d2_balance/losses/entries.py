@@ -137,12 +137,18 @@ def entry_losses(
 
 
 def entry_total(
-    logits: Tensor, column: Tensor, negative: Negative, own: Callable[[Tensor], Tensor]
+    logits: Tensor,
+    column: Tensor,
+    negative: Negative,
+    own: Callable[[Tensor], Tensor],
+    slope: Tensor,
 ) -> Tensor:
-    """The sum of `entry_losses`, 0-d, without a tensor of the single values."""
+    """The sum of `entry_losses`, 0-d, without a tensor of the single values.
+
+    The derivatives are written to `slope` (R, C), which `negative` gets as it is.
+    """
     with torch.no_grad():
         own_value, own_slope = value_and_slope(own, logits.gather(1, column))
-        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
         total, scratch = logits.new_zeros((), dtype=torch.float64), Scratch()
         for rows in row_pieces(logits):
             value = scratch.take("value", slope[rows])

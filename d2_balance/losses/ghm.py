@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss, check
-from .cross_entropy import NegativeCE, sigmoid_ce_loss
+from .cross_entropy import sigmoid_ce_loss
 from .density import EmaMode, GradientDensity, check_density, entry_bins, level_bins
 from .distributed import world_size
-from .entries import Scratch, entry_total, look_up
+from .entries import Scratch, entry_total, look_up, softplus
 from .samples import Samples
 
 
@@ -75,6 +75,18 @@ def _asl1_norm(pred: Tensor, target: Tensor, mu: float) -> Tensor:
     return diff.abs() / (diff.square() + mu * mu).sqrt()
 
 
+class _NegativeGHMC:
+    """Cross-entropy times the weight (T,) of an index (R, C); slopes come in as probabilities."""
+
+    def __init__(self, weight: Tensor, index: Tensor) -> None:
+        self.weight, self.index, self.scratch = weight, index, Scratch()
+
+    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor) -> None:
+        weight = look_up(self.weight, self.index[rows], self.scratch)
+        softplus(logits, out=value).mul_(weight)
+        slope.mul_(weight)
+
+
 @CLS_LOSSES.register()
 class GHMC(ClassificationLoss):
     """GHM-C (arXiv:1811.05181, equation 9): every bin of gradient norms weighs the same.
@@ -105,7 +117,7 @@ class GHMC(ClassificationLoss):
         check_density(self, bins, momentum, ema_mode)
         self.per_level = per_level
         self.density = GradientDensity(bins, momentum, ema_mode)
-        self._index: tuple[Samples, Tensor] | None = None
+        self._found: tuple[Samples, Tensor, Tensor] | None = None
 
     def _level(self, samples: Samples) -> tuple[Tensor | None, int]:
         if self.per_level and samples.level is not None:
@@ -113,8 +125,8 @@ class GHMC(ClassificationLoss):
         return None, 1
 
     def statistics(self, samples: Samples) -> Tensor:
-        index, counts = entry_bins(samples, self.density.bins, *self._level(samples))
-        self._index = (samples, index)  # `compute` looks up the weights of the same bins
+        index, counts, prob = entry_bins(samples, self.density.bins, *self._level(samples))
+        self._found = (samples, index, prob)  # `compute` needs the same bins
         return counts
 
     def update(self, total: Tensor) -> None:
@@ -124,16 +136,17 @@ class GHMC(ClassificationLoss):
         scales = self.density.scales
         if not self.training or scales is None:
             scales = self.density.frozen_scales(self.statistics(samples))
-        elif self._index is None or self._index[0] is not samples:
+        elif self._found is None or self._found[0] is not samples:
             self.statistics(samples)
-        (_, index), self._index = self._index, None
+        (_, index, prob), self._found = self._found, None
         weight = scales.flatten().reciprocal().to(samples.logits.dtype)  # (levels * M,)
-        own_weight, scratch = look_up(weight, index.gather(1, samples.column)), Scratch()
+        own_weight = look_up(weight, index.gather(1, samples.column))
         loss = entry_total(
             samples.logits,
             samples.column,
-            NegativeCE(lambda rows: look_up(weight, index[rows], scratch)),
+            _NegativeGHMC(weight, index),
             lambda own: sigmoid_ce_loss(own, samples.hit) * own_weight,
+            prob,
         )
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks
 
