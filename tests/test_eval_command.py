@@ -164,6 +164,10 @@ def changed(**fields):
             changed(segmentation={"size": [80, 100], "counts": [9]}),
             "counts is a list; it must be a",
         ),
+        (
+            changed(segmentation={"size": [80, 100], "counts": "4"}),
+            "the mask is no RLE: its runs have 4 pixels, not the 8,000 of its size",
+        ),
     ],
 )
 def test_predictions_that_cannot_be_used_are_named(files, capsys, found, message):

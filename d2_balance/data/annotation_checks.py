@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .rle import rle_problem
+
 MALFORMED_BOX = "box is missing or not four numbers"
 NOT_FINITE = "box is not finite"
 NEGATIVE_SIZE = "box of negative size"
@@ -19,6 +21,7 @@ OUTSIDE = "box outside the picture"
 BAD_POLYGON = "polygon of fewer than 3 points or of an odd number of coordinates"
 NOT_A_MASK = "segmentation is neither lists of finite coordinates nor an RLE"
 RLE_SIZE = "RLE mask of another size than the picture"
+RLE_RUNS = "RLE mask whose runs do not fill the picture"
 
 # Files round coordinates to two decimals, so x + w may pass the border by that much.
 _BORDER_TOLERANCE = 0.011
@@ -195,6 +198,8 @@ def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, 
             return None, NOT_A_MASK
         if segmentation["size"] != list(size):
             return None, RLE_SIZE
+        if rle_problem(segmentation["counts"], size):
+            return None, RLE_RUNS
         return segmentation, None
     if not isinstance(segmentation, list):
         return None, NOT_A_MASK

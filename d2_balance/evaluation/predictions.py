@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from d2_balance.data.json_loader import read_json
+from d2_balance.data.rle import rle_problem
 
 FIELDS = ("image_id", "category_id", "score")
 _SHOWN = 5
@@ -134,7 +135,7 @@ def _problem(detection: Any, sizes: Mapping) -> str:
         size = sizes.get(detection["image_id"])
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
             return "segmentation must be an RLE: an object with 'size' and 'counts'"
-        if not isinstance(mask["size"], list):
+        if not isinstance(mask["size"], list) or [type(n) for n in mask["size"]] != [int, int]:
             return f"segmentation: size is {mask['size']!r}; it must be [height, width]"
         if not isinstance(mask["counts"], str):
             kind = type(mask["counts"]).__name__
@@ -147,6 +148,8 @@ def _problem(detection: Any, sizes: Mapping) -> str:
                 f"the mask is {mask['size']} pixels (height, width), but image "
                 f"{detection['image_id']!r} is {list(size)}; masks must have the picture's size"
             )
+        if wrong := rle_problem(mask["counts"], mask["size"]):
+            return f"the mask is no RLE: {wrong}"
     return ""
 
 

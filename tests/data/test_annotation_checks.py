@@ -28,6 +28,8 @@ BAD = {
     "text mask": ({"segmentation": "circle"}, "segmentation is neither"),
     "no counts": ({"segmentation": {"size": [30, 40]}}, "segmentation is neither"),
     "RLE size": ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "RLE mask of another"),
+    "RLE short": ({"segmentation": {"size": [30, 40], "counts": [9, 9]}}, "RLE mask whose runs"),
+    "RLE text": ({"segmentation": {"size": [30, 40], "counts": "4"}}, "RLE mask whose runs"),
 }
 
 

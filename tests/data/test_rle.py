@@ -1,0 +1,56 @@
+"""Run lengths equal those that pycocotools encodes, and broken ones are named."""
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+
+from d2_balance.data.rle import rle_problem, run_lengths
+
+
+def lengths(mask):
+    """Runs of a mask, counted one by one."""
+    flat, runs, current = mask.flatten(order="F"), [0], 0
+    for pixel in flat:
+        if pixel != current:
+            runs.append(0)
+            current = pixel
+        runs[-1] += 1
+    return runs
+
+
+def text(mask):
+    return mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.5, 1])
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (300, 7), (641, 480)])
+def test_runs_are_those_of_the_mask(size, share):
+    mask = np.random.default_rng(0).random(size) < share
+    assert run_lengths(text(mask)).tolist() == lengths(mask)
+    assert rle_problem(text(mask), size) == "" == rle_problem(lengths(mask), size)
+
+
+def test_a_large_object_has_long_numbers():
+    mask = np.zeros((3000, 4000), bool)
+    mask[10:2900, 100:3900] = True
+    assert run_lengths(text(mask)).tolist() == lengths(mask)
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ("", "its runs have 0 pixels, not the 120"),
+        (text(np.ones((4, 4))), "its runs have 16 pixels, not the 120 of its size"),
+        (text(np.eye(40)), "its runs have 1,600 pixels"),
+        ([60, 59], "its runs have 119 pixels"),
+        ([130, -10], "a run of less than 0 pixels"),
+        ([60.0, 60.0], "not whole numbers"),
+        ([10**30], "too large"),
+        (text(np.eye(40))[:-1] + "Z", "cut off"),
+        ("P1 3", "a character that no compressed RLE has"),
+        ("é", "a character that no compressed RLE has"),
+        ("o" * 9 + "0", "more than 40 bits"),
+    ],
+)
+def test_what_does_not_fill_the_picture_is_named(counts, problem):
+    assert problem in rle_problem(counts, (10, 12))
