@@ -16,7 +16,7 @@ from tabulate import tabulate
 if TYPE_CHECKING:
     from .evaluation.sources import Annotations
 
-_KEYS = ("AP", "APr", "APc", "APf")
+METRICS = ("AP", "APr", "APc", "APf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--train", help="training set that gives groups and image counts")
     fit.add_argument("--method", default="groups", choices=("groups", "norcal"))
     fit.add_argument("--task", default="", choices=("bbox", "segm"), help="default: masks if any")
-    fit.add_argument("--metric", default="AP", choices=_KEYS, help="what to raise (default AP)")
+    fit.add_argument("--metric", default="AP", choices=METRICS, help="what to raise (default AP)")
     apply.add_argument("--factors", required=True, metavar="FILE", help="what `fit` wrote")
 
 
@@ -142,9 +142,9 @@ def fit_factors(
         task=task,
         metric=metric,
         max_dets=max_dets,
-        before={k: plain[k] for k in _KEYS},
-        after={k: after[k] for k in _KEYS},
-        tried=[[text, {k: metrics[k] for k in _KEYS}] for text, metrics in tried],
+        before={k: plain[k] for k in METRICS},
+        after={k: after[k] for k in METRICS},
+        tried=[[text, {k: metrics[k] for k in METRICS}] for text, metrics in tried],
     )
     chosen = (
         f"gamma {rule.gamma:g}"
@@ -263,10 +263,10 @@ def _cuts(columns, max_dets: int) -> bool:
 
 def _metrics(before: dict, after: dict) -> str:
     rows = [
-        [name, *(f"{found[k]:.2f}" for k in _KEYS)]
+        [name, *(f"{found[k]:.2f}" for k in METRICS)]
         for name, found in (("before", before), ("after", after))
     ]
-    return tabulate(rows, ["", *_KEYS], tablefmt="github", disable_numparse=True)
+    return tabulate(rows, ["", *METRICS], tablefmt="github", disable_numparse=True)
 
 
 def _changes(rows: list[list], max_dets: int) -> str:

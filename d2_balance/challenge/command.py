@@ -28,15 +28,13 @@ def run(args: argparse.Namespace) -> int:
     from .recipe import Recipe
     from .runner import Runner, check_names
     from .stages import StageError
-    from .training import check_config
+    from .training import check_configs
 
     try:
         recipe = Recipe.read(args.recipe)
         output = args.output or recipe.output
         if args.check:
-            for stage in recipe.stages:
-                if stage.kind == "train":
-                    check_config(stage, recipe)
+            check_configs(recipe)
             check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
             print(
                 f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and data set "

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from ..engine.validate import closest
+from .fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,14 @@ def _stage(
     missing = [key for key in form.required if settings.get(key) in (None, [], "")]
     if missing:
         raise ValueError(f"{where}: {kind} needs {', '.join(missing)}")
+    check_fields(settings, kind, where)
+    if kind == "fit" and settings["dataset"] in settings["test"]:
+        raise ValueError(
+            f"{where}: dataset {settings['dataset']!r} is one of test; allowed are pictures that "
+            "nothing is evaluated on, as of a stage of kind split"
+        )
+    if kind == "classes" and bool(settings.get("keep")) == bool(settings.get("every")):
+        raise ValueError(f"{where}: classes needs one of keep and every")
     kinds = {stage.name: stage.kind for stage in before}
     needs = [
         _reference(settings[key], kinds, form.stages[key], f"{where}: {key}") for key in form.stages
@@ -174,6 +183,7 @@ def _inputs(settings: Mapping[str, Any], kinds: Mapping[str, str], where: str) -
         if not isinstance(entry, dict) or "predictions" not in entry:
             raise ValueError(f"{place} is {{predictions: stage, classes: data set, map: file}}")
         _only(entry, ("predictions", "classes", "map"), place)
+        check_fields(entry, "inputs", place)
         found.append(_reference(entry["predictions"], kinds, PREDICTIONS, place))
     return found
 

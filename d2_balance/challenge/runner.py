@@ -2,8 +2,8 @@
 
 A stage that is done has a folder with `done.json` in the output. Others work in a folder of another
 name, which becomes theirs when they are done, so that a failure touches no finished output. A
-training works in its own folder, whose checkpoints `train_net.py --resume` goes on from; its
-`done.json` is written last.
+training works in its own folder, whose checkpoints `train_net.py --resume` goes on from; there
+`started.json` says with what settings, and its `done.json` is written last.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
 from .stages import StageError, Work, add_sets, outputs_of, run_stage
-from .training import check_config, check_second_files, external_names
+from .training import check_configs, check_second_files, config_text, external_names
 
-DONE = "done.json"
+DONE, STARTED = "done.json", "started.json"
 
 
 def check_names(recipe: Recipe, known: Container[str]) -> None:
@@ -66,9 +66,9 @@ class Runner:
 
     Raises:
         FileExistsError: the folder holds stages, and `resume` is False.
-        ValueError: stages that are done do not fit the recipe, or miss files or predecessors; a
-            stage that is not done has a folder; or a data set, a file or a class of a class map
-            does not exist.
+        ValueError: stages that are done, or trainings that were begun, do not fit the recipe, or
+            miss files or predecessors; a stage that is not done has a folder; or a data set, a
+            file or a class of a class map does not exist.
     """
 
     def __init__(
@@ -88,13 +88,15 @@ class Runner:
                 f"{output} is not empty, and nothing is overwritten: pass --resume to go on with "
                 "the recipe there, or another --output"
             )
+        check_configs(recipe)
         for stage in recipe.stages:
             if stage.kind == "train":
                 check_second_files(stage, recipe)
         check_names(recipe, self.datasets)
         self.fingerprints = self._fingerprints()
-        self.done = {s.name: found for s in recipe.stages if (found := self._read_done(s))}
+        self.done = {s.name: found for s in recipe.stages if (found := self._read(s, DONE))}
         self._check_done()
+        self._check_started()
         self._check_free()
         lists = ClassLists(recipe, self.datasets)
         for stage in recipe.stages:
@@ -113,7 +115,7 @@ class Runner:
                 recipe was read.
         """
         with output_lock(self.output):
-            new = {s.name for s in self.recipe.stages if self._read_done(s)} - self.done.keys()
+            new = {s.name for s in self.recipe.stages if self._read(s, DONE)} - self.done.keys()
             if new:
                 raise ValueError(
                     f"another run has finished {', '.join(sorted(new))} in {self.output} "
@@ -142,6 +144,8 @@ class Runner:
         if not trains and os.path.isdir(place):
             shutil.rmtree(place)  # of a run that was stopped; nothing refers to it
         os.makedirs(place, exist_ok=True)
+        if trains:
+            self._write(os.path.join(place, STARTED), self._made_with(stage))
         log = os.path.join(self.output, "logs", f"{stage.name}.log")
         folders = {name: os.path.join(self.output, name) for name in self.done}
         start = time.time()
@@ -161,21 +165,23 @@ class Runner:
         missing = [f for f in outputs_of(stage) if not os.path.exists(os.path.join(place, f))]
         if missing:
             raise StageError(f"it ended without {', '.join(missing)}")
-        found = {
+        found = self._made_with(stage) | {"seconds": seconds}
+        self._write(os.path.join(place, DONE), found)
+        self.done[stage.name] = found
+
+    def _made_with(self, stage: Stage) -> dict[str, Any]:
+        return {
             "stage": stage.name,
             "kind": stage.kind,
             "fingerprint": self.fingerprints[stage.name],
             "settings": stage.settings,
-            "seconds": seconds,
         }
-        self._write(os.path.join(place, DONE), found)
-        self.done[stage.name] = found
 
     def _folder(self, stage: Stage) -> str:
         return os.path.join(self.output, stage.name)
 
-    def _read_done(self, stage: Stage) -> dict[str, Any] | None:
-        path = os.path.join(self._folder(stage), DONE)
+    def _read(self, stage: Stage, file: str) -> dict[str, Any] | None:
+        path = os.path.join(self._folder(stage), file)
         if not os.path.isfile(path):
             return None
         return read_json(path)
@@ -190,18 +196,27 @@ class Runner:
                     f"stage {lost[0]} is missing in {self.output}, and stage {name}, which is "
                     f"done, was made from it: put {lost[0]} back, or remove {folder} as well"
                 )
-            if found["fingerprint"] != self.fingerprints[name]:
-                changed = _difference(found["settings"], stage.settings)
-                raise ValueError(
-                    f"stage {name} in {self.output} was made with other settings ({changed}); use "
-                    f"another --output, or remove {folder} to make it again"
-                )
+            self._check_settings(stage, found, "made")
             for file in outputs_of(stage):
                 if not os.path.exists(os.path.join(folder, file)):
                     raise ValueError(
                         f"stage {name} is done, but its {file} is missing in {folder}: put it "
                         "back, or remove the folder to make it again"
                     )
+
+    def _check_started(self) -> None:
+        for stage in self.recipe.stages:
+            found = self._read(stage, STARTED)
+            if found and stage.name not in self.done:
+                self._check_settings(stage, found, "begun")
+
+    def _check_settings(self, stage: Stage, found: dict[str, Any], made: str) -> None:
+        if found["fingerprint"] != self.fingerprints[stage.name]:
+            changed = _difference(found["settings"], stage.settings)
+            raise ValueError(
+                f"stage {stage.name} in {self.output} was {made} with other settings ({changed}); "
+                f"use another --output, or remove {self._folder(stage)} to make it again"
+            )
 
     def _check_free(self) -> None:
         """A stage's work would end at a folder that is there, and only trainings go on in one."""
@@ -221,7 +236,7 @@ class Runner:
             content: list[Any] = [stage.kind, stage.settings, [found[n] for n in stage.needs]]
             content += [named[n] for n in datasets_in(stage) if n in named]
             if stage.kind == "train":
-                content.append(check_config(stage, self.recipe))
+                content.append(config_text(stage, self.recipe))
             for entry in stage["inputs"] or []:
                 if entry.get("map"):
                     with open(os.path.join(self.recipe.folder, entry["map"]), "rb") as file:

@@ -26,7 +26,7 @@ from ..files import atomic_path
 from ..rescore import apply_factors, fit_factors
 from .datasets import DataSets, keep_classes, pictures_of, split, write_json
 from .recipe import Recipe, Stage, sets_of
-from .training import copy_node, training_config
+from .training import copy_node, merged, training_config
 
 PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
 WEIGHTS = os.path.join("run", "model_final.pth")
@@ -127,7 +127,7 @@ def _predict(work: Work) -> None:
     stage, folder = work.stage, work.folders[work.stage["model"]]
     with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
         config = yaml.safe_load(file)
-    config = _merged(config, copy_node(stage["overrides"] or {}))
+    config = merged(config, copy_node(stage["overrides"] or {}))
     name, entries = stage["dataset"], work.datasets.entries()
     if stage["classes"]:
         root = work.datasets.folder(name)
@@ -272,13 +272,6 @@ def _ends_with_this_process() -> Callable[[], None] | None:
 def _write_yaml(path: str, content: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yaml.safe_dump(dict(content), file, sort_keys=False)
-
-
-def _merged(a: dict, b: Mapping) -> dict:
-    for key, value in b.items():
-        both = isinstance(value, Mapping) and isinstance(a.get(key), dict)
-        a[key] = _merged(a[key], value) if both else value
-    return a
 
 
 def _register(config: dict[str, Any], entries: list[list[str]]) -> None:

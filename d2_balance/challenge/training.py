@@ -31,11 +31,14 @@ def read_training_config(stage: Stage, recipe: Recipe) -> Any:
     Raises:
         ValueError: its YAML cannot be read, or has keys or types that do not exist.
     """
+    return _full(training_config(stage, recipe), stage, recipe)
+
+
+def _full(config: dict[str, Any], stage: Stage, recipe: Recipe) -> Any:
     from detectron2.config import CfgNode
 
     from ..engine import read_config
 
-    config = training_config(stage, recipe)
     cfg = read_config(config.pop("_BASE_"))
     try:
         cfg.merge_from_other_cfg(CfgNode(config))
@@ -45,9 +48,36 @@ def read_training_config(stage: Stage, recipe: Recipe) -> Any:
     return cfg
 
 
-def check_config(stage: Stage, recipe: Recipe) -> str:
-    """`read_training_config` as text."""
-    return read_training_config(stage, recipe).dump()
+def check_configs(recipe: Recipe) -> None:
+    """Checks the config of each train and predict stage.
+
+    Raises:
+        ValueError: as `read_training_config`.
+    """
+    for stage in recipe.stages:
+        if stage.kind in ("train", "predict"):
+            config_text(stage, recipe)
+
+
+def config_text(stage: Stage, recipe: Recipe) -> str:
+    """The full config of a train stage, or of its model in a predict stage, as text.
+
+    Raises:
+        ValueError: as `read_training_config`.
+    """
+    if stage.kind == "train":
+        return read_training_config(stage, recipe).dump()
+    model = next(other for other in recipe.stages if other.name == stage["model"])
+    config = merged(training_config(model, recipe), copy_node(stage["overrides"] or {}))
+    return _full(config, stage, recipe).dump()
+
+
+def merged(config: dict, overrides: Mapping) -> dict:
+    """A config with some of its keys replaced, in place."""
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(config.get(key), dict)
+        config[key] = merged(config[key], value) if both else value
+    return config
 
 
 def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:

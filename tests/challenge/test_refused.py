@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2_balance.challenge import class_maps
 from d2_balance.challenge.datasets import DataSets
-from d2_balance.challenge.recipe import Recipe
+from d2_balance.challenge.fields import FIELDS, OWN
+from d2_balance.challenge.recipe import KINDS, Recipe
 from d2_balance.data import register_json
 
 from .recipes import NAMES, recipe, run, with_second_files
@@ -29,7 +30,9 @@ from .recipes import NAMES, recipe, run, with_second_files
         ((2, "overrides"), {"SOLVER": {"MAX": 1}}, "stage expert: overrides: .*SOLVER.MAX"),
         ((4, "model"), "modell", "held.: model: 'modell' is no stage of kind train before this"),
         ((7, "inputs"), [{"predictions": "model"}], r"inputs\[0\]: 'model' is no stage of kind"),
-        ((8, "dataset"), "challenge_val", "is challenge_val|which is evaluated on"),
+        ((8, "dataset"), "challenge_val", "dataset 'challenge_val' is one of test; allowed are"),
+        ((0, "keep"), [], "classes needs one of keep and every"),
+        ((0, "every"), [2, 0], "classes needs one of keep and every"),
         ((9, "factors"), "merged", "factors: 'merged' is no stage of kind fit"),
     ],
 )
@@ -37,11 +40,52 @@ def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, valu
     content = recipe()
     content["stages"][place[0]][place[1]] = value
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
-    status = run()
+    assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
     error = capsys.readouterr().err
-    assert status in (1, 2) and re.search(message, error), error
-    if status == 2:
-        assert not os.path.exists("out")
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    "kind, key, value, allowed",
+    [
+        ("classes", "from", ["challenge_train"], "a text"),
+        ("classes", "keep", "rare", "a list of names"),
+        ("classes", "every", [0, 1], r"\[n, first\], two whole numbers"),
+        ("split", "share", 1, r"a number in \(0, 1\)"),
+        ("split", "share", "half", r"a number in \(0, 1\)"),
+        ("split", "seed", 0.5, "a whole number"),
+        ("train", "config", 3, "a text"),
+        ("train", "train", "parts_rest", "a list of names"),
+        ("train", "test", ["challenge_val", 3], "a list of names"),
+        ("train", "overrides", ["SOLVER.BASE_LR", 1], "config keys with their values"),
+        ("train", "weights", 4, "a text"),
+        ("predict", "dataset", ["challenge_val"], "a text"),
+        ("ensemble", "method", "mean", "one of nms, soft-nms, wbf"),
+        ("ensemble", "iou", 1, r"a number in \[0, 1\)"),
+        ("ensemble", "inputs", "model", "a list of inputs"),
+        ("ensemble", "max_dets", -1, "a whole number of at least 0"),
+        ("fit", "method", "wbf", "one of groups, norcal"),
+        ("fit", "metric", "AP50", "one of AP, APr, APc, APf"),
+        ("rescore", "max_dets", "all", "a whole number of at least 0"),
+        ("evaluate", "train", ["challenge_train"], "a text"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused(
+    folder, fakes, capsys, kind, key, value, allowed
+):
+    content = recipe()
+    stage = next(stage for stage in content["stages"] if stage["kind"] == kind)
+    stage[key] = value
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--check") == 2 and fakes.calls == []
+    expected = rf"recipe.yaml: stage \d+ \({stage['name']}\): {key} is .*; allowed is {allowed}"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_every_field_has_its_values():
+    known = {key for kind in KINDS.values() for key in kind.required + kind.optional}
+    own = {key for _, key in OWN}
+    assert known | {"map"} == set(FIELDS) | own
 
 
 @pytest.mark.parametrize(

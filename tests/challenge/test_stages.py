@@ -159,6 +159,36 @@ def test_what_is_missing_on_resume_is_named(folder, fakes, capsys, spoil, messag
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_the_overrides_of_predictions_are_checked_before_the_first_stage(folder, fakes, capsys):
+    for overrides, expected in (
+        ({"TEST": {"DETECTION_PER_IMAGE": 3}}, "TEST.DETECTION_PER_IMAGE"),
+        ({"TEST": {"DETECTIONS_PER_IMAGE": "all"}}, "DETECTIONS_PER_IMAGE"),
+    ):
+        content = recipe()
+        stage = next(stage for stage in content["stages"] if stage["name"] == "held")
+        stage["overrides"] = overrides
+        Path("recipe.yaml").write_text(yaml.safe_dump(content))
+        for more in ([], ["--check"]):
+            assert run(*more) == 2 and fakes.calls == []
+            error = capsys.readouterr().err
+            assert "stage held: overrides: " in error and expected in error
+
+
+def test_a_training_does_not_go_on_with_other_settings(folder, fakes, capsys):
+    content = recipe()
+    fakes.fails = "model"
+    assert run() == 1
+    before, fakes.fails, fakes.calls = contents("out"), "", []
+    model = next(stage for stage in content["stages"] if stage["name"] == "model")
+    model["overrides"] = {"SOLVER": {"BASE_LR": 0.5}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run("--resume") == 2 and fakes.calls == [] and contents("out") == before
+    error = capsys.readouterr().err
+    assert re.search(r"stage model in .*out was begun with other settings \(overrides\)", error)
+    remove("out/model")
+    assert run("--resume") == 0 and "model" in fakes.calls
+
+
 def test_other_settings_are_not_mixed_with_what_is_done(folder, fakes, capsys):
     content = recipe()
     assert run() == 0
