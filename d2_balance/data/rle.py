@@ -31,23 +31,28 @@ def run_lengths(counts: str | Sequence[int]) -> np.ndarray:
         if not all(type(count) is int for count in counts):
             raise ValueError("its counts are not whole numbers")
         return np.array(counts, dtype=np.int64)
-    data = np.frombuffer(counts.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
+    runs, _ = _numbers(counts.encode("utf-8"))
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
+
+
+def _numbers(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of a text, (n,) int64, and the place of the last character of each, (n,)."""
+    data = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(data):
-        return data
-    ends = np.flatnonzero(data < 32)
+        return data, data
     if data.min() < 0 or data.max() > 63:
         raise ValueError("its counts have a character that no compressed RLE has")
     if data[-1] >= 32:
         raise ValueError("its counts are cut off")
+    ends = np.flatnonzero(data < 32)
     starts = np.concatenate([[0], ends[:-1] + 1])
     length = ends - starts + 1
     if length.max() > LONGEST:
         raise ValueError("its counts have a number of more than 40 bits")
     place = np.arange(len(data)) - np.repeat(starts, length)
-    runs = np.add.reduceat((data & 31) << 5 * place, starts)
-    runs -= np.where(data[ends] & 16, 1 << 5 * length, 0)  # the highest bit is the sign
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs
+    found = np.add.reduceat((data & 31) << 5 * place, starts)
+    return found - np.where(data[ends] & 16, 1 << 5 * length, 0), ends  # the highest bit: a sign
 
 
 def rle_problem(counts: str | Sequence[int], size: Sequence[int]) -> str:
@@ -61,3 +66,28 @@ def rle_problem(counts: str | Sequence[int], size: Sequence[int]) -> str:
     if runs.sum() != size[0] * size[1]:
         return f"its runs have {runs.sum():,} pixels, not the {size[0] * size[1]:,} of its size"
     return ""
+
+
+def all_fill(counts: Sequence[str], pixels: Sequence[int]) -> bool:
+    """Whether `rle_problem` finds nothing in any of some hundred masks, at a tenth of its time.
+
+    Args:
+        counts: texts.
+        pixels: height times width of each.
+    """
+    length = np.array([len(text) for text in counts])
+    try:
+        runs, ends = _numbers("".join(counts).encode("ascii"))
+    except ValueError:
+        return False
+    last = np.searchsorted(ends, length.cumsum() - 1)  # the last number of each mask
+    if not length.all() or (ends[last] != length.cumsum() - 1).any():
+        return False
+    first = np.concatenate([[0], last[:-1] + 1])
+    index = np.arange(len(runs)) - np.repeat(first, last - first + 1)
+    for chain, start in ((index % 2 == 1, 1), ((index % 2 == 0) & (index > 0), 2)):
+        begins = np.flatnonzero(index[chain] == start)
+        total = np.concatenate([[0], runs[chain].cumsum()])
+        size = np.diff(np.append(begins, len(total) - 1))
+        runs[chain] = total[1:] - np.repeat(total[begins], size)
+    return bool((runs >= 0).all() and (np.add.reduceat(runs, first) == pixels).all())

@@ -8,10 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from d2_balance.data.json_loader import read_json
-from d2_balance.data.rle import rle_problem
+from d2_balance.data.rle import all_fill, rle_problem
 
 FIELDS = ("image_id", "category_id", "score")
 _SHOWN = 5
+_MASKS = 128  # masks whose runs are checked together
 
 Detections = dict[int | str, list[dict[str, Any]]]
 
@@ -79,24 +80,40 @@ class PredictionChecks:
         self.count = 0
         self._foreign: list = []
         self._unknown: list = []
+        self._masks: list[tuple[int, Mapping]] = []
 
     def add(self, detection: Any) -> None:
         """Check one detection.
 
         Raises:
-            ValueError: with its number, where its form is wrong.
+            ValueError: with its number, where its form is wrong, or the runs of a mask some hundred
+                detections before.
         """
         problem = _problem(detection, self.sizes)
         if problem:
             raise ValueError(f"{self.path}: detection {self.count}: {problem}")
+        if detection.get("segmentation") is not None:
+            self._masks.append((self.count, detection["segmentation"]))
+            if len(self._masks) == _MASKS:
+                self._check_masks()
         if detection["image_id"] not in self.sizes:
             self._foreign.append(detection["image_id"])
         elif detection["category_id"] not in self.classes:
             self._unknown.append(detection["category_id"])
         self.count += 1
 
+    def _check_masks(self) -> None:
+        masks, self._masks = self._masks, []
+        counts = [mask["counts"] for _, mask in masks]
+        if not masks or all_fill(counts, [mask["size"][0] * mask["size"][1] for _, mask in masks]):
+            return
+        for number, mask in masks:
+            if problem := rle_problem(mask["counts"], mask["size"]):
+                raise ValueError(f"{self.path}: detection {number}: the mask is no RLE: {problem}")
+
     def finish(self) -> None:
-        """Raise ValueError where images or classes are none of the files'."""
+        """Raise ValueError where runs of masks are wrong, or images or classes not the files'."""
+        self._check_masks()
         if self._foreign:
             raise ValueError(
                 f"{self.path}: {len(self._foreign):,} of {self.count:,} detections are of "
@@ -148,8 +165,6 @@ def _problem(detection: Any, sizes: Mapping) -> str:
                 f"the mask is {mask['size']} pixels (height, width), but image "
                 f"{detection['image_id']!r} is {list(size)}; masks must have the picture's size"
             )
-        if wrong := rle_problem(mask["counts"], mask["size"]):
-            return f"the mask is no RLE: {wrong}"
     return ""
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from d2_balance.data.rle import rle_problem, run_lengths
+from d2_balance.data.rle import all_fill, rle_problem, run_lengths
 
 
 def lengths(mask):
@@ -54,3 +54,35 @@ def test_a_large_object_has_long_numbers():
 )
 def test_what_does_not_fill_the_picture_is_named(counts, problem):
     assert problem in rle_problem(counts, (10, 12))
+
+
+SIZES = [(1, 1), (7, 300), (300, 7), (20, 30), (641, 480)]
+MANY = [
+    (text(np.random.default_rng(n).random(size) < share), size[0] * size[1])
+    for n, size in enumerate(SIZES)
+    for share in (0, 0.01, 0.5, 1)
+]
+
+
+def test_many_masks_are_checked_at_once():
+    assert all_fill(*zip(*MANY, strict=True))
+    assert all_fill(*zip(*MANY[:1], strict=True))
+
+
+@pytest.mark.parametrize("place", [0, 7, len(MANY) - 1])
+@pytest.mark.parametrize("change", ["pixel", "empty", "cut", "character", "negative", "é"])
+def test_one_bad_mask_among_many_is_found(place, change):
+    masks = list(MANY)
+    counts, pixels = masks[place]
+    negative = "0" + "1" * 3 + "N"  # 0, 1, 1, 1 + 1 and 1 - 2 pixels
+    masks[place] = {
+        "pixel": (counts, pixels + 1),
+        "empty": ("", 0),
+        "cut": (counts[:-1] + "P", pixels),
+        "character": (counts[:-1] + " ", pixels),
+        "negative": (negative, 3),
+        "é": ("é", pixels),
+    }[change]
+    assert not all_fill(*zip(*masks, strict=True))
+    counts, pixels = masks[place]
+    assert change == "empty" or rle_problem(counts, (1, pixels))
