@@ -31,9 +31,15 @@ def run_lengths(counts: str | Sequence[int]) -> np.ndarray:
         if not all(type(count) is int for count in counts):
             raise ValueError("its counts are not whole numbers")
         return np.array(counts, dtype=np.int64)
-    runs, _ = _numbers(counts.encode("utf-8"))
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs
+    numbers, _ = _numbers(counts.encode("utf-8"))
+    _add_up(numbers)
+    return numbers
+
+
+def _add_up(numbers: np.ndarray) -> None:
+    """Runs from the numbers of one mask's text, in place."""
+    for chain in (numbers[1::2], numbers[2::2]):
+        chain[:] = chain.cumsum()
 
 
 def _numbers(text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +75,7 @@ def rle_problem(counts: str | Sequence[int], size: Sequence[int]) -> str:
 
 
 def all_fill(counts: Sequence[str], pixels: Sequence[int]) -> bool:
-    """Whether `rle_problem` finds nothing in any of some hundred masks, at a tenth of its time.
+    """Whether `rle_problem` finds nothing in any of some hundred masks, at a fifth of its time.
 
     Args:
         counts: texts.
@@ -84,10 +90,6 @@ def all_fill(counts: Sequence[str], pixels: Sequence[int]) -> bool:
     if not length.all() or (ends[last] != length.cumsum() - 1).any():
         return False
     first = np.concatenate([[0], last[:-1] + 1])
-    index = np.arange(len(runs)) - np.repeat(first, last - first + 1)
-    for chain, start in ((index % 2 == 1, 1), ((index % 2 == 0) & (index > 0), 2)):
-        begins = np.flatnonzero(index[chain] == start)
-        total = np.concatenate([[0], runs[chain].cumsum()])
-        size = np.diff(np.append(begins, len(total) - 1))
-        runs[chain] = total[1:] - np.repeat(total[begins], size)
+    for start, end in zip(first.tolist(), last.tolist(), strict=True):
+        _add_up(runs[start : end + 1])
     return bool((runs >= 0).all() and (np.add.reduceat(runs, first) == pixels).all())
