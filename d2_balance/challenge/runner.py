@@ -24,7 +24,7 @@ from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
 from .stages import StageError, Work, add_sets, outputs_of, run_stage
-from .training import check_configs, check_second_files, config_text, external_names
+from .training import check_configs, check_second_files, external_names, read_training_config
 
 DONE, STARTED = "done.json", "started.json"
 
@@ -236,7 +236,7 @@ class Runner:
             content: list[Any] = [stage.kind, stage.settings, [found[n] for n in stage.needs]]
             content += [named[n] for n in datasets_in(stage) if n in named]
             if stage.kind == "train":
-                content.append(config_text(stage, self.recipe))
+                content.append(read_training_config(stage, self.recipe).dump())
             for entry in stage["inputs"] or []:
                 if entry.get("map"):
                     with open(os.path.join(self.recipe.folder, entry["map"]), "rb") as file:

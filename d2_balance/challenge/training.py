@@ -49,27 +49,18 @@ def _full(config: dict[str, Any], stage: Stage, recipe: Recipe) -> Any:
 
 
 def check_configs(recipe: Recipe) -> None:
-    """Checks the config of each train and predict stage.
+    """Checks the config of each train stage, and what a predict stage makes of its model's.
 
     Raises:
         ValueError: as `read_training_config`.
     """
     for stage in recipe.stages:
-        if stage.kind in ("train", "predict"):
-            config_text(stage, recipe)
-
-
-def config_text(stage: Stage, recipe: Recipe) -> str:
-    """The full config of a train stage, or of its model in a predict stage, as text.
-
-    Raises:
-        ValueError: as `read_training_config`.
-    """
-    if stage.kind == "train":
-        return read_training_config(stage, recipe).dump()
-    model = next(other for other in recipe.stages if other.name == stage["model"])
-    config = merged(training_config(model, recipe), copy_node(stage["overrides"] or {}))
-    return _full(config, stage, recipe).dump()
+        if stage.kind == "train":
+            read_training_config(stage, recipe)
+        elif stage.kind == "predict":
+            model = next(other for other in recipe.stages if other.name == stage["model"])
+            config = merged(training_config(model, recipe), copy_node(stage["overrides"] or {}))
+            _full(config, stage, recipe)
 
 
 def merged(config: dict, overrides: Mapping) -> dict:

@@ -4,7 +4,7 @@ import pytest
 
 from d2_balance.challenge.datasets import keep_classes, split
 from d2_balance.challenge.recipe import Recipe
-from d2_balance.challenge.training import config_text, read_training_config
+from d2_balance.challenge.training import read_training_config
 from d2_balance.data.class_map import load_class_map
 from d2_balance.data.metadata import target_categories
 from d2_balance.engine.train_stream import check_weights_of_sets
@@ -15,8 +15,8 @@ from .recipes import ROOT, annotations
 @pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("configs/recipes/*.yaml")))
 def test_recipes_name_configs_and_keys_that_exist(name):
     found = Recipe.read(str(ROOT / "configs/recipes" / name))
-    texts = [config_text(stage, found) for stage in found.stages if stage.kind == "train"]
-    assert len(texts) >= 2
+    configs = [read_training_config(s, found) for s in found.stages if s.kind == "train"]
+    assert len(configs) >= 2
     kinds = {stage.kind for stage in found.stages}
     assert {"train", "predict", "ensemble", "fit", "rescore"} <= kinds
 
