@@ -45,9 +45,9 @@ from d2_balance.engine import (
     short_messages,
     start,
     use_cpu_without_cuda,
-    validate,
     write_summary,
 )
+from d2_balance.engine.setup import validate
 
 
 def setup(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[BalancedTrainer]]:

@@ -29,7 +29,7 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from d2_balance.files import atomic_path
+from d2_balance.utils.files import atomic_path
 
 WIDTH, HEIGHT = 640, 480
 LABELS = ("neg_category_ids", "not_exhaustive_category_ids")

@@ -96,7 +96,7 @@ def main() -> int:
             [
                 sys.executable,
                 "-m",
-                "d2_balance.cli",
+                "d2_balance.cli.main",
                 "ensemble",
                 *files,
                 "--dataset",

@@ -103,7 +103,7 @@ def detections_of(
 
 def with_ours(truth: str, detections: str) -> dict[str, float]:
     """The metrics of `d2-balance eval`."""
-    from d2_balance.evaluation.offline import evaluate_predictions
+    from d2_balance.evaluation.evaluate import evaluate_predictions
     from d2_balance.evaluation.predictions import read_predictions
     from d2_balance.evaluation.sources import Annotations
 
@@ -200,7 +200,7 @@ def main() -> int:
     )
     if args.json:
         # not above: the child that runs lvis would load torch too
-        from d2_balance.files import atomic_path
+        from d2_balance.utils.files import atomic_path
 
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)

@@ -35,7 +35,7 @@ from measuring import about, in_turn, in_words, keep_memory, peak_memory, second
 from tabulate import tabulate
 from tqdm import tqdm
 
-from d2_balance.files import atomic_path
+from d2_balance.utils.files import atomic_path
 
 
 def logits_shape(shape: str) -> tuple[int, int]:

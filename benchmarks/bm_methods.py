@@ -36,8 +36,8 @@ from detectron2.engine import HookBase
 from tabulate import tabulate
 
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.random_state import seed_everything
-from d2_balance.files import atomic_path
+from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.utils.files import atomic_path
 
 QUICK = Path(__file__).parents[1] / "configs" / "quick_schedules"
 START = "faster_rcnn_R_18_softmax_mini_lvis"

@@ -4,7 +4,7 @@
     python benchmarks/bm_quick.py [--only PART_OF_A_NAME ...] [--json FILE]
 
 Forty iterations on the built-in set show that a method trains, not how well. A loss that is not
-finite ends its run (see `d2_balance.engine.nonfinite`); the exit status is then 1.
+finite ends its run (see `d2_balance.engine.hooks.nonfinite`); the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.random_state import seed_everything
-from d2_balance.files import atomic_path
+from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.utils.files import atomic_path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

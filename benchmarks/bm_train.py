@@ -34,10 +34,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from d2_balance import add_balance_config
-from d2_balance.data.statistics import ClassStatistics
-from d2_balance.files import atomic_path
+from d2_balance.data.class_counts import ClassStatistics
 from d2_balance.losses import CLS_LOSSES
 from d2_balance.modeling.compatibility import HEADS
+from d2_balance.utils.files import atomic_path
 
 STOCK = "stock"
 # A stock architecture and ours.

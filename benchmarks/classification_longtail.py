@@ -24,8 +24,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2_balance.files import atomic_path
 from d2_balance.losses import BalancedSoftmax, LogitAdjusted, Samples, SoftmaxCE, SoftmaxEQL
+from d2_balance.utils.files import atomic_path
 
 CLASSES, IMBALANCE, LARGEST = 10, 100, 118
 STEPS, BATCH, LEARNING_RATE = 1500, 64, 0.05

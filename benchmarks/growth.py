@@ -16,9 +16,9 @@ from loss_cases import build, make_samples, plain_loss, training_step
 from measuring import seconds
 from tqdm import tqdm
 
-from d2_balance.files import atomic_path
 from d2_balance.losses import CLS_LOSSES, Samples
 from d2_balance.modeling.compatibility import has_class_columns_only
+from d2_balance.utils.files import atomic_path
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from d2_balance.losses.samples import paired_iou
+from d2_balance.losses._samples import paired_iou
 
 
 def _registry() -> types.SimpleNamespace:

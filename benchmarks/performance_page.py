@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from d2_balance.blocks import with_blocks
-from d2_balance.files import atomic_path
+from d2_balance.utils.blocks import with_blocks
+from d2_balance.utils.files import atomic_path
 
 # times binary cross-entropy on 100,000 x 80 logits, for 300 and 3,000 positives
 TARGETS = {

@@ -15,9 +15,10 @@ try:
         # Detectron2 is older than these deprecations; a user can do nothing about them.
         warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
         warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+        from d2_balance.config import add_balance_config
+        from d2_balance.data.mini_lvis.dataset import register_mini_lvis
+
         from . import modeling  # noqa: F401  registers the models and heads
-        from .config import add_balance_config
-        from .data.mini_lvis import register_mini_lvis
 except Exception as error:  # a broken binary raises anything; doctor must still be able to say so
     _error = error
 

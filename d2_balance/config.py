@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from .losses import BOX_LOSSES, CLS_LOSSES
-from .modeling.build import one_class_losses
-from .reweight import REWEIGHTERS
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
+from d2_balance.modeling.build import one_class_losses
+from d2_balance.reweight import REWEIGHTERS
 
 
 def _registered() -> Iterator[tuple[str, type]]:

@@ -16,12 +16,12 @@ import sys
 from collections import Counter
 
 from d2_balance.data import ClassStatistics, check_structure, read_json
-from d2_balance.data.annotation_checks import find_bad_annotations
+from d2_balance.data.annotations import find_pictures
+from d2_balance.data.checks.annotations import find_bad_annotations
+from d2_balance.data.checks.structure import category_name
 from d2_balance.data.groups import GROUPS, groups_from_counts
-from d2_balance.data.json_loader import find_pictures
 from d2_balance.data.preparing import run_script
-from d2_balance.data.validation import category_name
-from d2_balance.files import check_new
+from d2_balance.utils.files import check_new
 
 SHOWN = 5
 

@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ElementTree
 
 from tqdm import tqdm
 
-from d2_balance.data.pictures import picture_size
+from d2_balance.data.checks.images import picture_size
 from d2_balance.data.preparing import add_output, run_script, write_annotations
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

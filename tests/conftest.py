@@ -124,7 +124,7 @@ def seeded():
 @pytest.fixture
 def statistics_file(tmp_path):
     """Class counts for the small models: 1000 images, classes from 400 down to 1 image."""
-    from d2_balance.data.statistics import ClassStatistics
+    from d2_balance.data.class_counts import ClassStatistics
 
     counts = torch.tensor([400, 120, 40, 8, 2, 1])
     names = tuple(f"class{i}" for i in range(CLASSES))

@@ -13,8 +13,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from tests.conftest import RETINANET
-from tests.engine.conftest import write_dataset
+
+from .conftest import RETINANET
+from .engine.conftest import write_dataset
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("script_train", "script_test")

@@ -9,11 +9,12 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 
-from d2_balance.modeling.fast_rcnn import BalancedFastRCNNOutputLayers
-from d2_balance.modeling.rcnn import BalancedRCNN
-from tests.conftest import BALANCED, CLASSES, MASK
-from tests.engine.conftest import write_dataset
-from tests.test_train_net import clean_up, run  # noqa: F401  a fixture of the script
+from d2_balance.modeling.meta_arch.rcnn import BalancedRCNN
+from d2_balance.modeling.roi_heads.fast_rcnn import BalancedFastRCNNOutputLayers
+
+from .conftest import BALANCED, CLASSES, MASK
+from .engine.conftest import write_dataset
+from .test_train_net import clean_up, run  # noqa: F401  a fixture of the script
 
 OWN, MORE = "second_train", "second_more"
 CONFIG = """

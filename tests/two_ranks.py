@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-from d2_balance.engine.launching import leave_groups
+from d2_balance.engine.setup.launch import leave_groups
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from detectron2.config import CfgNode
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.prior import ROI_HEADS, RPN, PartCount, training_size
-from ..data.row_counts import AnchorCounter, row_counters
+from d2_balance.data.priors.foreground import ROI_HEADS, RPN, PartCount, training_size
+from d2_balance.data.priors.sample_counts import AnchorCounter, row_counters
+
 from .table import DataTable
 
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.828)

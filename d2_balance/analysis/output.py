@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..page import Page
+from d2_balance.utils.page import Page
+
 from .parts import Plot, Section, Table, Text
 from .report import Analysis
 from .sections import sections

@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from ..data.groups import GROUPS
-from ..evaluation.diagnosis_plots import new_figure
-from ..evaluation.plots import GROUP_COLOURS, count_ticks
+from d2_balance.data.groups import GROUPS
+from d2_balance.evaluation.diagnosis_plots import new_figure
+from d2_balance.evaluation.plots import GROUP_COLOURS, count_ticks
+
 from .anchors import AnchorReport
 from .report import Analysis
 from .tail import tail_at
@@ -40,7 +41,7 @@ def box_sizes(found: Analysis) -> tuple[np.ndarray, str]:
 
 
 def _scale(found: Analysis, size: tuple[int, int]) -> float:
-    from ..data.prior import training_size
+    from d2_balance.data.priors.foreground import training_size
 
     height, width = training_size(found.cfg, size, torch.zeros(0, 4))[0]
     return float(np.sqrt(height * width / (size[0] * size[1])))

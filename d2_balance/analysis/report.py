@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..data.groups import LVIS_CUTS
-from ..data.statistics import ClassStatistics
-from ..losses.eql import lambda_for_tail_ratio
+from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.groups import LVIS_CUTS
+from d2_balance.losses.eql import lambda_for_tail_ratio
+
 from .anchors import AnchorReport, anchor_report, sample_images
-from .pictures import check_pictures
+from .images import check_pictures
 from .source import Source
 from .table import EMPTY_VERIFIED, DataTable
 from .tail import (

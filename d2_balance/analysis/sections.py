@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..data.groups import GROUPS
+from d2_balance.data.groups import GROUPS
+
 from . import plots
 from .parts import Part, Plot, Section, Table, Text
 from .report import Analysis

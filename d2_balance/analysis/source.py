@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ..data.json_files import read_json
-from ..data.metadata import id_map
-from ..data.register import register_json
-from ..data.statistics import ClassStatistics
-from ..data.validation import check_structure
+from d2_balance.data.catalog.metadata import id_map
+from d2_balance.data.catalog.register import register_json
+from d2_balance.data.checks.structure import check_structure
+from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.json_files import read_json
+
 from .table import DataTable
 
 

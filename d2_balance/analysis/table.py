@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
-from ..data.annotation_checks import find_bad_annotations
-from ..data.groups import GROUPS
-from ..data.json_loader import picture_places
-from ..data.statistics import ClassStatistics
-from ..data.validation import category_name
+from d2_balance.data.annotations import picture_places
+from d2_balance.data.checks.annotations import find_bad_annotations
+from d2_balance.data.checks.structure import category_name
+from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.groups import GROUPS
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
 DUPLICATE = "duplicate: the same class and box once more in the picture"

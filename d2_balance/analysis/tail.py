@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.groups import LVIS_CUTS
-from ..data.statistics import ClassStatistics
-from ..losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
+from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.groups import LVIS_CUTS
+from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
+
 from .table import DataTable
 
 WANTED_RATIOS = (0.06, 0.10)  # 2 to 10 % is the useful range of TR (arXiv:2003.05176)

@@ -1,14 +1,19 @@
 """Data sets from any annotation file, their checks, class statistics and image-level labels."""
 
-from .annotation_checks import BadAnnotations, bad_annotations
+from .annotations import annotation_style, load_json, read_json
+from .catalog.metadata import category_names, id_map, loaded_metadata
+from .catalog.register import register_from_config, register_json
+from .checks.annotations import BadAnnotations, bad_annotations
+from .checks.structure import (
+    check_categories_match,
+    check_masks,
+    check_num_classes,
+    check_structure,
+)
+from .class_counts import ClassStatistics
 from .image_labels import ImageLabels, require_image_labels
-from .json_loader import annotation_style, load_json, read_json
-from .metadata import category_names, id_map, loaded_metadata
-from .mini_lvis import register_mini_lvis
-from .register import register_from_config, register_json
+from .mini_lvis.dataset import register_mini_lvis
 from .samplers import ClassAwareTrainingSampler
-from .statistics import ClassStatistics
-from .validation import check_categories_match, check_masks, check_num_classes, check_structure
 
 __all__ = [
     "BadAnnotations",

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_path
-from .annotation_checks import find_bad_annotations
+from d2_balance.utils.files import atomic_path
+
+from .checks.annotations import find_bad_annotations
+from .checks.structure import category_name, check_structure
 from .groups import GROUPS
 from .json_files import parse_json, read_content
-from .validation import category_name, check_structure
 
 VERSION = 1  # of what is counted, and of the form of the entries
 # A file written in the same tick of the clock as the look at it could change unseen.

@@ -18,12 +18,12 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
-from .annotation_checks import find_bad_annotations
-from .class_map import load_class_map
-from .json_loader import picture_places, read_json
-from .metadata import id_map, target_categories
-from .register import resolve_path
-from .validation import check_structure
+from .annotations import picture_places, read_json
+from .catalog.class_map import load_class_map
+from .catalog.metadata import id_map, target_categories
+from .catalog.register import resolve_path
+from .checks.annotations import find_bad_annotations
+from .checks.structure import check_structure
 
 KEY = "DATASETS.IGNORE_REGIONS"
 FIELD = "ignore_boxes"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .metadata import id_map
-from .validation import IMAGE_LABEL_KEYS
+from .catalog.metadata import id_map
+from .checks.structure import IMAGE_LABEL_KEYS
 
 NOT_EXHAUSTIVE = IMAGE_LABEL_KEYS[1]
 _UNRESOLVED = object()

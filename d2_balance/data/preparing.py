@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..files import atomic_path, check_new
+from d2_balance.utils.files import atomic_path, check_new
+
+from .annotations import read_json
+from .checks.structure import category_name
 from .groups import LVIS_CUTS, groups_from_counts
-from .json_loader import read_json
-from .validation import category_name
 
 
 def with_counts(

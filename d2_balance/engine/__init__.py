@@ -1,17 +1,18 @@
 """Trainer, hooks, the checks before a run and the summary after it."""
 
+from d2_balance.utils.lock import output_lock
+
 from .errors import RunStopped
-from .hooks import BetaDecay, LossStats, SeedSteps, decayed_beta
-from .launching import check_launch, start
-from .lazy import read_run, save_lazy
-from .lock import output_lock
-from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
-from .run_setup import prepare_run, read_config, short_messages, use_cpu_without_cuda
-from .scaling import batch_warning, scale_to_batch
+from .hooks.nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
+from .hooks.training import BetaDecay, LossStats, SeedSteps, decayed_beta
+from .resume.data_stream import TrainStream, build_train_stream
+from .setup.launch import check_launch, start
+from .setup.lazy import read_run, save_lazy
+from .setup.run import prepare_run, read_config, short_messages, use_cpu_without_cuda
+from .setup.scaling import batch_warning, scale_to_batch
+from .setup.validate import validate
 from .summary import write_summary
-from .train_stream import TrainStream, build_train_stream
 from .trainer import BalancedTrainer
-from .validate import validate
 
 __all__ = [
     "BalancedTrainer",

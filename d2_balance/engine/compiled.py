@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import BoxLoss, ClassificationLoss
+from d2_balance.losses import BoxLoss, ClassificationLoss
 
 KEY = "MODEL.BALANCE.COMPILE"
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from .validate import closest
+from .setup.validate import closest
 
 KEY = "MODEL.BALANCE.TRAIN_ONLY"
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

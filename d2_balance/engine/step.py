@@ -20,14 +20,15 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..losses import BoxLoss, ClassificationLoss
-from ..losses.distributed import MicroBatches
-from ..modeling.criterion import Normalizer
-from ..reweight import GuidedScale
+from d2_balance.losses import BoxLoss, ClassificationLoss
+from d2_balance.modeling.criterion import Normalizer
+from d2_balance.reweight import GuidedScale
+from d2_balance.utils.distributed import MicroBatches
+
 from .amp import PRECISIONS, RanksGradScaler, widen_inputs_of_strided_convs
-from .nonfinite import NonFiniteLossError, picture_name
-from .random_state import seed_everything
-from .replay import first_non_finite
+from .hooks.nonfinite import NonFiniteLossError, picture_name
+from .replay.search import first_non_finite
+from .resume.random_state import seed_everything
 
 # State that a batch changes once, however many micro-batches it is split into.
 _COUNTED_ONCE = (ClassificationLoss, BoxLoss, Normalizer, GuidedScale)

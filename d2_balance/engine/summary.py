@@ -17,15 +17,16 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
-from .. import __version__
-from ..data import ClassStatistics, bad_annotations
-from ..data.groups import GROUPS
-from ..data.register import registered_file
-from ..evaluation import read_per_class
-from ..evaluation.files import file_name_of
-from ..evaluation.plots import plot_ap_by_count
-from ..files import atomic_path
-from .hooks import LOSS_STATS_FILE
+from d2_balance import __version__
+from d2_balance.data import ClassStatistics, bad_annotations
+from d2_balance.data.catalog.register import registered_file
+from d2_balance.data.groups import GROUPS
+from d2_balance.evaluation import read_per_class
+from d2_balance.evaluation.files import file_name_of
+from d2_balance.evaluation.plots import plot_ap_by_count
+from d2_balance.utils.files import atomic_path
+
+from .hooks.training import LOSS_STATS_FILE
 from .plots import plot_density, plot_losses
 
 TASKS = {"bbox": "box", "segm": "mask"}

@@ -18,28 +18,34 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
-from ..evaluation import build_evaluator
-from ..losses import BoxLoss, ClassificationLoss
-from ..modeling.criterion import Normalizer
-from ..modeling.feature_memory import FeatureMemory
-from ..modeling.multi_scale import AugmentedRCNN, augmentation_config
-from ..reweight import Reweighter
-from .best import BestModel, StopEarly, StopTraining
-from .checkpoint import BalancedCheckpointer
+from d2_balance.evaluation import build_evaluator
+from d2_balance.losses import BoxLoss, ClassificationLoss
+from d2_balance.modeling.criterion import Normalizer
+from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
+from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
+from d2_balance.reweight import Reweighter
+
 from .clipping import CLIP_TYPES, FULL_MODEL, clipped
 from .compiled import compile_losses
 from .decoupled import train_only
-from .ema import WeightAverage
-from .hooks import BetaDecay, LossStats, SeedSteps
-from .nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError, errors_without_traceback
-from .pretrained import load_pretrained
-from .run_state import FinishIteration, RunState
-from .saved_batch import BatchSaver
-from .scaling import scale_to_batch
+from .hooks.best import BestModel, StopEarly, StopTraining
+from .hooks.ema import WeightAverage
+from .hooks.nonfinite import (
+    FiniteLosses,
+    FiniteWeights,
+    NonFiniteLossError,
+    errors_without_traceback,
+)
+from .hooks.training import BetaDecay, LossStats, SeedSteps
+from .hooks.validation_loss import ValidationLoss
+from .hooks.writers import ClassAP, ClassAPWriter, log_writers
+from .replay.saved_batch import BatchSaver
+from .resume.checkpoint import BalancedCheckpointer
+from .resume.data_stream import TrainStream, build_train_stream
+from .resume.run_state import FinishIteration, RunState
+from .setup.pretrained import load_pretrained
+from .setup.scaling import scale_to_batch
 from .step import our_steps
-from .train_stream import TrainStream, build_train_stream
-from .validation_loss import ValidationLoss
-from .writers import ClassAP, ClassAPWriter, log_writers
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
 

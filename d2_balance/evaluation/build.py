@@ -18,7 +18,8 @@ from detectron2.evaluation import (
 )
 
 from d2_balance.data import ClassStatistics
-from d2_balance.evaluation.group_evaluator import COCOGroupEvaluator, LVISGroupEvaluator
+
+from .evaluators import COCOGroupEvaluator, LVISGroupEvaluator
 
 _BY_GROUP = {"coco": COCOGroupEvaluator, "lvis": LVISGroupEvaluator}
 _DETECTRON2: dict[str, Callable[[str, str], DatasetEvaluator]] = {

@@ -19,10 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.evaluation.average_precision import GroundTruth
-from d2_balance.evaluation.predictions import Detections
-from d2_balance.evaluation.record import Evaluation
-from d2_balance.evaluation.sources import Annotations
+
+from .average_precision import GroundTruth
+from .predictions import Detections
+from .record import Evaluation
+from .sources import Annotations
 
 IOU = 0.5
 ERRORS = {

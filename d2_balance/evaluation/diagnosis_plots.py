@@ -9,11 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.evaluation.diagnosis import Diagnosis
-from d2_balance.evaluation.plots import GROUP_COLOURS
-from d2_balance.evaluation.record import Evaluation
-from d2_balance.files import atomic_path
-from d2_balance.page import Page
+from d2_balance.utils.files import atomic_path
+from d2_balance.utils.page import Page
+
+from .diagnosis import Diagnosis
+from .plots import GROUP_COLOURS
+from .record import Evaluation
 
 COLOURS = {"all": "#1a1a1a"} | {name: GROUP_COLOURS[letter] for letter, name in GROUPS.items()}
 MARKERS = "osD^v"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from d2_balance.files import atomic_path
+from d2_balance.utils.files import atomic_path
 
 
 def file_name_of(dataset_name: str) -> str:

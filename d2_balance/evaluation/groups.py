@@ -7,7 +7,8 @@ import numpy as np
 from detectron2.utils.logger import log_first_n
 
 from d2_balance.data.groups import GROUPS, groups_from_counts
-from d2_balance.evaluation.average_precision import SIZES, APTable
+
+from .average_precision import SIZES, APTable
 
 TrainCounts = Mapping[str, int] | Callable[[], Mapping[str, int] | None] | None
 

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from d2_balance.evaluation.average_precision import APTable
-from d2_balance.files import atomic_path
+from d2_balance.utils.files import atomic_path
+
+from .average_precision import APTable
 
 
 def class_records(

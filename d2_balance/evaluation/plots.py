@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.files import atomic_path
+from d2_balance.utils.files import atomic_path
 
 # Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
 GROUP_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from d2_balance.data.json_loader import read_json
+from d2_balance.data.annotations import read_json
 from d2_balance.data.rle import all_fill, rle_problem
 
 FIELDS = ("image_id", "category_id", "score")

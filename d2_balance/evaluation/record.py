@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from d2_balance.data.json_loader import read_json
-from d2_balance.files import atomic_path
+from d2_balance.data.annotations import read_json
+from d2_balance.utils.files import atomic_path
 
 
 @dataclass

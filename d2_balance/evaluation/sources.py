@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d2_balance.data.json_loader import annotation_style, read_json
-from d2_balance.data.validation import category_name, check_structure
+from d2_balance.data.annotations import annotation_style, read_json
+from d2_balance.data.checks.structure import category_name, check_structure
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Losses: tensors in, tensor out; one paper, one file. No import of Detectron2."""
 
+from ._base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
+from ._samples import Samples
 from .alrp import ALRP
 from .ap import AP
 from .bags import BAGS
 from .balanced_l1 import BalancedL1
 from .balanced_softmax import BalancedSoftmax, LogitAdjusted
-from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from .cross_entropy import BalancedCE, SigmoidCE, SoftmaxCE
 from .dr import DR
 from .drop_loss import DropLoss
@@ -19,7 +20,6 @@ from .iou import CIoU, DIoU, GIoU
 from .loce import LOCE
 from .quality_focal import QFL, VFL
 from .rank_sort import RankSort
-from .samples import Samples
 from .seesaw import Seesaw
 from .smooth_l1 import SmoothL1
 from .softmax_eql import SoftmaxEQL

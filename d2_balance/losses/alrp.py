@@ -21,11 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check, per_row
-from .distributed import world_size
+from d2_balance.utils.distributed import world_size
+
+from ._base import CLS_LOSSES, ClassificationLoss, check, per_row
+from ._kernels.ranking import StepBuckets, error_driven, positive_scores
+from ._samples import Samples
 from .iou import giou_loss
-from .ranking import StepBuckets, error_driven, positive_scores
-from .samples import Samples
 
 START_WEIGHT = 50.0
 

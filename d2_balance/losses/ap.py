@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .ranking import StepBuckets, error_driven, positive_scores
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.ranking import StepBuckets, error_driven, positive_scores
+from ._samples import Samples
 
 
 def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tuple[Tensor, Tensor]:

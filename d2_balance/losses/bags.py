@@ -25,9 +25,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .entries import row_pieces, with_slope
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import row_pieces, with_slope
+from ._samples import Samples
 
 
 def group_targets(labels: Tensor, group: Tensor, num_groups: int) -> Tensor:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import BOX_LOSSES, BoxLoss, check
+from ._base import BOX_LOSSES, BoxLoss, check
 
 
 def balanced_l1_loss(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._samples import Samples
 
 
 def adjusted_ce_loss(logits: Tensor, labels: Tensor, log_prior: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .entries import entry_losses, softplus
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import entry_losses, softplus
+from ._samples import Samples
 
 Weight = float | Tensor | Callable[[slice], Tensor]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .entries import row_pieces
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import row_pieces
+from ._samples import Samples
 
 SHARPEST = 60.0  # 1 / lambda_neg up to which exp((p - 1) / lambda_neg) is above 0 in float32
 NEGATIVE_H = 3.5  # the paper sets lambda by h: lambda_pos = 1 / ln e, lambda_neg = 0.1 / ln 3.5

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES
+from ._base import CLS_LOSSES
+from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss, weighted_ce
 from .eql import EQL
-from .samples import Samples
 
 
 def drop_loss(

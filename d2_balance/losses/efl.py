@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .entries import entry_pass, gradient_sums, with_slope
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import entry_pass, gradient_sums, with_slope
+from ._samples import Samples
 from .focal import NegativeFocal
-from .samples import Samples
 
 
 def equalized_focal_loss(

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss, weighted_ce
-from .samples import Samples
 
 THRESHOLDS = ("step", "exponential", "gompertz")
 Threshold = Literal["step", "exponential", "gompertz"]

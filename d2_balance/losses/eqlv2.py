@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import entry_pass, gradient_sums, with_slope
+from ._samples import Samples
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
-from .entries import entry_pass, gradient_sums, with_slope
-from .samples import Samples
 
 BALANCED = 100.0  # ratio g before the first batch: all weights are 1
 

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._samples import Samples
 from .cross_entropy import weighted_ce
-from .samples import Samples
 
 
 @torch.no_grad()

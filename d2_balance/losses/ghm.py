@@ -17,12 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss, check
+from d2_balance.utils.distributed import world_size
+
+from ._base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss, check
+from ._kernels.density import EmaMode, GradientDensity, check_density, entry_bins, level_bins
+from ._kernels.entries import Scratch, entry_total, look_up, softplus
+from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss
-from .density import EmaMode, GradientDensity, check_density, entry_bins, level_bins
-from .distributed import world_size
-from .entries import Scratch, entry_total, look_up, softplus
-from .samples import Samples
 
 
 def _level_weight(norm: Tensor, scales: Tensor, level: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import BOX_LOSSES, BoxLoss
-from .samples import paired_iou
+from ._base import BOX_LOSSES, BoxLoss
+from ._samples import paired_iou
 
 _THIN = 1e-4  # pixels; sides below it count as this long in an aspect ratio
 

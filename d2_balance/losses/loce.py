@@ -11,7 +11,7 @@ before the loss of the batch; s of background is fixed. Scores at test are softm
 
 Source: Feng et al., Exploring Classification Equilibrium in Long-Tailed Object Detection,
 arXiv:2108.07507, section 3.3. Mean over rows. Its feature memory is
-`d2_balance.modeling.feature_memory`; the release also counts the rows of the memory in s.
+`d2_balance.modeling.roi_heads.feature_memory`; the release also counts the rows of the memory in s.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._samples import Samples
 
 LEAST_SCORE = 1e-12  # a score that underflows to 0 has no logarithm
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .entries import entry_losses
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.entries import entry_losses
+from ._samples import Samples
 from .focal import NegativeFocal
-from .samples import Samples
 
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:

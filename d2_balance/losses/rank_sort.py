@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check, per_row
-from .ranking import StepBuckets, error_driven, positive_scores
-from .samples import Samples
+from ._base import CLS_LOSSES, ClassificationLoss, check, per_row
+from ._kernels.ranking import StepBuckets, error_driven, positive_scores
+from ._samples import Samples
 
 MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
 PIECE = 2**18  # pairs of the P x P sorting part at a time

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
-from .samples import Samples
-from .softmax import softmax_losses
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.softmax import softmax_losses
+from ._samples import Samples
 
 
 def seesaw_ce_loss(

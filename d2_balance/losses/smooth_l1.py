@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import BOX_LOSSES, BoxLoss, check
+from ._base import BOX_LOSSES, BoxLoss, check
 
 L1_BELOW = 1e-5  # as fvcore: dividing by a smaller beta would overflow
 

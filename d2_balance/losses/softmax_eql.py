@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._kernels.softmax import softmax_losses
+from ._samples import Samples
 from .eql import Threshold, checked_frequency, tail_weight
-from .samples import Samples
-from .softmax import softmax_losses
 
 
 def softmax_eql_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

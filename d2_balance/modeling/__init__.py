@@ -2,12 +2,12 @@
 
 from .criterion import detection_losses
 from .deformable import use_in_resnets
-from .fast_rcnn import BalancedFastRCNNOutputLayers
-from .fcos import BalancedFCOS
-from .rcnn import BalancedRCNN
-from .retinanet import BalancedRetinaNet
-from .roi_heads import BalancedCascadeROIHeads, BalancedStandardROIHeads
-from .rpn import BalancedRPN
+from .meta_arch.fcos import BalancedFCOS
+from .meta_arch.rcnn import BalancedRCNN
+from .meta_arch.retinanet import BalancedRetinaNet
+from .proposal_generator.rpn import BalancedRPN
+from .roi_heads.fast_rcnn import BalancedFastRCNNOutputLayers
+from .roi_heads.roi_heads import BalancedCascadeROIHeads, BalancedStandardROIHeads
 
 __all__ = [
     "BalancedCascadeROIHeads",

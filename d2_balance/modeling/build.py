@@ -11,9 +11,10 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..data.statistics import FROM_CHECKPOINT, ClassStatistics
-from ..losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from ..reweight import REWEIGHTERS, GuidedScale, Selector
+from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassStatistics
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
+from d2_balance.reweight import REWEIGHTERS, GuidedScale, Selector
+
 from .compatibility import HEADS, check_pairing, check_selector
 
 # Constructor arguments without a default are quantities of the training set.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..losses import BOX_LOSSES, CLS_LOSSES, ClassificationLoss
-from ..reweight import REWEIGHTERS, Selector
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, ClassificationLoss
+from d2_balance.reweight import REWEIGHTERS, Selector
 
 # Constructor arguments that are quantities of the training set, one entry per class.
 CLASS_QUANTITIES = ("class_frequency", "class_count", "instance_count")

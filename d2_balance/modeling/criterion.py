@@ -18,9 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..losses import BoxLoss, ClassificationLoss, Samples
-from ..losses.distributed import sum_over_ranks, world_size
-from ..reweight import GuidedScale, Reweighter
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
+from d2_balance.reweight import GuidedScale, Reweighter
+from d2_balance.utils.distributed import sum_over_ranks, world_size
 
 Watcher = Callable[[Samples, tuple[Tensor, ...], Tensor, Tensor], None]
 _watchers: list[Watcher] = []

@@ -22,7 +22,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
-from ..data.ignore_regions import FIELD
+from d2_balance.data.ignore_regions import FIELD
 
 KEY = "MODEL.BALANCE.IGNORE_IOA"
 

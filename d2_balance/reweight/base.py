@@ -5,7 +5,7 @@ from __future__ import annotations
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..losses import Samples
+from d2_balance.losses import Samples
 
 REWEIGHTERS = Registry("REWEIGHTERS")
 REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHT accepts."

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..losses.base import check
-from ..losses.distributed import sum_over_ranks
+from d2_balance.losses._base import check
+from d2_balance.utils.distributed import sum_over_ranks
 
 
 def guided_ratio(box: Tensor, cls: Tensor, max_ratio: float) -> Tensor:

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from ..losses import Samples
-from ..losses.base import check
+from d2_balance.losses import Samples
+from d2_balance.losses._base import check
+from d2_balance.sampling.base import Candidates, Selection, Selector, draw_positives
+
 from .base import REWEIGHTERS, Reweighter
-from .selection import Candidates, Selection, Selector, draw_positives
 
 
 def rank_within(group: Tensor, order: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from d2_balance.analysis.anchors import anchor_report, sample_images
 from d2_balance.analysis.table import DataTable
-from d2_balance.data.row_counts import row_counters
-from tests.analysis.conftest import coco
-from tests.conftest import small_cfg
+from d2_balance.data.priors.sample_counts import row_counters
+
+from ..conftest import small_cfg
+from .conftest import coco
 
 
 def one_level(*overrides):

@@ -12,9 +12,11 @@ from d2_balance.analysis.source import Source
 from d2_balance.analysis.suggest import Setting, advice, settings, to_yaml
 from d2_balance.analysis.table import DataTable
 from d2_balance.data import register_from_config
-from d2_balance.engine import BalancedTrainer, read_config, validate
-from tests.analysis.conftest import coco
-from tests.conftest import small_cfg as any_cfg
+from d2_balance.engine import BalancedTrainer, read_config
+from d2_balance.engine.setup import validate
+
+from ..conftest import small_cfg as any_cfg
+from .conftest import coco
 
 QUICK = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "quick_schedules")
 LONG_TAIL = [[0]] * 30 + [[0, 1]] * 30 + [[1, 2]] * 2 + [[3]]
@@ -143,7 +145,7 @@ def long_tail_set(folder):
 )
 def test_the_suggestion_trains(base, tmp_path):
     """With 4 classes of a set of its own, in a quick config of mini_lvis: two steps."""
-    from d2_balance.cli import main
+    from d2_balance.cli.main import main
 
     long_tail_set(tmp_path)
     name = f"suggest_{base}"

@@ -13,7 +13,8 @@ from d2_balance.analysis.table import (
     UNSEEN,
     DataTable,
 )
-from tests.analysis.conftest import coco
+
+from .conftest import coco
 
 
 def read(data):
@@ -79,7 +80,8 @@ def test_image_labels_are_pairs_of_image_and_class():
 
 def test_dicts_give_the_columns_of_their_file(tmp_path):
     from d2_balance.data import load_json
-    from tests.data.conftest import lvis_data
+
+    from ..data.conftest import lvis_data
 
     data = lvis_data()
     for name in ("a.png", "b.png"):

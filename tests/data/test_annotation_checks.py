@@ -85,7 +85,7 @@ def test_one_warning_lists_ten_ids_per_reason_and_is_logged_once(write, names, c
     name = names()
     register_json(name, *write(data))
     # Detectron2's logger may not hand its records on; the module's own logger does
-    with caplog.at_level(logging.WARNING, logger="d2_balance.data.annotation_checks"):
+    with caplog.at_level(logging.WARNING, logger="d2_balance.data.checks.annotations"):
         DatasetCatalog.get(name)
         DatasetCatalog.get(name)
     [record] = [r for r in caplog.records if name in r.getMessage()]

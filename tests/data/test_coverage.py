@@ -1,6 +1,6 @@
 import logging
 
-from d2_balance.data.coverage import (
+from d2_balance.data.checks.coverage import (
     classes_with_objects,
     log_left_out_negatives,
     log_unseen_classes,

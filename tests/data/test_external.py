@@ -5,8 +5,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2_balance.data import ImageLabels, check_categories_match, register_from_config, register_json
-from d2_balance.data.external import is_external, register_external
-from tests.data.conftest import coco_data, lvis_data
+from d2_balance.data.catalog.external import is_external, register_external
+
+from .conftest import coco_data, lvis_data
 
 NEG, PARTLY = "neg_category_ids", "not_exhaustive_category_ids"
 

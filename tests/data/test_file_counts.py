@@ -10,9 +10,10 @@ import pytest
 
 from d2_balance.data import ClassStatistics
 from d2_balance.data import file_counts as module
+from d2_balance.data.catalog.register import register_json
 from d2_balance.data.file_counts import FileCounts, file_counts
-from d2_balance.data.register import register_json
-from tests.data.conftest import coco_data, lvis_data
+
+from .conftest import coco_data, lvis_data
 
 
 @pytest.fixture(autouse=True)

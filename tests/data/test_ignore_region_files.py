@@ -6,7 +6,8 @@ from detectron2.data import DatasetCatalog
 
 from d2_balance.data import register_json
 from d2_balance.data.ignore_regions import RegionFile, add_regions, region_files
-from tests.data.conftest import coco_data, lvis_data
+
+from .conftest import coco_data, lvis_data
 
 
 def second_file():

@@ -9,7 +9,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from d2_balance.data.mapper import BalancedMapper
-from tests.conftest import small_cfg
+
+from ..conftest import small_cfg
 
 POLYGON = [[2.0, 3, 12, 3, 12, 15]]
 

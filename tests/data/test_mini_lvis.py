@@ -10,9 +10,9 @@ from lvis import LVIS, LVISEval
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from d2_balance.data import mini_lvis
-from d2_balance.data.mini_lvis_scene import MIN_VISIBLE, Scene, mask_to_polygons, polygon_area
-from d2_balance.data.mini_lvis_shapes import CLASSES
+from d2_balance.data.mini_lvis import dataset as mini_lvis
+from d2_balance.data.mini_lvis.scene import MIN_VISIBLE, Scene, mask_to_polygons, polygon_area
+from d2_balance.data.mini_lvis.shapes import CLASSES
 
 SMALL = {"train": 24, "val": 12}
 

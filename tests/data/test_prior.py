@@ -12,8 +12,9 @@ from detectron2.data.detection_utils import annotations_to_instances, transform_
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
-from d2_balance.data.prior import ForegroundPrior, PartCount, middle_edge
-from tests.conftest import CLASSES, small_cfg
+from d2_balance.data.priors.foreground import ForegroundPrior, PartCount, middle_edge
+
+from ..conftest import CLASSES, small_cfg
 
 SIZES = [(60, 80), (120, 50), (64, 64), (30, 200)]  # height, width
 
@@ -113,7 +114,7 @@ def test_roi_heads_have_the_proposals_and_the_objects(dataset):
 
 
 def test_backbone_takes_no_memory(dataset, monkeypatch):
-    import d2_balance.data.row_counts as module
+    import d2_balance.data.priors.sample_counts as module
 
     built = []
 

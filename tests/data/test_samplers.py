@@ -15,8 +15,9 @@ from detectron2.utils import comm
 from d2_balance.data import ClassAwareTrainingSampler
 from d2_balance.data.samplers import images_by_class, weighted_repeat_factors
 from d2_balance.engine import TrainStream, build_train_stream
-from d2_balance.engine.train_stream import check_sampler
-from tests.conftest import small_cfg
+from d2_balance.engine.resume.data_stream import check_sampler
+
+from ..conftest import small_cfg
 
 CLASS_AWARE, REPEAT = "ClassAwareTrainingSampler", "RepeatFactorTrainingSampler"
 

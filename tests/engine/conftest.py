@@ -9,7 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2_balance.data import register_json
-from tests.conftest import CLASSES, small_cfg
+
+from ..conftest import CLASSES, small_cfg
 
 TRAIN, TEST = "engine_train", "engine_test"
 

@@ -8,14 +8,14 @@ from detectron2.utils.events import EventStorage
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.random_state import seed_everything
+from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.engine.step import StepTrainer
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-from d2_balance.losses.distributed import MicroBatches, sum_over_ranks, world_size
 from d2_balance.modeling.compatibility import has_class_columns_only
-from tests.conftest import make_inputs, small_cfg
-from tests.two_ranks import joined
+from d2_balance.utils.distributed import MicroBatches, sum_over_ranks, world_size
 
+from ..conftest import make_inputs, small_cfg
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
 

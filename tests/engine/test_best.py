@@ -10,10 +10,10 @@ from detectron2.utils import comm
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.best import BestModel, check_best
-from d2_balance.engine.random_state import seed_everything
-from tests.two_ranks import joined
+from d2_balance.engine.hooks.best import BestModel, check_best
+from d2_balance.engine.resume.random_state import seed_everything
 
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import Kill, Killed
 

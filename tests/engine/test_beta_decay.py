@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from d2_balance.engine.hooks import BetaDecay, check_beta_decay, decayed_beta
+from d2_balance.engine.hooks.training import BetaDecay, check_beta_decay, decayed_beta
 from d2_balance.losses import GIoU, SmoothL1
-from tests.conftest import small_cfg
+
+from ..conftest import small_cfg
 
 DECAY = "MODEL.BALANCE.BETA_DECAY."
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.checkpoint import BalancedCheckpointer, resumable_files
-from d2_balance.engine.run_setup import prepare_run
+from d2_balance.engine.resume.checkpoint import BalancedCheckpointer, resumable_files
+from d2_balance.engine.setup.run import prepare_run
 
 from .conftest import run_cfg
 from .test_trainer import trained

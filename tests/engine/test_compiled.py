@@ -8,7 +8,8 @@ import torch
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.compiled import compile_losses
 from d2_balance.losses import BAGS, GHMC, Focal, Samples, Seesaw, SmoothL1, SoftmaxEQL
-from tests.conftest import make_inputs, small_cfg
+
+from ..conftest import make_inputs, small_cfg
 
 COMPILE = ["MODEL.BALANCE.COMPILE", "True", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.decoupled import train_only
-from tests.conftest import make_inputs, small_cfg
 
+from ..conftest import make_inputs, small_cfg
 from .conftest import run_cfg
 
 CLASSIFIER = ["MODEL.BALANCE.TRAIN_ONLY", ["box_predictor.cls_score"]]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.ema import WeightAverage, check_ema
-from d2_balance.engine.random_state import seed_everything
+from d2_balance.engine.hooks.ema import WeightAverage, check_ema
+from d2_balance.engine.resume.random_state import seed_everything
 
 from .conftest import run_cfg
 from .test_trainer import Kill, Killed

@@ -22,11 +22,11 @@ from detectron2.engine import HookBase
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, RunStopped, TrainStream
-from d2_balance.engine.checkpoint import BalancedCheckpointer
-from d2_balance.engine.lock import output_lock
-from d2_balance.engine.random_state import seed_everything
-from tests.two_ranks import joined
+from d2_balance.engine.resume.checkpoint import BalancedCheckpointer
+from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.utils.lock import output_lock
 
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg, write_dataset
 from .test_checkpoint import STATE, different
 from .test_trainer import trained

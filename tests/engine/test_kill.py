@@ -14,9 +14,9 @@ import signal
 import pytest
 import torch
 
-from d2_balance.engine.run_state import CLOCK
-from tests.conftest import RETINANET
+from d2_balance.engine.resume.run_state import CLOCK
 
+from ..conftest import RETINANET
 from .conftest import write_dataset
 
 LENGTH, PERIOD = 24, 3
@@ -48,7 +48,8 @@ def plant(iteration, place):
     """Makes the process kill itself, as late in the iteration as `place` says."""
     from detectron2.engine import HookBase
 
-    from d2_balance.engine import BalancedTrainer, checkpoint
+    from d2_balance.engine import BalancedTrainer
+    from d2_balance.engine.resume import checkpoint
 
     class Kill(HookBase):
         def before_step(self):
@@ -99,7 +100,7 @@ def process(rank, ranks, meeting, arguments, kill):
     from detectron2.utils import comm
 
     import train_net
-    from d2_balance.engine.launching import leave_groups
+    from d2_balance.engine.setup.launch import leave_groups
 
     if ranks > 1:
         dist.init_process_group("gloo", init_method=meeting, world_size=ranks, rank=rank)

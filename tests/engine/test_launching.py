@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2_balance.engine.launching import TORCHRUN, check_launch, under_torchrun
+from d2_balance.engine.setup.launch import TORCHRUN, check_launch, under_torchrun
 
 ROOT = Path(__file__).parents[2]
 MAIN = """

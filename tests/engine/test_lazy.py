@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig
 
-from d2_balance.engine.lazy import SAVED, is_lazy, read_lazy, read_run, save_lazy
-from d2_balance.engine.random_state import seed_everything
-from d2_balance.engine.validate import validate
+from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.engine.setup.lazy import SAVED, is_lazy, read_lazy, read_run, save_lazy
+from d2_balance.engine.setup.validate import validate
 
 ROOT = Path(__file__).parents[2]
 LAZY, QUICK = ROOT / "configs/lazy", ROOT / "configs/quick_schedules"

@@ -6,8 +6,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from d2_balance.engine.norms import NORMS, check_norms
-from tests.conftest import make_inputs, small_cfg
+from d2_balance.engine.setup.norms import NORMS, check_norms
+
+from ..conftest import make_inputs, small_cfg
 
 
 @pytest.mark.parametrize("key", NORMS)

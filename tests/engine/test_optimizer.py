@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from d2_balance.engine import BalancedTrainer
-from tests.conftest import small_cfg
+
+from ..conftest import small_cfg
 
 
 def step(clip_type, value, gradients=(3.0, 4.0)):

@@ -13,9 +13,9 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.pretrained import cached_file, check_weights_file, load_pretrained
-from d2_balance.engine.torchvision_weights import torchvision_url
-from d2_balance.engine.weights_table import (
+from d2_balance.engine.setup.pretrained import cached_file, check_weights_file, load_pretrained
+from d2_balance.engine.setup.torchvision_weights import torchvision_url
+from d2_balance.engine.setup.weights_table import (
     LOADED,
     NEW,
     REINITIALIZED,
@@ -25,8 +25,8 @@ from d2_balance.engine.weights_table import (
     WeightRow,
     weights_table,
 )
-from tests.conftest import small_cfg
 
+from ..conftest import small_cfg
 from .conftest import run_cfg
 
 

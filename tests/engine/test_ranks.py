@@ -17,11 +17,12 @@ from detectron2.data import transforms as T
 from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils import comm
 
-from d2_balance.data import mini_lvis, register_json
+from d2_balance.data import register_json
+from d2_balance.data.mini_lvis import dataset as mini_lvis
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.random_state import seed_everything
-from tests.two_ranks import joined
+from d2_balance.engine.resume.random_state import seed_everything
 
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 
 BATCH, STEPS = 4, 20

@@ -7,10 +7,10 @@ import pytest
 import torch
 from detectron2.structures import PolygonMasks
 
-from d2_balance.cli import main
-from d2_balance.engine.saved_batch import BatchSaver, load_saved_batch
-from tests.conftest import make_inputs
+from d2_balance.cli.main import main
+from d2_balance.engine.replay.saved_batch import BatchSaver, load_saved_batch
 
+from ..conftest import make_inputs
 from .test_nonfinite import bad_box, failure, nan_bias, nan_weights, start
 
 

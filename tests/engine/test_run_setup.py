@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2_balance.engine.run_setup import (
+from d2_balance.engine.setup.run import (
     holds_run,
     last_checkpoint,
     prepare_run,
@@ -11,7 +11,8 @@ from d2_balance.engine.run_setup import (
     short_messages,
     use_cpu_without_cuda,
 )
-from tests.conftest import small_cfg
+
+from ..conftest import small_cfg
 
 
 def test_file_and_command_line_are_merged(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.scaling import batch_warning, check_reference_batch, scale_to_batch
+from d2_balance.engine.setup.scaling import batch_warning, check_reference_batch, scale_to_batch
 
 from .conftest import run_cfg
 

@@ -10,11 +10,11 @@ from detectron2.engine import HookBase, hooks
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, BetaDecay, LossStats, SeedSteps
-from d2_balance.engine.random_state import seed_everything
+from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from d2_balance.modeling.compatibility import has_class_columns_only
-from tests.two_ranks import joined
 
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 
 GHM = ["MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "SmoothL1"]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from d2_balance.engine.unused import check_regions_are_used
-from tests.conftest import small_cfg
+from d2_balance.engine.setup.unused import check_regions_are_used
+
+from ..conftest import small_cfg
 
 RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
 ENTRIES = {"IGNORE_REGIONS": [["a", "b.json"]], "EXTERNAL": [{"NAME": "a"}]}

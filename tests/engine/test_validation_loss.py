@@ -11,10 +11,10 @@ import torch.multiprocessing as mp
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.random_state import seed_everything
-from d2_balance.engine.validation_loss import ValidationLoss, check_validation_loss
-from tests.two_ranks import joined
+from d2_balance.engine.hooks.validation_loss import ValidationLoss, check_validation_loss
+from d2_balance.engine.resume.random_state import seed_everything
 
+from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 
 LOSS = ["TEST.LOSS.PERIOD", "2"]

@@ -10,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.random_state import seed_everything
-from d2_balance.engine.writers import check_logs
+from d2_balance.engine.hooks.writers import check_logs
+from d2_balance.engine.resume.random_state import seed_everything
 
 from .conftest import run_cfg
 from .test_trainer import Kill, Killed

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from d2_balance import cli
+from d2_balance.cli import main as cli
 from d2_balance.evaluation.diagnosis import diagnose
-from d2_balance.evaluation.offline import evaluate_predictions
+from d2_balance.evaluation.evaluate import evaluate_predictions
 from d2_balance.evaluation.sources import Annotations
 
 A, B, C = 2, 4, 9  # category ids

@@ -9,9 +9,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 
-from d2_balance import cli
+from d2_balance.cli import main as cli
 from d2_balance.evaluation.columns import read_columns, read_objects
-from d2_balance.evaluation.ensemble import METHODS, cluster, overlap
+from d2_balance.evaluation.merge.ensemble import METHODS, cluster, overlap
 
 REFERENCE = Path(__file__).parents[1] / "reference/ensemble_boxes.npz"
 IMAGES = [{"id": i, "height": 60, "width": 80} for i in (3, 5, 9)]

@@ -10,7 +10,8 @@ from detectron2.structures import Boxes, Instances
 
 from d2_balance.evaluation import LVISGroupEvaluator
 from d2_balance.evaluation.files import RankPredictions, atomic_path, file_name_of
-from tests.two_ranks import joined
+
+from ..two_ranks import joined
 
 
 def _detect(evaluator, image_id, box):

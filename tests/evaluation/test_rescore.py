@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from d2_balance import cli
+from d2_balance.cli import main as cli
 from d2_balance.evaluation.columns import read_columns
-from d2_balance.evaluation.rescore import Rescoring
+from d2_balance.evaluation.merge.rescore import Rescoring
 
 CATEGORIES = [
     {"id": 2, "name": "rare", "frequency": "r", "image_count": 4},

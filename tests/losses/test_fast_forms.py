@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d2_balance.losses import CLS_LOSSES, Samples, entries
+from d2_balance.losses import CLS_LOSSES, Samples
+from d2_balance.losses._kernels import entries
+from d2_balance.losses._kernels.density import count_bins, histogram
 from d2_balance.losses.bags import draw_rows, group_softmax_loss, group_targets
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
-from d2_balance.losses.density import count_bins, histogram
 from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.efl import equalized_focal_loss

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2_balance.losses import GHMC, GHMR, Samples, SigmoidCE
-from d2_balance.losses.density import GradientDensity, gradient_bins
+from d2_balance.losses._kernels.density import GradientDensity, gradient_bins
 from d2_balance.modeling.criterion import RowNormalizer, detection_losses
 
 

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
 from d2_balance.losses import QFL, VFL, Samples
-from d2_balance.losses.samples import paired_iou
+from d2_balance.losses._samples import paired_iou
 
 
 def one_object(logit, shift):

@@ -6,11 +6,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2_balance.losses import ALRP, AP, RankSort, Samples
+from d2_balance.losses._kernels.ranking import StepBuckets, find_buckets
 from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.ap import ap_loss_and_gradient
 from d2_balance.losses.rank_sort import rank_sort_and_gradient
-from d2_balance.losses.ranking import StepBuckets, find_buckets
-from tests.conftest import make_inputs, small_cfg
+
+from ..conftest import make_inputs, small_cfg
 
 
 def step(x, delta):

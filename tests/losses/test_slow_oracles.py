@@ -10,8 +10,8 @@ from d2_balance.losses import QFL, VFL, Federated, Samples, SoftmaxEQL
 from d2_balance.losses.balanced_l1 import balanced_l1_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
-from d2_balance.modeling.calibration import norcal
-from d2_balance.reweight.iou_balanced import draw_evenly
+from d2_balance.modeling.postprocess.norcal import norcal
+from d2_balance.sampling.iou_balanced import draw_evenly
 
 R, K = 24, 5
 

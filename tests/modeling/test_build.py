@@ -11,7 +11,8 @@ from detectron2.modeling import build_model
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, EQL, BalancedSoftmax
 from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRetinaNet
 from d2_balance.reweight import REWEIGHTERS, Reweighter
-from tests.conftest import CLASSES, small_cfg
+
+from ..conftest import CLASSES, small_cfg
 
 
 def refuse(match, kind, *overrides, error=ValueError):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from d2_balance.modeling.calibration import norcal
-from tests.conftest import make_inputs, small_cfg
+from d2_balance.modeling.postprocess.norcal import norcal
+
+from ..conftest import make_inputs, small_cfg
 
 
 def test_scores_by_hand():

@@ -11,13 +11,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn import functional as F
 
-from d2_balance.modeling.deformable import (
-    COMPILED,
-    DeformConv,
-    ModulatedDeformConv,
-    with_cpu,
-)
-from tests.conftest import make_inputs, small_cfg
+from d2_balance.modeling.deformable import COMPILED, DeformConv, ModulatedDeformConv, with_cpu
+
+from ..conftest import make_inputs, small_cfg
 
 DCN = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
 

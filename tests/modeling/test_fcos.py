@@ -13,8 +13,9 @@ from detectron2.utils.events import EventStorage
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling import BalancedFCOS
 from d2_balance.modeling.compatibility import HEADS
-from d2_balance.modeling.fcos import centerness_targets
-from tests.conftest import CLASSES, make_inputs, small_cfg
+from d2_balance.modeling.meta_arch.fcos import centerness_targets
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 STOCK_ARGUMENTS = inspect.signature(FCOS.__init__).parameters
 DENSE = sorted(cls.__name__ for cls in HEADS["FCOS"].cls_losses)

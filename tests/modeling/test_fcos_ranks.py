@@ -5,8 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from tests.conftest import make_inputs, small_cfg
-from tests.two_ranks import results_of_two_ranks
+from ..conftest import make_inputs, small_cfg
+from ..two_ranks import results_of_two_ranks
 
 CASES = [("", ""), ("GHMC", "GHMR"), ("QFL", "SmoothL1")]
 STEPS = 2  # in the second one rank 1 has no object

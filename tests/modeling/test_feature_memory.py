@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2_balance.losses import Samples
-from d2_balance.modeling.feature_memory import FeatureMemory, UsedRowNormalizer
+from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory, UsedRowNormalizer
 
 
 def memory(num_classes=3, length=4, **arguments):

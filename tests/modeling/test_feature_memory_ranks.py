@@ -5,9 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from tests.conftest import CLASSES, make_inputs, small_cfg
-from tests.two_ranks import results_of_two_ranks
-
+from ..conftest import CLASSES, make_inputs, small_cfg
+from ..two_ranks import results_of_two_ranks
 from .test_feature_memory_steps import MEMORY
 
 STEPS = 3  # in the second one rank 1 has no object at all

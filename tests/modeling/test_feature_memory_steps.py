@@ -7,9 +7,10 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2_balance.engine import validate
+from d2_balance.engine.setup import validate
 from d2_balance.modeling.criterion import watched
-from tests.conftest import CLASSES, make_inputs, small_cfg
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 LOCE = ["MODEL.BALANCE.CLS_LOSS", "LOCE"]
 NODE = "MODEL.BALANCE.LOCE_MEMORY."

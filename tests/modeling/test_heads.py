@@ -10,7 +10,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2_balance.losses import Samples
-from tests.conftest import CLASSES, make_inputs, small_cfg
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 
 def eql_cfg(kind, statistics_file, *overrides):

@@ -7,11 +7,12 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2_balance.modeling.fast_rcnn import BalancedFastRCNNOutputLayers
 from d2_balance.modeling.ignore_regions import covered, regions_of, without_covered_background
 from d2_balance.modeling.objects import number_objects
-from d2_balance.modeling.rpn import BalancedRPN
-from tests.conftest import CLASSES, make_inputs, small_cfg
+from d2_balance.modeling.proposal_generator.rpn import BalancedRPN
+from d2_balance.modeling.roi_heads.fast_rcnn import BalancedFastRCNNOutputLayers
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
 SIZE = 64

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from tests.conftest import make_inputs, small_cfg
+from ..conftest import make_inputs, small_cfg
 
 CASCADE = ("MODEL.ROI_HEADS.NAME", "BalancedCascadeROIHeads")
 AGNOSTIC = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)

@@ -8,14 +8,15 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes
 
-from d2_balance.modeling.multi_scale import (
+from d2_balance.modeling.tta import (
     AugmentedRCNN,
     PastedMasks,
     SoftMasks,
     augmentation_config,
     check_test_augmentation,
 )
-from tests.conftest import CLASSES, make_inputs, small_cfg
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 AUG = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 80)"]
 SCORES = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0001"]

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from tests.conftest import STOCK, make_inputs, small_cfg
+from ..conftest import STOCK, make_inputs, small_cfg
 
 
 def step(model, inputs):

@@ -8,7 +8,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from d2_balance.losses import CLS_LOSSES
-from tests.conftest import CLASSES, make_inputs, small_cfg
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 
 def train_step(model, inputs):

@@ -5,9 +5,10 @@ import torch
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
 from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
-from d2_balance.modeling.rpn import ImageNormalizer
-from tests.losses.test_contract import Deltas, build
-from tests.two_ranks import results_of_two_ranks
+from d2_balance.modeling.proposal_generator.rpn import ImageNormalizer
+
+from ..losses.test_contract import Deltas, build
+from ..two_ranks import results_of_two_ranks
 
 K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
 PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on

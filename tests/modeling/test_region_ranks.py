@@ -10,8 +10,8 @@ from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import make_inputs, small_cfg
-from tests.two_ranks import results_of_two_ranks
+from ..conftest import make_inputs, small_cfg
+from ..two_ranks import results_of_two_ranks
 
 RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
 CASES = {

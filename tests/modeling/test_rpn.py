@@ -5,12 +5,13 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2_balance.engine.validate import check_losses, check_losses_are_used
+from d2_balance.engine.setup.validate import check_losses, check_losses_are_used
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import one_class_losses
-from d2_balance.modeling.rpn import BalancedRPN
-from tests.conftest import make_inputs, small_cfg
-from tests.modeling.test_parity import step
+from d2_balance.modeling.proposal_generator.rpn import BalancedRPN
+
+from ..conftest import make_inputs, small_cfg
+from .test_parity import step
 
 BALANCED = ("MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
 CLS = sorted(name for name, _ in one_class_losses(CLS_LOSSES))

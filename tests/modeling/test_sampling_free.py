@@ -6,9 +6,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from d2_balance.data.prior import ForegroundPrior, PartCount
-from d2_balance.engine.validate import check_losses_are_used
-from tests.conftest import CLASSES, make_inputs, small_cfg
+from d2_balance.data.priors.foreground import ForegroundPrior, PartCount
+from d2_balance.engine.setup.validate import check_losses_are_used
+
+from ..conftest import CLASSES, make_inputs, small_cfg
 
 COUNTS = (40, 30, 20, 6, 3, 1)  # objects of each class, 100 in all
 NAMES = tuple(f"class{i}" for i in range(CLASSES))

@@ -7,8 +7,9 @@ from torch import nn
 from d2_balance.losses import SigmoidCE, SmoothL1
 from d2_balance.modeling.criterion import PositiveNormalizer, detection_losses
 from d2_balance.reweight import GuidedScale
-from tests.losses.test_contract import make
-from tests.two_ranks import results_of_two_ranks
+
+from ..losses.test_contract import make
+from ..two_ranks import results_of_two_ranks
 
 
 def value(number):

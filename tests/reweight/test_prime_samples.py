@@ -12,7 +12,8 @@ from detectron2.utils.events import EventStorage
 from d2_balance.losses import DR, Focal, Samples, SigmoidCE, SoftmaxCE
 from d2_balance.reweight import CARL, ISR, REWEIGHTERS
 from d2_balance.reweight.prime_samples import hierarchical_rank, rank_within
-from tests.conftest import make_inputs, small_cfg
+
+from ..conftest import make_inputs, small_cfg
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "pisa_softmax.npz"
 

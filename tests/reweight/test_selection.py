@@ -5,7 +5,7 @@ import torch
 from torchvision.ops import box_iou
 
 from d2_balance.reweight import ISRN, OHEM, Candidates, IoUBalanced
-from d2_balance.reweight.iou_balanced import draw_evenly
+from d2_balance.sampling.iou_balanced import draw_evenly
 
 K = 3
 

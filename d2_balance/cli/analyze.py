@@ -1,0 +1,145 @@
+"""Show which imbalance a data set has: classes and groups, foreground and background of the anchors
+of a configuration, objects that no anchor reaches, tail ratio and repeat factors, image-level
+labels and broken annotations; and print the YAML lines that fit, each with its reason."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `d2-balance analyze`."""
+    parser.add_argument(
+        "dataset",
+        help="a registered training set, an annotation file in COCO or LVIS style, or a file "
+        "written by ClassStatistics.save",
+    )
+    parser.add_argument(
+        "--register",
+        nargs=2,
+        metavar=("JSON", "IMAGES"),
+        help="annotation file and picture folder of a data set that is not registered yet",
+    )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        help="YAML file, or a name of Detectron2's model zoo; its anchors and settings are looked "
+        "at, and sets of its DATASETS.REGISTER are known",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write one page with pictures there")
+    parser.add_argument("--yaml", metavar="FILE", help="write the suggested settings there")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument(
+        "--cuts",
+        nargs=2,
+        type=_count,
+        metavar=("RARE", "COMMON"),
+        help="pictures up to which a class is rare or common; the file's groups, or 10 100",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=_positive,
+        default=200,
+        help="pictures whose anchors are looked at, drawn with seed 0 (default 200)",
+    )
+    parser.add_argument("--lambda", dest="lambda_", type=_share, help="print TR of this lambda")
+    parser.add_argument(
+        "--tail-ratio", type=_share, help="print lambda for this TR, for example 0.08"
+    )
+    parser.add_argument(
+        "--set",
+        dest="opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="keys of the configuration and their values",
+    )
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables and writes the files; 2 where the user has to change something."""
+    try:
+        print(analyze_and_save(args))
+    except (ValueError, FileExistsError) as error:
+        print(f"d2-balance analyze: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def analyze_and_save(args: argparse.Namespace) -> str:
+    """The report for the console; writes page and YAML where they were asked for.
+
+    Raises:
+        ValueError: the data or the configuration cannot be used.
+        FileExistsError: an output exists and --overwrite is not given.
+    """
+    from d2_balance.analysis.output import Base, as_page, as_text, suggestion
+    from d2_balance.analysis.report import analyze
+    from d2_balance.analysis.source import load
+    from d2_balance.data import register_from_config
+    from d2_balance.engine import read_config
+    from d2_balance.utils.files import atomic_path, check_new
+
+    check_new([args.html, args.yaml], args.overwrite)  # before the work
+    if args.opts and not args.config_file:
+        raise ValueError("--set changes keys of a --config-file, and there is none")
+    if args.cuts and args.cuts[0] > args.cuts[1]:
+        raise ValueError(f"--cuts {args.cuts[0]} {args.cuts[1]}: RARE must not be above COMMON")
+    base = Base(_config_path(args.config_file), args.opts)
+    cfg = read_config(base.file, base.given) if base.file else None
+    if cfg is not None:
+        register_from_config(cfg)
+    found = analyze(
+        load(args.dataset, args.register),
+        cfg,
+        lambda_=args.lambda_,
+        ratio=args.tail_ratio,
+        cuts=tuple(args.cuts) if args.cuts else None,
+        max_images=args.max_images,
+    )
+    text = as_text(found, base)
+    if args.html:
+        as_page(found, base).write(args.html)
+        text += f"\n\npage written to {args.html}"
+    if args.yaml:
+        with atomic_path(args.yaml) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(suggestion(found, base, args.yaml))
+        text += f"\n\nsettings written to {args.yaml}"
+    return text
+
+
+def _config_path(config_file: str) -> str:
+    """The path of a configuration file, or of one of the model zoo."""
+    if not config_file or os.path.isfile(config_file):
+        return config_file
+    from detectron2 import model_zoo
+
+    try:
+        return model_zoo.get_config_file(config_file)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--config-file: {config_file} is neither a file nor in Detectron2's model zoo"
+        ) from error

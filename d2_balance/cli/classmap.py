@@ -1,0 +1,72 @@
+"""Prints which classes of one data set are classes of another, and writes the map for editing.
+
+SOURCE and TARGET are annotation files or names of registered data sets. Without --map classes go
+by name and synset; --output writes a line for each class of SOURCE, null where nothing matched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("source", help="data set, or annotation file, whose classes are mapped")
+    parser.add_argument("target", help="data set, or annotation file, with the classes to map to")
+    parser.add_argument("--map", metavar="FILE", help="class map to check, YAML or JSON")
+    parser.add_argument("--output", metavar="FILE", help="YAML file to write, which must be new")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 2 where a file or a name in it cannot be used."""
+    from d2_balance.data.catalog.class_map import load_class_map, write_class_map
+
+    try:
+        if args.map and args.output:
+            raise ValueError("--map checks a file and --output writes one; give one of them")
+        source, target = categories(args.source), categories(args.target)
+        found = load_class_map(args.map, source, target, (args.source, args.target))
+        if args.output:
+            write_class_map(args.output, source, target)
+    except (ValueError, FileExistsError) as error:
+        print(f"d2-balance classmap: error: {error}", file=sys.stderr)
+        return 2
+    for title, names in (
+        ("matched", [a if a == b else f"{a} -> {b}" for a, b in found.matched]),
+        ("left out by null", found.left_out),
+        (f"only in {args.source}", found.unmatched),
+        (f"only in {args.target}", found.uncovered),
+    ):
+        if names:
+            print(f"{len(names)} {title}:")
+            print("\n".join(f"  {name}" for name in names))
+    if args.output:
+        print(f"Written to {args.output}; lines with null may be edited, or left.")
+    return 0
+
+
+def categories(name: str) -> list[dict[str, Any]]:
+    """Categories of an annotation file or of a registered data set.
+
+    Raises:
+        ValueError: it is neither, or cannot be read.
+    """
+    from detectron2.data import DatasetCatalog
+
+    from d2_balance.data import read_json
+    from d2_balance.data.catalog.metadata import target_categories
+    from d2_balance.data.checks.structure import check_categories
+
+    if os.path.isfile(name):
+        data = read_json(name)
+        found = data.get("categories") if isinstance(data, dict) else None
+        if not isinstance(found, list):
+            raise ValueError(f"{name}: the list 'categories' is missing")
+        check_categories(found, name)
+        return found
+    if name in DatasetCatalog:
+        return target_categories(name)
+    raise ValueError(f"{name!r} is neither a file nor a registered data set")

@@ -1,0 +1,60 @@
+"""Put evaluations of one data set side by side: AP, AP by frequency group, and AP of each class
+against its training images, as tables, a page and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from tabulate import tabulate
+
+FILES = ("compare.md", "compare.html", "compare_box.png", "compare_mask.png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `d2-balance compare`."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="output folder of a training, or file of `d2-balance eval --json`; the first is the "
+        "one that others are compared with",
+    )
+    parser.add_argument("--names", nargs="+", help="how to call the runs, one name each")
+    parser.add_argument("--dataset", default="", help="which data set, where a run has several")
+    parser.add_argument("--output", metavar="FOLDER", help=f"write {', '.join(FILES)} there")
+    parser.add_argument("--classes", type=int, default=5, help="gains and losses to print")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables and writes the files; 2 where the user has to change something."""
+    from d2_balance.evaluation import compare as comparison
+    from d2_balance.utils.files import check_new
+
+    try:
+        if args.output:
+            check_new([os.path.join(args.output, file) for file in FILES], args.overwrite)
+        names = args.names or [""] * len(args.runs)
+        if len(names) != len(args.runs):
+            raise ValueError(f"--names has {len(names)} names for {len(args.runs)} runs")
+        pairs = zip(args.runs, names, strict=True)
+        runs = [comparison.read_run(path, name, args.dataset) for path, name in pairs]
+        tasks = comparison.check_comparable(runs)
+    except (ValueError, FileExistsError) as error:
+        print(f"d2-balance compare: error: {error}", file=sys.stderr)
+        return 2
+    for task in tasks:
+        print(f"{comparison.TASKS[task]} AP on {runs[0].found.dataset}\n")
+        _print(comparison.metric_rows(runs, task), ["run", *comparison.METRICS])
+        if args.classes > 0:
+            rows = comparison.gain_rows(runs, task, args.classes)
+            _print(rows, comparison.gain_headers(runs))
+    if args.output:
+        print("\n".join(comparison.write_comparison(runs, tasks, args.output)))
+    return 0
+
+
+def _print(rows: list[list[str]], headers: list[str]) -> None:
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n")

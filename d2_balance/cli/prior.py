@@ -1,0 +1,92 @@
+"""Count how rare foreground is in the training set of a configuration, print the prior and the bias
+that every classifier should start with (arXiv:1909.04868), and store them for
+MODEL.BALANCE.PRIOR_FILE."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tabulate import tabulate
+
+COMMON_PRIORS = (0.01, 0.5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `d2-balance prior`."""
+    parser.add_argument("--config-file", required=True, help="YAML file of the model and its data")
+    parser.add_argument("--output", help="JSON file to write, for MODEL.BALANCE.PRIOR_FILE")
+    parser.add_argument(
+        "--max-images",
+        type=_count,
+        default=5000,
+        help="of more pictures than this a random sample is counted; 0 takes all (default 5000)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="keys of the configuration and their values"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table and writes the file; 2 where the user has to change something."""
+    try:
+        print(count_and_save(args))
+    except (ValueError, FileExistsError) as error:
+        print(f"d2-balance prior: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def count_and_save(args: argparse.Namespace) -> str:
+    """The report; writes the file if one was asked for.
+
+    Raises:
+        ValueError: the configuration or its data cannot be used.
+        FileExistsError: the file exists and --overwrite is not given.
+    """
+    import os
+
+    from d2_balance.data import register_from_config
+    from d2_balance.data.priors.foreground import ForegroundPrior
+    from d2_balance.engine import read_config
+
+    if args.output and os.path.exists(args.output) and not args.overwrite:  # before the work
+        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    cfg = read_config(args.config_file, args.opts)
+    register_from_config(cfg)
+    prior = ForegroundPrior.from_config(cfg, args.max_images, progress=sys.stderr.isatty())
+    text = report(prior)
+    if args.output:
+        prior.save(args.output, overwrite=args.overwrite)
+        text += f"\n\nwritten to {args.output}; use it with MODEL.BALANCE.PRIOR_FILE {args.output}"
+    return text
+
+
+def report(prior) -> str:
+    """The table of a ForegroundPrior as text."""
+    rows = []
+    for name, part in prior.parts.items():
+        losses = [f"{part.loss(value):.4g}" for value in (part.prior, *COMMON_PRIORS)]
+        counts = [f"{value:,}" for value in (part.positives, part.rows, part.outputs)]
+        rows.append([name, *counts, f"{part.prior:.3e}", f"{part.bias:.3f}", *losses])
+    headers = ["part", "N_f", "N", "C", "prior", "bias"]
+    headers += ["loss there", *(f"at {value:g}" for value in COMMON_PRIORS)]
+    pictures = f"{prior.num_images:,} pictures"
+    if prior.num_images < prior.total_images:
+        pictures += f" of {prior.total_images:,}, drawn with seed 0 (--max-images 0 counts all)"
+    notes = ["The loss is sigmoid cross-entropy at the start, over all rows, per positive."]
+    if "ROIHeads" in prior.parts:
+        notes.append(
+            "ROIHeads: all proposals of the RPN, and of the positives the objects themselves only: "
+            "a lower bound."
+        )
+    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    return "\n".join([pictures, "", table, "", *notes])

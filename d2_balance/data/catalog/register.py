@@ -1,0 +1,126 @@
+"""Registers annotation files under a name, from Python or from DATASETS.REGISTER."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from ..annotations import annotation_style, load_json
+
+_KEYS = ("NAME", "JSON", "IMAGES")
+_FORM = "{NAME: name, JSON: file, IMAGES: folder} or [name, file, folder], each a text"
+
+
+def register_from_config(cfg: CfgNode) -> list[str]:
+    """Register every entry of DATASETS.REGISTER.
+
+    An entry is ``{NAME: ..., JSON: ..., IMAGES: ...}`` or ``[name, json, folder]``. Calling this
+    again with equal entries changes nothing.
+
+    The entries of DATASETS.EXTERNAL are registered after them, see `external.py`.
+
+    Returns:
+        The names, in the order of the lists.
+
+    Raises:
+        ValueError: naming the entry, if it has another form, if its file or folder does not exist
+            or if its name belongs to another data set.
+    """
+    entries = cfg.DATASETS.REGISTER
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"DATASETS.REGISTER must be a list of {_FORM}, not {entries!r}")
+    names = []
+    for number, entry in enumerate(entries):
+        key = f"DATASETS.REGISTER[{number}]"
+        name, json_file, image_root = _parse_entry(entry, key)
+        register_json(name, json_file, image_root, key)
+        names.append(name)
+    from .external import register_external_from_config  # which finds its files as this one does
+
+    return names + register_external_from_config(cfg)
+
+
+def register_json(name: str, json_file: str, image_root: str, key: str = "register_json") -> None:
+    """Register one COCO- or LVIS-style file.
+
+    Sets json_file, image_root and evaluator_type ("lvis" or "coco") in the metadata. The file is
+    parsed when the data set is first asked for; the rest of the metadata (thing_classes and others,
+    see `load_json`) is there from then on, and `loaded_metadata` gives it in any case.
+
+    Args:
+        name: the name for DATASETS.TRAIN or DATASETS.TEST.
+        json_file: relative to the working directory or to $DETECTRON2_DATASETS, or absolute.
+        image_root: folder of the pictures, found in the same way.
+        key: what to name in error messages.
+
+    Raises:
+        ValueError: if file or folder does not exist, or if the name belongs to another set.
+    """
+    json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
+    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
+    metadata = MetadataCatalog.get(name)
+    if name in DatasetCatalog:
+        if _registered_as(name) == (json_file, image_root, name):
+            return
+        raise ValueError(
+            f"{key}: the name {name!r} is taken by another data set "
+            f"({metadata.get('json_file', 'one without an annotation file')}); choose another name"
+        )
+    try:
+        style = annotation_style(json_file)
+        metadata.set(json_file=json_file, image_root=image_root, evaluator_type=style)
+    except AssertionError as error:
+        raise ValueError(
+            f"{key}: the metadata of {name!r} belong to another data set; choose another name"
+        ) from error
+    DatasetCatalog.register(name, functools.partial(load_json, json_file, image_root, name))
+
+
+def registered_file(name: str) -> str | None:
+    """The local annotation file of a set that `register_json` registered, else None."""
+    found = _registered_as(name)
+    return found[0] if found and "://" not in found[0] else None
+
+
+def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
+    if isinstance(entry, dict):
+        if set(entry) != set(_KEYS):
+            raise ValueError(f"{key} has the keys {sorted(entry)}; allowed is {_FORM}")
+        entry = [entry[field] for field in _KEYS]
+    if not isinstance(entry, list | tuple) or len(entry) != 3:
+        raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+    if not all(isinstance(value, str) and value for value in entry):
+        raise ValueError(f"{key} is {list(entry)!r}; allowed is {_FORM}")
+    return tuple(entry)
+
+
+def resolve_path(path: str, exists: Callable[[str], bool], what: str) -> str:
+    """The path as given or below $DETECTRON2_DATASETS, absolute where it is a local one.
+
+    Args:
+        path: of a file or folder.
+        exists: whether a path is there.
+        what: what it is, for the message.
+
+    Raises:
+        ValueError: it is at neither place.
+    """
+    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    places = [os.path.expanduser(path), os.path.join(root, path)]
+    for place in places:
+        if exists(place):
+            return place if "://" in place else os.path.abspath(place)
+    raise ValueError(
+        f"{what} {path!r} does not exist, neither there nor below $DETECTRON2_DATASETS ({root})"
+    )
+
+
+def _registered_as(name: str) -> tuple[str, str, str] | None:
+    """The arguments with which `register_json` registered a name; None if another did."""
+    loader = DatasetCatalog[name]
+    ours = isinstance(loader, functools.partial) and loader.func is load_json
+    return loader.args if ours else None

@@ -1,0 +1,68 @@
+"""What training never sees: classes without an object, and pictures that are left out."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .structure import IMAGE_LABEL_KEYS
+
+_SHOWN = 10
+
+logger = logging.getLogger(__name__)
+
+
+def classes_with_objects(dataset_dicts: Iterable[dict[str, Any]]) -> set[int]:
+    """Indices of the classes that have an object; crowds do not count."""
+    return {
+        a["category_id"]
+        for record in dataset_dicts
+        for a in record.get("annotations", ())
+        if not a.get("iscrowd", 0)
+    }
+
+
+def log_unseen_classes(
+    trained: set[int], tested: set[int], names: Sequence[str], sets: tuple[str, str]
+) -> list[str]:
+    """Warn of classes that are evaluated and have no object in training.
+
+    Args:
+        trained: classes with objects in the training sets.
+        tested: classes with objects in a validation set.
+        names: class names by index.
+        sets: what to call training and validation.
+
+    Returns:
+        Names of these classes.
+    """
+    unseen = [names[k] for k in sorted(tested - trained)]
+    if unseen:
+        more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+        logger.warning(
+            f"{len(unseen)} classes of {sets[1]} have no object in {sets[0]}, and their AP will be "
+            f"0: {', '.join(unseen[:_SHOWN])}{more}; add training pictures of them, or take them "
+            "out of both files"
+        )
+    return unseen
+
+
+def log_left_out_negatives(dataset_dicts: Iterable[dict[str, Any]], name: str) -> int:
+    """Say how many pictures have verified image-level labels and are left out for want of objects.
+
+    Detectron2 leaves pictures without objects out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is
+    False. The published LVIS results were trained so, hence this is no warning.
+
+    Returns:
+        Their number.
+    """
+    count = sum(
+        all(a.get("iscrowd", 0) for a in record.get("annotations", ()))
+        and any(record.get(key) for key in IMAGE_LABEL_KEYS)
+        for record in dataset_dicts
+    )
+    if count:
+        logger.info(
+            f"{count} pictures of {name} have image-level labels and no object to train on; they "
+            "are left out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+        )
+    return count

@@ -1,0 +1,301 @@
+"""How often each class occurs: the one source for every method that needs class frequencies.
+
+Shapes: K classes.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from d2_balance.utils.files import atomic_path
+
+from .catalog.register import registered_file, resolve_path
+from .checks.structure import (
+    check_class_count,
+    check_num_classes,
+    configured_num_classes,
+    num_classes_key,
+)
+from .file_counts import file_counts
+from .groups import GROUPS, LVIS_CUTS, groups_from_counts
+from .json_files import read_json
+
+FROM_CHECKPOINT = "checkpoint"
+_KEY = "MODEL.BALANCE.CLASS_STATISTICS"
+_GIVE = "give MODEL.BALANCE.CLASS_STATISTICS (a file written by ClassStatistics.save) or the data"
+
+
+def statistics_file(cfg: CfgNode) -> str:
+    """The file that MODEL.BALANCE.CLASS_STATISTICS names, "" where it names none.
+
+    Raises:
+        ValueError: there is none, neither there nor below $DETECTRON2_DATASETS.
+    """
+    path = cfg.MODEL.BALANCE.CLASS_STATISTICS
+    if path in ("", FROM_CHECKPOINT):
+        return ""
+    return resolve_path(path, PathManager.isfile, f"{_KEY}: the file")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStatistics:
+    """Counts over a training set.
+
+    What is counted: objects that are trained on. Crowd annotations (iscrowd 1) are left out, as
+    Detectron2's DatasetMapper leaves them out. The number of images is that of the data set which
+    the sampler sees: after DATALOADER.FILTER_EMPTY_ANNOTATIONS, the denominator of
+    RepeatFactorTrainingSampler. That sampler also counts a class where an image shows it only as a
+    crowd; with LVIS, which has no crowds, the frequencies are equal.
+
+    Attributes:
+        image_count: (K,) int64, images with at least one object of the class.
+        instance_count: (K,) int64, objects of the class.
+        num_images: D, number of images, at least 1.
+        class_names: K names.
+        file_groups: K letters "r", "c", "f" that the annotation file itself gives, or None.
+    """
+
+    image_count: Tensor
+    instance_count: Tensor
+    num_images: int
+    class_names: tuple[str, ...]
+    file_groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        num_classes = len(self.class_names)
+        for field in ("image_count", "instance_count"):
+            counts = getattr(self, field)
+            if counts.dtype != torch.int64 or counts.shape != (num_classes,):
+                raise ValueError(
+                    f"{field} must be int64 of shape ({num_classes},), one per class name, not "
+                    f"{counts.dtype} of {tuple(counts.shape)}"
+                )
+        if self.num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {self.num_images}")
+        if num_classes and int(self.image_count.max()) > self.num_images:
+            raise ValueError("image_count must not be above num_images")
+        if self.file_groups is not None and (
+            len(self.file_groups) != num_classes or not set(self.file_groups) <= set(GROUPS)
+        ):
+            raise ValueError(f"file_groups must be {num_classes} letters out of {tuple(GROUPS)}")
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def frequency(self) -> Tensor:
+        """(K,) float64 in [0, 1]: share of the images that show the class."""
+        return self.image_count.double() / self.num_images
+
+    def group(self, cuts: tuple[int, int] | None = None) -> list[str]:
+        """Frequency group of each class: "r" rare, "c" common, "f" frequent.
+
+        Args:
+            cuts: (a, b): up to a images is rare, up to b common. If not given, the groups of the
+                annotation file are taken, or (10, 100), the cuts of LVIS, where it has none.
+        """
+        if cuts is None and self.file_groups is not None:
+            return list(self.file_groups)
+        return groups_from_counts(self.image_count.tolist(), cuts or LVIS_CUTS)
+
+    @classmethod
+    def from_dataset_dicts(
+        cls,
+        dataset_dicts: Sequence[dict[str, Any]],
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        file_groups: Sequence[str] | None = None,
+    ) -> "ClassStatistics":
+        """Count over Detectron2's standard dicts; every dict counts as an image.
+
+        Raises:
+            ValueError: if there is no dict, or a category_id is outside [0, num_classes).
+        """
+        per_image = [
+            [a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)]
+            for record in dataset_dicts
+        ]
+        sizes = np.fromiter(map(len, per_image), np.int64, len(per_image))
+        classes = np.fromiter((c for ids in per_image for c in ids), np.int64, sizes.sum())
+        if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
+            raise ValueError(
+                f"category_id runs from {classes.min()} to {classes.max()}; it must be in "
+                f"[0, {num_classes})"
+            )
+        pairs = np.unique(np.repeat(np.arange(len(sizes)), sizes) * num_classes + classes)
+        return cls(
+            torch.from_numpy(np.bincount(pairs % num_classes, minlength=num_classes)),
+            torch.from_numpy(np.bincount(classes, minlength=num_classes)),
+            len(dataset_dicts),
+            tuple(class_names or map(str, range(num_classes))),
+            None if file_groups is None else tuple(file_groups),
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "ClassStatistics":
+        """Statistics of the training set of a configuration.
+
+        Reads MODEL.BALANCE.CLASS_STATISTICS if that names a file; else counts over DATASETS.TRAIN
+        as the training loader sees it. Files of DATASETS.REGISTER are counted once for each content
+        (see `file_counts`), other sets once per process. "checkpoint" counts too: it speaks of the
+        losses' values only.
+
+        Raises:
+            ValueError: if the number of classes is not the model's, or if the data cannot be read.
+        """
+        if path := statistics_file(cfg):
+            statistics = cls.load(path)
+            if statistics.num_classes != configured_num_classes(cfg):
+                raise ValueError(
+                    f"{_KEY}: {path} has {statistics.num_classes} classes, "
+                    f"but {num_classes_key(cfg)} is {configured_num_classes(cfg)}; they must agree"
+                )
+            return statistics
+        names = tuple(cfg.DATASETS.TRAIN)
+        if not names:
+            raise ValueError(f"class statistics need DATASETS.TRAIN, which is empty: {_GIVE}")
+        for name in names:
+            if name not in DatasetCatalog:
+                raise ValueError(
+                    f"class statistics need DATASETS.TRAIN, but {name!r} is not registered: {_GIVE}"
+                )
+        filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        files = [registered_file(name) for name in names]
+        if all(files):
+            statistics = _count_files(files, filter_empty)
+            for name in names:
+                check_class_count(cfg, name, statistics.num_classes)
+            return statistics
+        # the loaders belong to the key: a name may be taken off and registered anew
+        loaders = tuple(DatasetCatalog[name] for name in names)
+        statistics = _count(names, loaders, filter_empty, configured_num_classes(cfg))
+        check_num_classes(cfg, names)
+        return statistics
+
+    def save(self, path: str, overwrite: bool = False) -> None:
+        """Write the counts as JSON; a partly written file never stands under ``path``.
+
+        Raises:
+            FileExistsError: if ``path`` exists and ``overwrite`` is False.
+        """
+        if os.path.exists(path) and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        columns = {
+            "name": self.class_names,
+            "image_count": self.image_count.tolist(),
+            "instance_count": self.instance_count.tolist(),
+        }
+        if self.file_groups is not None:
+            columns["frequency"] = self.file_groups
+        rows = zip(*columns.values(), strict=True)
+        classes = [dict(zip(columns, row, strict=True)) for row in rows]
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"num_images": self.num_images, "classes": classes}, file, indent=1)
+
+    @classmethod
+    def load(cls, path: str) -> "ClassStatistics":
+        """Read a file written by `save`; class k is the k-th entry of ``classes``.
+
+        Raises:
+            ValueError: naming the file and the field, if it cannot be read or lacks a count.
+        """
+        data = read_json(path)
+        classes = data.get("classes") if isinstance(data, dict) else None
+        if not isinstance(classes, list) or not _is_count(data.get("num_images")):
+            raise ValueError(
+                f"{path}: class statistics need 'num_images' (a whole number) and 'classes' (a "
+                "list of name, image_count, instance_count)"
+            )
+        for number, entry in enumerate(classes):
+            for field in ("image_count", "instance_count"):
+                if not isinstance(entry, dict) or not _is_count(entry.get(field)):
+                    raise ValueError(
+                        f"{path}: classes[{number}]: {field!r} must be a whole number from 0 on"
+                    )
+        groups = tuple(entry.get("frequency") for entry in classes)
+        try:
+            return cls(
+                torch.tensor([entry["image_count"] for entry in classes], dtype=torch.int64),
+                torch.tensor([entry["instance_count"] for entry in classes], dtype=torch.int64),
+                data["num_images"],
+                tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
+                groups if all(groups) else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _count_files(files: Sequence[str], filter_empty: bool) -> ClassStatistics:
+    """Counts of one or several annotation files together.
+
+    Raises:
+        ValueError: a file cannot be used, has other classes than the first one, or no image is
+            left.
+    """
+    counts = [file_counts(file) for file in files]
+    first = counts[0]
+    for file, found in zip(files, counts, strict=True):
+        if found.class_names != first.class_names:
+            raise ValueError(
+                f"DATASETS.TRAIN: {file} has other class names than {files[0]}, or another order; "
+                "training sets must have the same 'categories'"
+            )
+    images = sum(c.images_with_objects if filter_empty else c.images for c in counts)
+    if not images:
+        what = "an object to train on" if filter_empty else "an image"
+        raise ValueError(f"{', '.join(files)}: class statistics need {what}, and there is none")
+    groups = {found.file_groups for found in counts}
+    return ClassStatistics(
+        torch.tensor([c.image_count for c in counts], dtype=torch.int64).sum(dim=0),
+        torch.tensor([c.instance_count for c in counts], dtype=torch.int64).sum(dim=0),
+        images,
+        first.class_names,
+        first.file_groups if len(groups) == 1 else None,
+    )
+
+
+@functools.cache
+def _count(
+    names: tuple[str, ...], loaders: tuple[Callable, ...], filter_empty: bool, num_classes: int
+) -> ClassStatistics:
+    """Count over registered sets; ``num_classes`` serves sets without class names only."""
+    del loaders  # only part of the key
+    try:
+        dataset_dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    except ValueError:
+        raise  # names the file and what is wrong in it
+    except Exception as error:  # loaders of others may raise anything
+        raise ValueError(
+            f"class statistics need DATASETS.TRAIN, but {', '.join(names)} cannot be loaded "
+            f"({type(error).__name__}: {error}): {_GIVE}"
+        ) from error
+    if not isinstance(dataset_dicts, list):  # a torch data set, whose items hold what they like
+        raise ValueError(
+            f"class statistics need DATASETS.TRAIN, but {', '.join(names)} is a "
+            f"{type(dataset_dicts).__name__} and no list of dicts: {_GIVE}"
+        )
+    metadata = [MetadataCatalog.get(name) for name in names]
+    class_names = metadata[0].get("thing_classes")
+    groups = [m.get("class_group") for m in metadata]
+    return ClassStatistics.from_dataset_dicts(
+        dataset_dicts,
+        len(class_names) if class_names else num_classes,
+        class_names,
+        groups[0] if all(group == groups[0] for group in groups) else None,
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

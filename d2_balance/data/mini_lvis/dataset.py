@@ -1,0 +1,263 @@
+"""The built-in long-tail set `mini_lvis_train` / `mini_lvis_val`: a first run needs no download.
+
+600 training and 200 validation pictures of about 160 pixels are rendered on first use and written
+in the format of LVIS v1: masks, frequency groups, verified-absent classes and classes that are not
+annotated exhaustively. The 30 classes fall off from 400 to 5 training pictures; see
+`mini_lvis_shapes` for what they look like. The validation set has at least 16 pictures of each
+class, so that the AP of rare classes can be measured.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from iopath.common.file_io import file_lock
+from tqdm import tqdm
+
+from ..groups import groups_from_counts
+from .scene import render_image
+from .shapes import CLASSES
+
+VERSION = "v1"  # raise it with every change of the pictures or of the annotations
+NUM_IMAGES = {"train": 600, "val": 200}
+NAMES = {"mini_lvis_train": "train", "mini_lvis_val": "val"}
+SEED = 2003_05176
+
+MAX_CLASSES_PER_IMAGE = 6
+MIN_VAL_IMAGES = 16  # pictures of a class in the validation set, at its full size
+
+
+def train_image_counts(num_train: int = NUM_IMAGES["train"]) -> list[int]:
+    """Number of training pictures of each class, in the order of the category ids.
+
+    A Zipf-Mandelbrot law c = 400 ((1 + q) / (k + q))^s with rank k = 1..30, q = 7.5, and s such
+    that the last class has 5: 6 frequent, 15 common and 9 rare classes by the cut points of LVIS.
+
+    Args:
+        num_train: size of the training set; the counts scale with it, down to 1.
+    """
+    q = 7.5
+    s = np.log(400 / 5) / np.log((len(CLASSES) + q) / (1 + q))
+    full = [400 * ((1 + q) / (cls.rank + 1 + q)) ** s for cls in CLASSES]
+    return [max(1, round(c * num_train / NUM_IMAGES["train"])) for c in full]
+
+
+def val_image_counts(num_val: int = NUM_IMAGES["val"]) -> list[int]:
+    """Number of validation pictures of each class: a quarter of its training pictures, or 16."""
+    scale = num_val / NUM_IMAGES["val"]
+    return [max(1, round(max(MIN_VAL_IMAGES, c / 4) * scale)) for c in train_image_counts()]
+
+
+def frequency_group(image_count: int) -> str:
+    """LVIS frequency group: "r" for 1-10 training pictures, "c" for 11-100, "f" above."""
+    return groups_from_counts([image_count])[0]
+
+
+def register_mini_lvis(root: str | None = None) -> None:
+    """Registers `mini_lvis_train` and `mini_lvis_val` with Detectron2. Nothing is rendered yet.
+
+    The pictures are rendered when the catalog is first asked for one of the two. A second call
+    with the same folder changes nothing, one with another folder registers anew.
+
+    Args:
+        root: folder of the set; `$DETECTRON2_DATASETS/mini_lvis` by default.
+    """
+    if root is None:
+        root = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "mini_lvis")
+    folder = os.path.join(root, VERSION)
+    for name, split in NAMES.items():
+        json_file = _json_file(folder, split)
+        if name in DatasetCatalog:
+            if MetadataCatalog.get(name).get("json_file") == json_file:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, lambda name=name: load_mini_lvis(root, name))
+        ids = range(1, len(CLASSES) + 1)
+        counts = train_image_counts()
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=folder,
+            evaluator_type="lvis",
+            thing_classes=[cls.name for cls in CLASSES],
+            thing_dataset_id_to_contiguous_id={i: i - 1 for i in ids},
+            class_image_count=[{"id": i, "image_count": counts[i - 1]} for i in ids],
+        )
+
+
+def load_mini_lvis(root: str, name: str) -> list[dict]:
+    """Loads one of the two sets as Detectron2's standard dicts, and renders them if needed.
+
+    Args:
+        root: folder of the set.
+        name: "mini_lvis_train" or "mini_lvis_val".
+
+    Returns:
+        One dict per picture. `neg_category_ids` and `not_exhaustive_category_ids` hold the ids of
+        the file, which start at 1; `category_id` of an annotation starts at 0.
+    """
+    json_file = build_mini_lvis(root)[name]
+    with open(json_file) as f:
+        data = json.load(f)
+    records = {
+        image["id"]: {
+            "file_name": os.path.join(os.path.dirname(json_file), image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "neg_category_ids": image["neg_category_ids"],
+            "not_exhaustive_category_ids": image["not_exhaustive_category_ids"],
+            "annotations": [],
+        }
+        for image in data["images"]
+    }
+    for annotation in data["annotations"]:
+        records[annotation["image_id"]]["annotations"].append(
+            {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": annotation["category_id"] - 1,
+                "segmentation": annotation["segmentation"],
+            }
+        )
+    return list(records.values())
+
+
+def build_mini_lvis(root: str, force: bool = False) -> dict[str, str]:
+    """Renders both sets into `root/VERSION`, unless they are there already.
+
+    They are rendered beside it and moved when complete. Where several processes ask at once, one
+    renders and the others wait for it.
+
+    Args:
+        root: folder of the set.
+        force: render again what is there.
+
+    Returns:
+        The JSON file of each set by its name.
+
+    Raises:
+        FileNotFoundError: if the folder is there but a JSON file in it is missing.
+        OSError: if the folder cannot be written.
+    """
+    return _build(root, NUM_IMAGES, force)
+
+
+def _build(root: str, num_images: dict[str, int], force: bool = False) -> dict[str, str]:
+    folder = os.path.join(root, VERSION)
+    paths = {name: _json_file(folder, split) for name, split in NAMES.items()}
+    if force or not os.path.isdir(folder):
+        try:
+            os.makedirs(root, exist_ok=True)
+            with file_lock(folder):
+                # Another process may have finished while this one waited for the lock.
+                if force or not os.path.isdir(folder):
+                    _render_and_move(folder, num_images)
+        except OSError as e:
+            raise OSError(
+                f"mini_lvis cannot be rendered into {root}: {e}. Set the environment variable "
+                "DETECTRON2_DATASETS to a folder that can be written"
+            ) from e
+    for path in paths.values():
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is missing; delete {folder} to have it rendered anew")
+    return paths
+
+
+def _json_file(folder: str, split: str) -> str:
+    return os.path.join(folder, f"mini_lvis_{split}.json")
+
+
+def _render_and_move(folder: str, num_images: dict[str, int]) -> None:
+    part, old = folder + ".part", folder + ".old"
+    for leftover in (part, old):  # of a killed run; the lock says that nobody is at work on it
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        _render(part, num_images)
+        if os.path.isdir(folder):
+            os.replace(folder, old)
+        os.replace(part, folder)
+    finally:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _render(folder: str, num_images: dict[str, int]) -> None:
+    """Writes pictures and JSON files of both splits into a new folder."""
+    counts = {
+        "train": train_image_counts(num_images["train"]),
+        "val": val_image_counts(num_images["val"]),
+    }
+    progress = tqdm(
+        total=sum(num_images.values()),
+        desc="rendering mini_lvis",
+        unit="img",
+        delay=2,  # seconds; a short rendering shows no bar
+    )
+    with progress:
+        train = _render_split(folder, "train", counts["train"], num_images["train"], progress)
+        val = _render_split(folder, "val", counts["val"], num_images["val"], progress)
+    # As in LVIS, counts and frequency groups of both files are those of the training set.
+    categories = _categories(train["annotations"])
+    for split, data in (("train", train), ("val", val)):
+        with open(_json_file(folder, split), "w") as f:
+            json.dump(data | {"categories": categories}, f, separators=(",", ":"))
+
+
+def _render_split(
+    folder: str, split: str, counts: list[int], num_images: int, progress: tqdm
+) -> dict:
+    """Writes the pictures of one split; returns its LVIS data, still without categories."""
+    os.makedirs(os.path.join(folder, split))
+    seed = [SEED, list(NAMES.values()).index(split)]
+    first_id = 1 if split == "train" else NUM_IMAGES["train"] + 1
+    may_omit = {j for j, n in enumerate(train_image_counts()) if frequency_group(n) != "r"}
+    images, annotations = [], []
+    for index, class_indices in enumerate(_plan(counts, num_images, np.random.default_rng(seed))):
+        rng = np.random.default_rng([*seed, index])
+        image_id = first_id + index
+        image, record, objects = render_image(image_id, class_indices, may_omit, rng)
+        file_name = f"{split}/{image_id:06d}.jpg"
+        image.save(os.path.join(folder, file_name), quality=95, subsampling=0)
+        images.append(record | {"file_name": file_name, "coco_url": f"mini_lvis/{file_name}"})
+        annotations.extend(objects)
+        progress.update()
+    annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
+    info = {"description": "mini_lvis, rendered by d2_balance", "version": VERSION}
+    return {"info": info, "images": images, "annotations": annotations}
+
+
+def _plan(counts: list[int], num_images: int, rng: np.random.Generator) -> list[list[int]]:
+    """Draws the class indices of each picture, so that class j is in exactly counts[j] of them."""
+    plan = [[] for _ in range(num_images)]
+    for j in sorted(range(len(counts)), key=lambda j: counts[j]):
+        room = [i for i, classes in enumerate(plan) if len(classes) < MAX_CLASSES_PER_IMAGE]
+        chosen = rng.permutation(room)
+        if counts[j] == max(counts):  # no picture stays empty
+            chosen = sorted(chosen, key=lambda i: len(plan[i]) > 0)
+        for i in chosen[: counts[j]]:
+            plan[i].append(j)
+    return plan
+
+
+def _categories(train_annotations: list[dict]) -> list[dict]:
+    """The LVIS categories, with counts and frequency groups from the training set."""
+    categories = []
+    for class_id, cls in enumerate(CLASSES, start=1):
+        found = [a["image_id"] for a in train_annotations if a["category_id"] == class_id]
+        categories.append(
+            {
+                "id": class_id,
+                "name": cls.name,
+                "synset": f"{cls.name}.n.01",
+                "synonyms": [cls.name],
+                "def": cls.definition,
+                "image_count": len(set(found)),
+                "instance_count": len(found),
+                "frequency": frequency_group(len(set(found))),
+            }
+        )
+    return categories

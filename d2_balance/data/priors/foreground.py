@@ -1,0 +1,269 @@
+"""How rare foreground is: the counts behind the optimal prior and the thresholds per class.
+
+With N_f positive of N rows and C outputs per row, a classifier that says pi everywhere loses
+
+    L(pi) = -log pi - (N C / N_f - 1) log(1 - pi)        per positive row,
+
+least at pi* = N_f / (N C), which is the sigmoid of b = -log(N C / N_f - 1). Thresholds at test:
+theta_j = (N_f / N) N_j / sum_k N_k with N_j objects of class j.
+
+Source: Chen et al., Is Heuristic Sampling Necessary in Training Deep Object Detectors?,
+arXiv:1909.04868, equations 1 to 3 and 7.
+
+Rows are labelled as the model labels them in training, from sizes and boxes alone: no picture is
+read, and no network runs. Every picture is resized to the middle one of the training sizes and
+padded by itself; crops and flips are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from torch import Tensor
+from tqdm import tqdm
+
+from d2_balance.utils.files import atomic_path
+
+from ..annotations import read_json
+from ..class_counts import ClassStatistics
+
+RETINANET, FCOS, RPN, ROI_HEADS = PARTS = ("RetinaNet", "FCOS", "RPN", "ROIHeads")
+_COUNTS = ("positives", "rows", "outputs")
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Rows of one part of a model, summed over the pictures that were looked at.
+
+    Attributes:
+        positives: N_f, rows with an object; above 0 and below `rows`.
+        rows: N, rows that are not ignored.
+        outputs: C, sigmoid outputs per row, at least 1.
+    """
+
+    positives: int
+    rows: int
+    outputs: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.positives < self.rows or self.outputs < 1:
+            raise ValueError(
+                f"{self.positives} positives in {self.rows} rows of {self.outputs} outputs have no "
+                "prior; there must be a positive, more rows than positives, and an output"
+            )
+
+    @property
+    def share(self) -> float:
+        """N_f / N, in (0, 1)."""
+        return self.positives / self.rows
+
+    @property
+    def prior(self) -> float:
+        """pi*, in (0, 1)."""
+        return self.share / self.outputs
+
+    @property
+    def bias(self) -> float:
+        """b, whose sigmoid is pi*."""
+        return -math.log(1 / self.prior - 1)
+
+    @property
+    def background_bias(self) -> float:
+        """Bias of background in a softmax whose C classes have bias 0: log(C (N - N_f) / N_f)."""
+        return math.log(self.outputs * (self.rows - self.positives) / self.positives)
+
+    def loss(self, prior: float) -> float:
+        """L(pi): sigmoid cross-entropy per positive row where every score is `prior`, in (0, 1)."""
+        return -math.log(prior) - (1 / self.prior - 1) * math.log1p(-prior)
+
+
+@dataclass(frozen=True)
+class ForegroundPrior:
+    """Counts over a training set for one configuration.
+
+    Attributes:
+        parts: counts by name of the model's part, names out of `PARTS`.
+        instance_count: K objects of each class in the whole training set.
+        class_names: K names.
+        num_images: pictures whose rows were counted, at least 1.
+        total_images: pictures of the training set.
+        source: file that the counts come from, for messages.
+    """
+
+    parts: dict[str, PartCount]
+    instance_count: tuple[int, ...]
+    class_names: tuple[str, ...]
+    num_images: int
+    total_images: int
+    source: str = field(default="", compare=False)
+
+    def class_thresholds(self, part: str) -> Tensor:
+        """(K,) float64: theta_j, share of rows that belong to class j."""
+        count = torch.tensor(self.instance_count, dtype=torch.float64)
+        return self.parts[part].share * count / count.sum().clamp(min=1)
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, max_images: int = 5000, seed: int = 0, progress: bool = False
+    ) -> ForegroundPrior:
+        """Counts on DATASETS.TRAIN as the training loader sees it.
+
+        Args:
+            cfg: full config; its data sets are registered.
+            max_images: of more pictures than this a random sample is counted; 0 takes all.
+            seed: of the sample.
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: the data cannot be read, the model has no part that is counted, or no
+                anchor is positive.
+        """
+        from .sample_counts import (
+            row_counters,  # needs Detectron2's models, which import this package
+        )
+
+        statistics = ClassStatistics.from_config(cfg)
+        counters = row_counters(cfg)
+        records = get_detection_dataset_dicts(
+            tuple(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        if max_images and len(records) > max_images:
+            records = random.Random(seed).sample(records, max_images)
+        totals = {name: [0, 0] for name in counters}
+        for record in tqdm(records, unit=" pictures", disable=not progress):
+            size, boxes = _sized(cfg, record)
+            for name, counter in counters.items():
+                for i, count in enumerate(counter(size, boxes)):
+                    totals[name][i] += count
+        parts = {}
+        for name, (positives, rows) in totals.items():
+            outputs = 1 if name == RPN else statistics.num_classes
+            try:
+                parts[name] = PartCount(positives, rows, outputs)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}: do the anchors fit the objects?") from error
+        return cls(
+            parts,
+            tuple(statistics.instance_count.tolist()),
+            statistics.class_names,
+            len(records),
+            statistics.num_images,
+        )
+
+    def save(self, path: str, overwrite: bool = False) -> None:
+        """Writes the counts as JSON; a partly written file never stands under `path`.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is False.
+        """
+        if os.path.exists(path) and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        classes = zip(self.class_names, self.instance_count, strict=True)
+        data = {
+            "num_images": self.num_images,
+            "total_images": self.total_images,
+            "parts": {
+                name: {count: getattr(part, count) for count in _COUNTS}
+                for name, part in self.parts.items()
+            },
+            "classes": [{"name": name, "instance_count": count} for name, count in classes],
+        }
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+
+    @classmethod
+    def load(cls, path: str) -> ForegroundPrior:
+        """Reads a file written by `save`.
+
+        Raises:
+            ValueError: naming the file and the field.
+        """
+        data = read_json(path)
+        data = data if isinstance(data, dict) else {}
+        parts, classes = data.get("parts"), data.get("classes")
+        if not isinstance(parts, dict) or not set(parts) <= set(PARTS):
+            raise ValueError(f"{path}: 'parts' must be counts by name, out of {', '.join(PARTS)}")
+        if not isinstance(classes, list) or not classes:
+            raise ValueError(f"{path}: 'classes' must be a list of name and instance_count")
+        for number, entry in enumerate(classes):
+            _require(path, f"classes[{number}]", entry, ("instance_count",))
+        counts = {}
+        for name, part in parts.items():
+            _require(path, f"parts.{name}", part, _COUNTS)
+            try:
+                counts[name] = PartCount(*(part[count] for count in _COUNTS))
+            except ValueError as error:
+                raise ValueError(f"{path}: parts.{name}: {error}") from error
+        _require(path, "the top level", data, ("num_images", "total_images"))
+        return cls(
+            counts,
+            tuple(entry["instance_count"] for entry in classes),
+            tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
+            data["num_images"],
+            data["total_images"],
+            path,
+        )
+
+
+def _require(path: str, place: str, entry: Any, fields: Sequence[str]) -> None:
+    for name in fields:
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{path}: {place}: {name!r} must be a whole number from 0 on")
+
+
+def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tensor]:
+    """Height and width of a picture in training, and its objects (M, 4), x0 y0 x1 y1 inside it."""
+    from detectron2.structures import BoxMode
+
+    if "height" not in record or "width" not in record:
+        raise ValueError(
+            f"{record.get('file_name', 'a picture')} has no height and width in its data set"
+        )
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in record["annotations"]
+        if not a.get("iscrowd", 0)
+    ]
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4)
+    size, boxes = training_size(cfg, (record["height"], record["width"]), boxes)
+    return size, boxes[((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)]
+
+
+def training_size(
+    cfg: CfgNode, size: tuple[int, int], boxes: Tensor
+) -> tuple[tuple[int, int], Tensor]:
+    """A picture as training resizes it.
+
+    Args:
+        cfg: full config.
+        size: height and width in pixels.
+        boxes: (M, 4) float32, x0 y0 x1 y1.
+
+    Returns:
+        Height and width in training, and the boxes (M, 4) there, cut at the border.
+    """
+    from detectron2.data.transforms import ResizeShortestEdge
+
+    height, width = size
+    edge = middle_edge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+    if edge:  # Detectron2 does not resize at 0
+        size = ResizeShortestEdge.get_output_shape(height, width, edge, cfg.INPUT.MAX_SIZE_TRAIN)
+    boxes = boxes * torch.tensor([size[1] / width, size[0] / height] * 2)
+    limit = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
+    return size, torch.minimum(boxes.clamp(min=0), limit)
+
+
+def middle_edge(sizes: Sequence[int], sampling: str) -> int:
+    """The middle one of the sizes that INPUT.MIN_SIZE_TRAIN draws from."""
+    sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
+    return round(sum(sizes) / len(sizes)) if sampling == "range" else sizes[len(sizes) // 2]

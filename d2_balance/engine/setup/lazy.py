@@ -1,0 +1,301 @@
+"""Python configs (Detectron2's LazyConfig) for the same trainer.
+
+A lazy config has `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`, as Detectron2's
+own have, and `run` with keys under their names in YAML, for example
+`run = dict(TEST=dict(BEST=dict(METRIC="bbox/APr")))`. Losses are objects: `cls_loss=L(GHMC)()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.samplers import TrainingSampler
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from d2_balance.config import add_balance_config
+from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.modeling.build import DATA_ARGUMENTS
+
+from ..clipping import clipped
+from ..resume.data_stream import TrainStream
+from ..resume.random_state import seeded
+from ..trainer import BalancedTrainer, finished_model
+from .run import merge_overrides, read_config
+
+NEEDED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+SAVED = "lazy.yaml"
+"""File of OUTPUT_DIR that holds the lazy config of a run; train_net.py takes it."""
+
+# name in `train` to key
+_TRAIN_KEYS = {
+    "output_dir": "OUTPUT_DIR",
+    "init_checkpoint": "MODEL.WEIGHTS",
+    "max_iter": "SOLVER.MAX_ITER",
+    "amp.enabled": "SOLVER.AMP.ENABLED",
+    "checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
+    "eval_period": "TEST.EVAL_PERIOD",
+    "device": "MODEL.DEVICE",
+    "seed": "SEED",
+}
+
+
+def dataset_quantity(names: Sequence[str], num_classes: int, quantity: str) -> Tensor:
+    """A quantity of training sets for the constructor of a loss, without pictures that are empty.
+
+    Args:
+        names: of the data sets.
+        num_classes: K.
+        quantity: "class_frequency", "class_count" or "instance_count".
+
+    Returns:
+        (K,) float64.
+    """
+    records = get_detection_dataset_dicts(names)
+    statistics = ClassStatistics.from_dataset_dicts(records, num_classes)
+    return torch.as_tensor(DATA_ARGUMENTS[quantity](statistics)).double()
+
+
+def is_lazy(path: str) -> bool:
+    """Whether a file is a Python config, or a YAML file that `LazyConfig.save` wrote."""
+    if not path.endswith((".yaml", ".yml")):
+        return path.endswith(".py")
+    if not PathManager.isfile(path):
+        return False
+    with PathManager.open(path) as file:
+        return any(line.startswith("model:") for line in file)  # Detectron2's YAML has MODEL
+
+
+def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[CfgNode, type[BalancedTrainer]]:
+    """The config of a run and its trainer, from a YAML or a lazy config.
+
+    Args:
+        path: a file, or "" for Detectron2's defaults.
+        overrides: KEY VALUE pairs; for lazy configs name=value.
+
+    Raises:
+        ValueError: the file or an override cannot be used.
+    """
+    if not is_lazy(path):
+        return read_config(path, overrides), BalancedTrainer
+    lazy = read_lazy(path, overrides)
+    return run_config(lazy), lazy_trainer(lazy)
+
+
+def read_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A lazy config with overrides, such as optimizer.lr=0.01.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks a part, or an override does not fit.
+    """
+    try:
+        lazy = LazyConfig.load(path)
+    except (OSError, SyntaxError, ImportError, NameError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = [name for name in NEEDED if name not in lazy]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; needed are {', '.join(NEEDED)}.")
+    for entry in overrides:
+        name = entry.partition("=")[0]
+        if "=" not in entry or (
+            not name.startswith("run.") and OmegaConf.select(lazy, name, default=lazy) is lazy
+        ):
+            raise ValueError(
+                f"{entry!r}: {path} is a lazy config; overrides are name=value of what it has, for "
+                "example optimizer.lr=0.01, or run.KEY=value."
+            )
+    try:
+        return LazyConfig.apply_overrides(lazy, list(overrides))
+    except (OmegaConfBaseException, KeyError, ValueError) as error:
+        raise ValueError(f"command line: {error}") from error
+
+
+def run_config(lazy: DictConfig) -> CfgNode:
+    """The keys of a run that hooks, checks and the summary read, from a lazy config.
+
+    The model, the optimizer and the data are made from the lazy config itself; what is said here of
+    them names them.
+
+    Raises:
+        ValueError: `run` has a key that does not exist.
+    """
+    cfg = get_cfg()
+    add_balance_config(cfg)
+    values: dict[str, Any] = {}
+    for name, key in _TRAIN_KEYS.items():
+        value = OmegaConf.select(lazy.train, name)
+        if value is not None:
+            values[key] = value
+    loaders = lazy.dataloader
+    values["DATASETS.TRAIN"], values["DATASETS.TEST"] = _names(loaders.train), _names(loaders.test)
+    values["SOLVER.IMS_PER_BATCH"] = loaders.train.total_batch_size
+    values["DATALOADER.NUM_WORKERS"] = loaders.train.get("num_workers", 0)
+    if "lr" in lazy.optimizer:
+        values["SOLVER.BASE_LR"] = float(lazy.optimizer.lr)
+    values |= _model_keys(lazy.model)
+    merge_overrides(cfg, [part for pair in values.items() for part in pair], "lazy config")
+    run = OmegaConf.to_container(lazy.get("run", OmegaConf.create()), resolve=True)
+    merge_overrides(cfg, [part for pair in _leaves(run) for part in pair], "run")
+    return cfg
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _model_keys(model: DictConfig) -> dict[str, Any]:
+    """Names of the parts of a model under their keys in YAML."""
+    keys = {"MODEL.META_ARCHITECTURE": _name(model)}
+    head = model
+    if "roi_heads" in model:
+        heads = model.roi_heads
+        head = heads.box_predictor
+        keys["MODEL.ROI_HEADS.NAME"] = _name(heads)
+        keys["MODEL.ROI_HEADS.NUM_CLASSES"] = heads.num_classes
+        keys["MODEL.PROPOSAL_GENERATOR.NAME"] = _name(model.proposal_generator)
+        keys["MODEL.MASK_ON"] = heads.get("mask_head") is not None
+    elif "num_classes" in model:
+        node = "FCOS" if "FCOS" in keys["MODEL.META_ARCHITECTURE"] else "RETINANET"
+        keys[f"MODEL.{node}.NUM_CLASSES"] = model.num_classes
+    if not isinstance(head, DictConfig):
+        return keys  # a cascade has a list
+    for part, key in (("cls_loss", "CLS_LOSS"), ("box_loss", "BOX_LOSS")):
+        loss = head.get(part)
+        if loss is None:
+            continue
+        name = _name(loss)
+        keys[f"MODEL.BALANCE.{key}"] = name
+        for argument in inspect.signature(_target(loss)).parameters.values():
+            if argument.default is not argument.empty and argument.name in loss:
+                place = f"MODEL.BALANCE.{name.upper()}.{argument.name.upper()}"
+                keys[place] = _plain(loss[argument.name])
+    for part in ("cls_weight", "box_weight"):
+        if part in head:
+            keys[f"MODEL.BALANCE.{part.upper()}"] = float(head[part])
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, structured_config_mode=SCMode.INSTANTIATE)
+
+
+def _in_order(value: Any) -> Any:
+    """A model's parts by name: the order in which they draw random weights.
+
+    YAML sorts names; a config that was saved starts so from the weights of the Python file.
+    """
+    if isinstance(value, dict):
+        return {key: _in_order(value[key]) for key in sorted(value)}
+    return [_in_order(part) for part in value] if isinstance(value, list) else value
+
+
+def _target(node: DictConfig) -> Any:
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_
+
+
+def _name(node: DictConfig) -> str:
+    return _target(node).__name__
+
+
+def _names(loader: DictConfig) -> tuple[str, ...]:
+    names = loader.dataset.names
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
+    """The trainer whose model, data, optimizer and schedule are those of a lazy config."""
+
+    class LazyTrainer(BalancedTrainer):
+        lazy = config
+
+        @classmethod
+        def build_model(cls, cfg: CfgNode) -> nn.Module:
+            model = instantiate(_in_order(_plain(cls.lazy.model)))
+            return finished_model(model.to(cfg.MODEL.DEVICE), cfg)
+
+        @classmethod
+        def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+            node = copy.deepcopy(cls.lazy.optimizer)
+            node.params.model = model
+            if "lr" in node:
+                node.lr = cfg.SOLVER.BASE_LR  # REFERENCE_BATCH may have scaled it
+            return clipped(instantiate(node), cfg)
+
+        @classmethod
+        def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
+            return LRMultiplier(optimizer, instantiate(cls.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+            return _train_stream(cls.lazy.dataloader.train, cfg)
+
+        @classmethod
+        def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+            node = copy.deepcopy(cls.lazy.dataloader.test)
+            node.dataset.names = dataset_name
+            return instantiate(node)
+
+        @classmethod
+        def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+            node = cls.lazy.dataloader.get("evaluator")
+            if node is None:
+                return super().build_evaluator(cfg, dataset_name)
+            node = copy.deepcopy(node)
+            node.dataset_name = dataset_name
+            return instantiate(node)
+
+    return LazyTrainer
+
+
+def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
+    """Our stream from the arguments of Detectron2's build_detection_train_loader."""
+    ranks = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise ValueError(
+            f"dataloader.train.total_batch_size is {cfg.SOLVER.IMS_PER_BATCH}; allowed is a "
+            f"multiple of the number of processes, {ranks}."
+        )
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    with seeded(seed):  # the sampler draws the seed of its order from numpy
+        dataset = instantiate(node.dataset)
+        mapper = instantiate(node.mapper)
+        sampler = node.get("sampler")
+        sampler = TrainingSampler(len(dataset)) if sampler is None else instantiate(sampler)
+    return TrainStream(
+        dataset,
+        mapper,
+        sampler,
+        cfg.SOLVER.IMS_PER_BATCH // ranks,
+        group_by_aspect=node.get("aspect_ratio_grouping", True),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=seed,
+        max_broken=cfg.DATALOADER.MAX_BROKEN_PICTURES,
+    )
+
+
+def save_lazy(trainer: type[BalancedTrainer], folder: str) -> None:
+    """Writes the lazy config of a run to its folder, in the first process; for YAML none."""
+    lazy = getattr(trainer, "lazy", None)
+    if lazy is not None and comm.is_main_process():
+        LazyConfig.save(lazy, os.path.join(folder, SAVED))

@@ -1,0 +1,221 @@
+"""From the command line to a config that can run: keys, device, output folder, seed, messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from d2_balance.config import add_balance_config
+from d2_balance.data.class_counts import FROM_CHECKPOINT
+
+from ..resume.checkpoint import resumable_files
+from ..resume.same_run import check_same_model
+from .validate import closest
+
+CONFIG_ERROR = 2
+"""Exit status where the user has to change something; argparse uses the same."""
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults, then MODEL.BALANCE, then a YAML file, then the command line.
+
+    Args:
+        config_file: YAML file, or "" for none.
+        overrides: keys and values in turn.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown key (with keys that look like it), or a
+            value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_balance_config(cfg)
+    if config_file:
+        with _explained(cfg, config_file):
+            cfg.merge_from_file(config_file)
+    merge_overrides(cfg, overrides, "command line")
+    return cfg
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None:
+    """Sets keys of a config to values, given in turn.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type; the message names `source`.
+    """
+    with _explained(cfg, source):
+        cfg.merge_from_list(list(overrides))
+
+
+@contextmanager
+def _explained(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Turns what yacs and PyYAML raise into ValueErrors that say where and what."""
+    try:
+        yield
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+        text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
+        for start in ("Non-existent config key: ", "Non-existent key: "):
+            if text.startswith(start):
+                key = text.removeprefix(start)
+                text = f"unknown key {key}; {closest(key, _keys(cfg))}"
+        raise ValueError(f"{source}: {text}") from error
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def use_cpu_without_cuda(cfg: CfgNode) -> bool:
+    """Sets MODEL.DEVICE to cpu where it asks for CUDA and there is none.
+
+    Returns:
+        Whether the device was changed.
+    """
+    changes = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if changes:
+        cfg.MODEL.DEVICE = "cpu"
+    return changes
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """The result of `function()` on the first rank, for all ranks; every rank must call this.
+
+    Raises:
+        ValueError: on all ranks, where `function` raised it.
+    """
+    outcome = None
+    if comm.is_main_process():
+        try:
+            outcome = function(), None
+        except ValueError as error:
+            outcome = None, str(error)
+    result, message = comm.all_gather(outcome)[0]
+    if message is not None:
+        raise ValueError(message)
+    return result
+
+
+def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
+    """Settles OUTPUT_DIR, MODEL.WEIGHTS and SEED; changes cfg and nothing on the disk.
+
+    - Training refuses a folder that holds a run, unless it resumes. Resuming where there is
+      nothing starts afresh.
+    - An evaluation writes beside a run: to OUTPUT_DIR/eval_1, eval_2 and so on. With `resume` it
+      takes the last checkpoint of OUTPUT_DIR. Losses take class counts from the weights.
+    - SEED below 0 becomes the seed of the run that is resumed, else a drawn one.
+    - Only the same model is resumed: another architecture, loss or number of classes is refused.
+
+    Raises:
+        ValueError: OUTPUT_DIR holds a run, or the run that it holds is one of another model.
+    """
+
+    def decide() -> tuple[str, str, int]:
+        folder, weights, seed = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED
+        if not (eval_only or resume) and holds_run(folder):
+            raise ValueError(
+                f"OUTPUT_DIR {folder} holds a run already, and nothing is overwritten: pass "
+                "--resume to continue it, or set another OUTPUT_DIR."
+            )
+        saved = _config_of_run(folder) if resume else ""
+        if resume and not eval_only:
+            check_same_model(saved, cfg, f"the run in {folder}")
+        if seed < 0:
+            seed = int((yaml.safe_load(saved) or {}).get("SEED", -1))
+        if seed < 0:
+            # Detectron2 adds the rank, and numpy takes seeds below 2^32
+            seed = secrets.randbelow(2**31)
+        if eval_only:
+            if resume:
+                weights = last_checkpoint(folder) or weights
+            folder = _evaluation_folder(folder)
+        return folder, weights, seed
+
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = on_main_process(decide)
+    counted = cfg.MODEL.BALANCE.CLASS_STATISTICS or cfg.MODEL.BALANCE.NORCAL.GAMMA
+    if eval_only and not counted:  # NorCal needs counts at test, which stock weights do not carry
+        cfg.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+
+
+def holds_run(folder: str) -> bool:
+    """Whether a folder holds results of training or of an evaluation.
+
+    A config.yaml alone does not count: it is there as well when a run was refused at its start.
+    """
+    if not PathManager.isdir(folder):
+        return False
+    names = PathManager.ls(folder)
+    metrics = os.path.join(folder, "metrics.json")
+    return (
+        "last_checkpoint" in names
+        or "summary.md" in names
+        or any(name.endswith(".pth") for name in names)
+        or ("metrics.json" in names and os.path.getsize(metrics) > 0)
+    )
+
+
+def last_checkpoint(folder: str) -> str:
+    """Path of the last checkpoint of a run, "" where there is none."""
+    return next(iter(resumable_files(folder)), "")
+
+
+def _config_of_run(folder: str) -> str:
+    """The config.yaml of the run in a folder, "" where there is none."""
+    path = os.path.join(folder, "config.yaml")
+    if not (holds_run(folder) and PathManager.isfile(path)):
+        return ""
+    with PathManager.open(path) as file:
+        return file.read()
+
+
+def _evaluation_folder(folder: str) -> str:
+    """OUTPUT_DIR itself where it holds no run, else a folder in it that is not there yet."""
+    if not holds_run(folder):
+        return folder
+    number = 1
+    while PathManager.exists(found := os.path.join(folder, f"eval_{number}")):
+        number += 1
+    return found
+
+
+@contextmanager
+def short_messages(
+    program: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
+    """Ends the program with one message, without traceback, where the user has to change something.
+
+    That is an exception of `kind` raised by this package, Detectron2 or their config library. All
+    others are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except kind as error:
+        if not _is_deliberate(error):
+            raise
+        if comm.get_local_rank() == 0 or not getattr(error, "everywhere", True):
+            print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(CONFIG_ERROR)
+
+
+def _is_deliberate(error: Exception) -> bool:
+    """Whether the error was raised on purpose: by us, Detectron2, fvcore or yacs themselves."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "")
+    return module.split(".")[0] in ("d2_balance", "detectron2", "fvcore", "yacs")

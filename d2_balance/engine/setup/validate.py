@@ -1,0 +1,286 @@
+"""Checks of a configuration and its data before anything is built.
+
+Every message names the key or the file and says what is allowed. What is quick comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+
+from d2_balance.data import (
+    check_categories_match,
+    check_masks,
+    check_num_classes,
+    require_image_labels,
+)
+from d2_balance.data.catalog.external import is_external
+from d2_balance.data.checks.coverage import (
+    classes_with_objects,
+    log_left_out_negatives,
+    log_unseen_classes,
+)
+from d2_balance.data.checks.images import check_picture_sizes
+from d2_balance.data.checks.structure import configured_num_classes
+from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.data.ignore_regions import region_files
+from d2_balance.modeling.build import (
+    build_box_loss,
+    build_cls_loss,
+    build_guided,
+    build_reweighters,
+)
+from d2_balance.modeling.meta_arch.fcos import BalancedFCOS
+from d2_balance.modeling.roi_heads.feature_memory import check_memory
+from d2_balance.modeling.tta import check_test_augmentation
+from d2_balance.utils.names import closest
+
+from ..amp import check_step
+from ..hooks.best import check_best
+from ..hooks.ema import check_ema
+from ..hooks.training import check_beta_decay
+from ..hooks.validation_loss import check_validation_loss
+from ..hooks.writers import check_logs
+from ..resume.checkpoint import resumable_files
+from ..resume.data_stream import check_sampler
+from .norms import check_norms
+from .pretrained import check_weights_file
+from .scaling import check_reference_batch
+from .unused import check_losses_are_used
+
+# Pictures of a set whose sizes are compared with the annotations before a run: enough to notice
+# another copy of the data set, and a second or two on a slow disk.
+_SIZES_LOOKED_AT = 200
+
+
+def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
+    """Checks everything that can be checked before the model and the loaders are built.
+
+    Loads the data sets, as the run will.
+
+    Args:
+        cfg: the full config; DATASETS.REGISTER is registered already.
+        eval_only: True leaves the training sets alone, which may not be on this machine.
+        resume: True does not ask for MODEL.WEIGHTS where OUTPUT_DIR holds a checkpoint.
+
+    Raises:
+        ValueError: naming the key or file and what is allowed.
+    """
+    if not eval_only:
+        check_step(cfg)
+    check_registered_names(cfg)
+    check_losses_are_used(cfg)
+    check_losses(cfg, eval_only)
+    check_numbers(cfg)
+    check_beta_decay(cfg)
+    check_test_augmentation(cfg)
+    if not eval_only:
+        check_sampler(cfg)
+        check_norms(cfg)
+        region_files(cfg)
+    check_dataset_names(cfg, eval_only)
+    if not eval_only:
+        for check in (check_reference_batch, check_ema, check_validation_loss, check_best):
+            check(cfg)
+        check_logs(cfg)
+    check_weights(cfg, eval_only, resume)
+    check_data(cfg, eval_only)
+
+
+def check_registered_names(cfg: CfgNode) -> None:
+    """Checks the names of the parts that the model is made of.
+
+    Raises:
+        ValueError: a name is not registered with Detectron2.
+    """
+    names = [
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+    ]
+    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if generator != "PrecomputedProposals":  # Detectron2's word for none
+        names.append(("MODEL.PROPOSAL_GENERATOR.NAME", generator, PROPOSAL_GENERATOR_REGISTRY))
+    for key, name, registry in names:
+        if name not in registry:
+            hint = closest(name, (known for known, _ in registry))
+            raise ValueError(f"{key}: {name!r} is unknown; {hint}")
+
+
+def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Checks names and arguments of the losses, without the quantities that come from the data.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if not eval_only and cfg.MODEL.BALANCE.CLASS_STATISTICS == FROM_CHECKPOINT:
+        # a new run would train with counts of zero, which make every class one of the tail
+        raise ValueError(
+            f'MODEL.BALANCE.CLASS_STATISTICS "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
+            'training is "", which counts on DATASETS.TRAIN, or a file.'
+        )
+    check_memory(cfg)
+    bare = cfg.clone()
+    bare.defrost()
+    bare.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+    num_classes = configured_num_classes(cfg)
+    for build in (build_cls_loss, build_box_loss, build_reweighters):
+        build(bare, num_classes)
+    for build in (build_cls_loss, build_box_loss):
+        build(bare, 1, "RPN")
+    for part in ("", "RPN"):
+        build_guided(bare, part)
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Checks the weights of the losses and the start probabilities of the classes.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    balance = cfg.MODEL.BALANCE
+    for key in ("CLS_WEIGHT", "BOX_WEIGHT"):
+        for place, node in (("", balance), ("RPN.", balance.RPN)):
+            if not node[key] >= 0:
+                raise ValueError(
+                    f"MODEL.BALANCE.{place}{key} is {node[key]}; allowed is a number of at least 0."
+                )
+    nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN}
+    nodes |= {name: cfg.MODEL[name] for name in ("RETINANET", "FCOS")}
+    for place, node in nodes.items():
+        if not 0 < node.PRIOR_PROB < 1:
+            raise ValueError(
+                f"MODEL.{place}.PRIOR_PROB is {node.PRIOR_PROB}; allowed is a number in (0, 1)."
+            )
+
+
+def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Checks that there are data sets and that their names are registered.
+
+    Raises:
+        ValueError: with the names that look alike.
+    """
+    needed = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[needed]:
+        raise ValueError(
+            f"DATASETS.{needed} is empty; it must name at least one data set "
+            "(--config-file, or DATASETS.REGISTER for your own files)."
+        )
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in DatasetCatalog:
+                raise ValueError(
+                    f"DATASETS.{key}: the data set {name!r} is not registered; "
+                    f"{closest(name, DatasetCatalog.list())} DATASETS.REGISTER takes your own "
+                    "files."
+                )
+
+
+def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
+    """Checks that MODEL.WEIGHTS can be read; a file of the model zoo is downloaded.
+
+    Raises:
+        ValueError: saying what to set.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if resume and resumable_files(cfg.OUTPUT_DIR):
+        return
+    if not weights:
+        if eval_only:
+            raise ValueError(
+                "--eval-only needs MODEL.WEIGHTS, or --resume for the last checkpoint in "
+                "OUTPUT_DIR; both are missing."
+            )
+        return
+    check_weights_file(weights)
+
+
+def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Loads the data sets and checks them against the model and against each other.
+
+    Raises:
+        ValueError: naming the data set or file, and the key to set.
+    """
+    train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
+    test = tuple(cfg.DATASETS.TEST)
+    seen: dict[str, set[int]] = {}
+    for name in dict.fromkeys((*train, *test)):
+        dataset_dicts = load_dataset(name)
+        if name in train:
+            check_train_set(cfg, dataset_dicts, name)
+        if isinstance(dataset_dicts, list):
+            check_picture_sizes(dataset_dicts, name, limit=_SIZES_LOOKED_AT)
+            seen[name] = classes_with_objects(dataset_dicts)
+    if _is_a(cfg, GeneralizedRCNN, RetinaNet, BalancedFCOS):  # other models have keys of their own
+        check_num_classes(cfg, (*train, *test))
+    described = [name for name in (*train, *test) if _has_classes(name)]
+    if len(described) == len(train) + len(test):
+        check_categories_match(train, test)
+        if train and all(name in seen for name in train):
+            trained = set().union(*(seen[name] for name in train))
+            for name in set(test) & set(seen):
+                classes = MetadataCatalog.get(name).thing_classes
+                log_unseen_classes(trained, seen[name], classes, (", ".join(train), name))
+
+
+def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name: str) -> None:
+    """Checks one training set against what the model and the loss need.
+
+    Raises:
+        ValueError: naming the data set and the key to set.
+    """
+    if not isinstance(dataset_dicts, list):
+        return  # a torch data set of the user's own, which is not looked through here
+    if not any(record.get("annotations") for record in dataset_dicts):
+        raise ValueError(
+            f"the data set {name!r} has {len(dataset_dicts)} pictures and no annotation; a "
+            "training set needs at least one (DATASETS.TRAIN)."
+        )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        log_left_out_negatives(dataset_dicts, name)
+    loss = cfg.MODEL.BALANCE.CLS_LOSS
+    external = is_external(name)  # whose labels are lists that may be empty, and have a meaning
+    labels = cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False) if loss else False
+    if labels and not external:
+        key = f"MODEL.BALANCE.{loss.upper()}.IMAGE_LABELS"
+        require_image_labels(dataset_dicts, name, key)
+    if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
+        check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT, boxes_too=external)
+
+
+def load_dataset(name: str) -> Any:
+    """A registered data set as its loader gives it.
+
+    Raises:
+        ValueError: the loader failed; names the data set and its file.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except ValueError:
+        raise  # of our own loader: names the file and what is wrong in it
+    except Exception as error:  # loaders of others may raise anything
+        json_file = MetadataCatalog.get(name).get("json_file", "its annotation file")
+        raise ValueError(
+            f"the data set {name!r} cannot be loaded from {json_file} "
+            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the folder "
+            "that holds Detectron2's data sets, see datasets/README.md."
+        ) from error
+
+
+def _has_classes(name: str) -> bool:
+    return MetadataCatalog.get(name).get("thing_classes") is not None
+
+
+def _is_a(cfg: CfgNode, *models: type) -> bool:
+    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), models)

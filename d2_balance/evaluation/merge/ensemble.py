@@ -1,0 +1,291 @@
+"""Merges the detections of several models, which may know different classes.
+
+Detections of one class in one picture form clusters: the best detection that is in none starts one,
+and each other model adds its detection of the highest IoU above a threshold, one of each model at
+most. What a model itself left beside each other (its own non-maximum suppression has been over it)
+stays so. A cluster becomes
+
+- "nms": its best detection;
+- "soft-nms": its best detection, and the others with a score times (1 - IoU with the best), the
+  linear form of Bodla et al., arXiv:1704.04503;
+- "wbf": the mean of its boxes weighted by score, with the sum of its scores divided by the number
+  of models that know the class (Solovyev et al., arXiv:1910.13302, section 3, equations 1 to 6).
+
+The rule of one detection of each model and the count of models by class are what the package
+`ensemble-boxes` does not have: there a model merged with itself loses boxes of its own that
+overlap, and an expert's detections lose score for each model that does not know their class. Where
+neither matters, `wbf` equals its result (see the tests). Masks are those of the best member that
+has one.
+
+n: detections of a class in a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2_balance.data.catalog.class_map import ClassMap
+
+from ..columns import DetectionTexts, PredictionColumns
+
+METHODS = ("nms", "soft-nms", "wbf")
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass
+class Member:
+    """Detections of one model, and what its classes are in the target data set.
+
+    Attributes:
+        columns: its detections; `category` holds ids of the source.
+        class_map: from the source's classes to the target's; None: they are the same.
+        categories: ids of the target, all of which a model without class map knows.
+    """
+
+    columns: PredictionColumns
+    class_map: ClassMap | None
+    categories: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if self.class_map is not None and not self.class_map.ids:
+            raise ValueError(
+                f"{self.columns.path}: no class of {self.class_map.source} is a class of "
+                f"{self.class_map.target}; an expert needs shared classes, give a class map file"
+            )
+
+    @property
+    def knows(self) -> set[int]:
+        """Category ids of the target that the model can predict."""
+        return set(self.categories if self.class_map is None else self.class_map.ids.values())
+
+    def kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of shared classes, and their (rows,) category ids of the target."""
+        category = self.columns.category
+        if self.class_map is None:
+            return np.arange(len(category)), category
+        sources = np.array(sorted(self.class_map.ids), dtype=np.int64)
+        targets = np.array([self.class_map.ids[i] for i in sources.tolist()], dtype=np.int64)
+        place = np.searchsorted(sources, category).clip(max=len(sources) - 1)
+        rows = np.flatnonzero(sources[place] == category)
+        return rows, targets[place[rows]]
+
+    def digest(self) -> str:
+        """A key by content, which puts models in an order that does not depend on the caller's."""
+        found = hashlib.sha256()
+        with open(self.columns.path, "rb") as file:
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                found.update(piece)
+        found.update(repr(self.class_map and sorted(self.class_map.ids.items())).encode())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One detection of the result.
+
+    Attributes:
+        score, category: of the result; category is an id of the target.
+        box: x, y, width, height in pixels; None leaves the detection's own.
+        model, row: the detection whose text and mask the result takes.
+    """
+
+    score: float
+    category: int
+    box: list[float] | None
+    model: int
+    row: int
+
+
+class Ensemble:
+    """Merges picture by picture; the order of the members makes no difference.
+
+    Args:
+        members: at least one.
+        method: one of METHODS.
+        iou: threshold in [0, 1) above which detections of two models may be the same object.
+        max_dets: detections of a picture that are kept, 0 for all.
+
+    Raises:
+        ValueError: an argument out of range, or a member without boxes.
+    """
+
+    def __init__(self, members: Sequence[Member], method: str, iou: float, max_dets: int):
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
+        if not 0 <= iou < 1:
+            raise ValueError(f"the IoU threshold is {iou}; allowed is a number in [0, 1)")
+        if max_dets < 0:
+            raise ValueError(f"max_dets is {max_dets}; it must be at least 0, which keeps all")
+        for member in members:
+            if np.isnan(member.columns.box).any():
+                raise ValueError(
+                    f"{member.columns.path}: every detection needs a bbox; boxes are what is merged"
+                )
+        self.members = sorted(members, key=Member.digest)
+        self.method, self.iou, self.max_dets = method, iou, max_dets
+        known = [member.knows for member in self.members]
+        self._models = {c: sum(c in k for k in known) for c in set().union(*known)}
+        self._collect()
+
+    def _collect(self) -> None:
+        """One table of all members' rows, sorted by picture, class, and descending score."""
+        kept = [member.kept() for member in self.members]
+        columns = [m.columns for m in self.members]
+        rows = [rows for rows, _ in kept]
+        image = np.concatenate([c.image[r] for c, r in zip(columns, rows, strict=True)])
+        score = np.concatenate([c.score[r] for c, r in zip(columns, rows, strict=True)])
+        box = np.concatenate([c.box[r] for c, r in zip(columns, rows, strict=True)])
+        masks = [c.has_mask[r] for c, r in zip(columns, rows, strict=True)]
+        category = np.concatenate([targets for _, targets in kept])
+        model = np.repeat(np.arange(len(rows), dtype=np.int16), [len(r) for r in rows])
+        # equal scores are ordered by box, then by model
+        order = np.lexsort((model, *box.T[::-1], -score, category, image))
+        self._image, self._score, self._category = image[order], score[order], category[order]
+        self._box, self._model = box[order], model[order]
+        self._row = np.concatenate(rows)[order]
+        self._has_mask = np.concatenate(masks)[order]
+
+    def merge(self, images: int) -> Iterator[list[Merged]]:
+        """Yield the result for each of the data set's pictures, best score first."""
+        starts = np.searchsorted(self._image, np.arange(images + 1)).tolist()
+        for first, end in zip(starts[:-1], starts[1:], strict=True):
+            found = self._merge_image(first, end) if end > first else []
+            found.sort(key=lambda m: (-m.score, m.category, m.box or [], m.model, m.row))
+            yield found[: self.max_dets] if self.max_dets else found
+
+    def _merge_image(self, first: int, end: int) -> list[Merged]:
+        part = slice(first, end)
+        category = self._category[part]
+        edges = np.flatnonzero(np.diff(category)) + 1
+        edges = [0, *edges.tolist(), len(category)]
+        category, score = category.tolist(), self._score[part].tolist()
+        model, box = self._model[part].tolist(), self._box[part].tolist()
+        found: list[Merged] = []
+        for a, b in zip(edges[:-1], edges[1:], strict=True):
+            groups = cluster(box[a:b], score[a:b], model[a:b], self.iou, self.method == "wbf")
+            for group in groups:
+                members = [a + n for n in group]
+                for row, new_score, new_box in self._fuse(members, score, box, category[a]):
+                    leader = first + row
+                    if not self._has_mask[leader]:
+                        leader = self._masked(first, members, leader)
+                    if leader != first + row and new_box is None:
+                        new_box = box[row]
+                    model_, source = int(self._model[leader]), int(self._row[leader])
+                    found.append(Merged(new_score, category[a], new_box, model_, source))
+        return found
+
+    def _masked(self, first: int, members: Sequence[int], leader: int) -> int:
+        """The best member with a mask, the leader where there is none (members of soft-NMS)."""
+        if self.method == "soft-nms":
+            return leader
+        return next((first + m for m in members if self._has_mask[first + m]), leader)
+
+    def _fuse(
+        self, members: list[int], score: list, box: list, category: int
+    ) -> list[tuple[int, float, list[float] | None]]:
+        """(row, score, box or None for its own) of what a cluster becomes; members best first."""
+        best = members[0]
+        if self.method == "nms":
+            return [(best, score[best], None)]
+        if self.method == "soft-nms":
+            left = [(m, score[m] * (1 - overlap(box[best], box[m])), None) for m in members[1:]]
+            return [(best, score[best], None), *(item for item in left if item[1] > 0)]
+        scores = [score[m] for m in members]
+        models = self._models[category]
+        same = all(s == scores[0] for s in scores) and len(scores) == models
+        # without this three equal scores would have a mean that is one rounding error off
+        mean = scores[0] if same else sum(scores) / models
+        if all(box[m] == box[best] for m in members):
+            return [(best, mean, None)]
+        return [(best, mean, weighted_box([box[m] for m in members], scores))]
+
+    def texts(self, merged: Sequence[Merged], sources: Sequence[DetectionTexts]) -> list[str]:
+        """The result as JSON texts; untouched detections keep theirs to the letter."""
+        lines = []
+        for item in merged:
+            columns, row = self.members[item.model].columns, item.row
+            fields = {}
+            if item.score != columns.score[row]:
+                fields["score"] = item.score
+            if item.category != columns.category[row]:
+                fields["category_id"] = item.category
+            if item.box is not None:
+                fields["bbox"] = item.box
+            source = sources[item.model]
+            lines.append(source.changed(row, **fields) if fields else source.text(row))
+        return lines
+
+
+def cluster(
+    boxes: Sequence[Sequence[float]],
+    scores: Sequence[float],
+    models: Sequence[int],
+    iou: float,
+    fuse: bool,
+) -> list[list[int]]:
+    """Clusters of detections of one class in one picture.
+
+    Args:
+        boxes: (n, 4) x, y, width, height, best score first.
+        scores: (n,) descending.
+        models: (n,) which model each is of.
+        iou: threshold; more than this joins.
+        fuse: True compares with the weighted mean of a cluster's boxes, as weighted boxes fusion
+            does; False with its first.
+
+    Returns:
+        Positions in the list, for each cluster with the best first.
+    """
+    if len(set(models)) == 1:
+        return [[n] for n in range(len(models))]
+    groups: list[list[int]] = []
+    present: list[set[int]] = []
+    faces: list[Sequence[float]] = []
+    for n, (box, model) in enumerate(zip(boxes, models, strict=True)):
+        best, best_iou = -1, iou
+        x0, y0, x1, y1 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+        for g, face in enumerate(faces):
+            if x0 > face[0] + face[2] or face[0] > x1 or y0 > face[1] + face[3] or face[1] > y1:
+                continue
+            if model not in present[g]:
+                found = overlap(face, box)
+                if found > best_iou:
+                    best, best_iou = g, found
+        if best < 0:
+            groups.append([n])
+            present.append({model})
+            faces.append(box)
+            continue
+        groups[best].append(n)
+        present[best].add(model)
+        if fuse:
+            members = groups[best]
+            faces[best] = weighted_box([boxes[m] for m in members], [scores[m] for m in members])
+    return groups
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of two boxes x, y, width, height; 1 where they are equal, even without area."""
+    if a == b:
+        return 1.0
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    inner = width * height
+    return inner / (a[2] * a[3] + b[2] * b[3] - inner)
+
+
+def weighted_box(boxes: Sequence[Sequence[float]], scores: Sequence[float]) -> list[float]:
+    """Mean of boxes (x, y, width, height) weighted by scores; plain where all scores are 0."""
+    if all(box == boxes[0] for box in boxes):
+        return list(boxes[0])
+    total = sum(scores)
+    weights = [s / total for s in scores] if total > 0 else [1 / len(scores)] * len(scores)
+    return [sum(w * box[k] for w, box in zip(weights, boxes, strict=True)) for k in range(4)]

@@ -1,0 +1,280 @@
+"""Re-scoring: scores of rare classes are raised before the cap on detections of a picture.
+
+LVIS counts the best 300 detections of a picture over all classes. Scores of rare classes are low,
+and the cap cuts them. AP ranks within a class, so that one factor for all scores of a class changes
+which detections pass the cap, and nothing else. Two rules, both fitted on pictures of the training
+set that the models did not see:
+
+- "groups": a factor for each frequency group (rare, common, frequent), the largest of them 1;
+- "norcal": s' = (s / n^gamma) / (s / n^gamma + 1 - s) with n the class's training images, which is
+  NorCal (arXiv:2107.02170, equation 5) with the rest of the scores as one other class.
+
+A file holds one score of each detection, that of its class, and both rules need no more. NorCal
+with the scores of all classes is MODEL.BALANCE.NORCAL.GAMMA, before the predictions are written.
+
+D: detections; K: classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from d2_balance.data.groups import GROUPS
+from d2_balance.utils.files import atomic_path
+
+from ..average_precision import average_precision
+from ..columns import PredictionColumns, capped, read_objects
+from ..evaluate import ground_truth
+from ..groups import group_metrics
+from ..sources import Annotations
+
+METHODS = ("groups", "norcal")
+STEPS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
+"""Factors tried for rare and common classes, those of frequent ones being 1."""
+GAMMAS = tuple(round(0.1 * n, 1) for n in range(16))
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """A rule with its numbers, and where they come from.
+
+    Attributes:
+        method: one of METHODS.
+        factors: factor of each group, letters of GROUPS; for "groups".
+        gamma: at least 0; for "norcal".
+        groups: class name to the letter of its group.
+        image_count: class name to its training images; for "norcal".
+        fitted_on: name of the pictures it was fitted on, "" for numbers given by hand.
+    """
+
+    method: str
+    groups: dict[str, str]
+    factors: dict[str, float]
+    gamma: float = 0.0
+    image_count: dict[str, int] | None = None
+    fitted_on: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; allowed are {', '.join(METHODS)}")
+        for letter, factor in self.factors.items():
+            if letter not in GROUPS or not 0 < factor < float("inf"):
+                raise ValueError(
+                    f"factor {letter!r}: {factor!r}; allowed are the groups {', '.join(GROUPS)} "
+                    "with numbers above 0"
+                )
+        if not 0 <= self.gamma < float("inf"):
+            raise ValueError(f"gamma is {self.gamma!r}; it must be a number of at least 0")
+        if self.method == "norcal" and self.gamma and self.image_count is None:
+            raise ValueError("norcal needs the training images of each class")
+
+    def write(self, path: str, **more: Any) -> None:
+        """Write as JSON, atomically; `more` are figures for readers, which `read` leaves out."""
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"rescoring": asdict(self), **more}, file, indent=1)
+
+    @classmethod
+    def read(cls, path: str) -> Rescoring:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        from d2_balance.data.annotations import read_json
+
+        found = read_json(path)
+        try:
+            return cls(**found["rescoring"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: no file of factors; `d2-balance rescore fit` writes them ({error})"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def scores(self, columns: PredictionColumns, names: Mapping[int, str]) -> np.ndarray:
+        """(D,) scores after the rule.
+
+        Args:
+            columns: the detections.
+            names: class name by category id.
+
+        Raises:
+            ValueError: classes that the rule does not know.
+        """
+        missing = [name for name in names.values() if name not in self.groups]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(names)} classes have no frequency group in the factors, "
+                f"such as {missing[0]!r}; fit them on a data set of the same classes"
+            )
+        ids = np.array(sorted(names), dtype=np.int64)
+        if self.method == "groups":
+            by_class = [self.factors.get(self.groups[names[i]], 1.0) for i in ids.tolist()]
+            return columns.score * np.array(by_class)[np.searchsorted(ids, columns.category)]
+        if self.gamma == 0:
+            return columns.score.copy()
+        counts = np.array([max(self.image_count.get(names[i], 0), 1) for i in ids.tolist()])
+        shrunk = columns.score / counts[np.searchsorted(ids, columns.category)] ** self.gamma
+        return shrunk / (shrunk + 1 - columns.score.clip(0, 1))
+
+
+class Measure:
+    """AP of detections whose scores change, at the cap.
+
+    Args:
+        truth: annotations of the pictures.
+        columns: the detections.
+        groups: frequency group by class name.
+        task: "bbox" or "segm".
+        max_dets: detections of a picture that count.
+    """
+
+    def __init__(
+        self,
+        truth: Annotations,
+        columns: PredictionColumns,
+        groups: Mapping[str, str],
+        task: str,
+        max_dets: int,
+    ):
+        self.truth, self.columns, self.task, self.max_dets = truth, columns, task, max_dets
+        self._ground = ground_truth(truth, [])
+        self._letters = [groups.get(truth.class_names[i]) for i in self._ground.class_ids]
+        self._objects = [found for *_, found in read_objects(columns.path)]
+
+    def __call__(self, scores: np.ndarray) -> dict[str, float]:
+        """AP, APr, APc, APf and others in percent, for (D,) scores."""
+        kept = defaultdict(list)
+        for row in capped(self.columns, scores, self.max_dets).tolist():
+            detection = self._objects[row]
+            kept[detection["image_id"]].append({**detection, "score": float(scores[row])})
+        selected = {i: self._ground.select(i, found, self.max_dets) for i, found in kept.items()}
+        table = average_precision(self._ground, selected, self.task, self.max_dets)
+        return group_metrics(table, self._letters, self.truth.name)[0]
+
+
+def fit(
+    measure: Measure,
+    groups: Mapping[str, str],
+    counts: Mapping[str, int] | None,
+    method: str = "groups",
+    metric: str = "AP",
+) -> tuple[Rescoring, list[tuple[str, dict[str, float]]]]:
+    """Choose factors, or gamma, of the best AP.
+
+    Factors of rare and common classes are searched together, then one at a time, until none gains;
+    of equal ones the smallest stays, so that classes without influence keep factor 1.
+
+    Args:
+        measure: AP on the held-out pictures.
+        groups: frequency group by class name.
+        counts: training images by class name; needed by "norcal".
+        method: one of METHODS.
+        metric: what to maximise, a key of the measure's results.
+
+    Returns:
+        The rule, and what was tried: (text, metrics).
+    """
+    columns, names = measure.columns, measure.truth.class_names
+    tried: dict[tuple, dict[str, float]] = {}
+
+    def rule(values: tuple) -> Rescoring:
+        common = {"groups": dict(groups), "fitted_on": measure.truth.name}
+        if method == "norcal":
+            counted = None if counts is None else dict(counts)
+            return Rescoring(method, factors={}, gamma=values[0], image_count=counted, **common)
+        top = max(*values, 1.0)
+        factors = {"r": values[0] / top, "c": values[1] / top, "f": 1 / top}
+        return Rescoring(method, factors=factors, **common)
+
+    def value(values: tuple) -> float:
+        if values not in tried:
+            tried[values] = measure(rule(values).scores(columns, names))
+        found = tried[values][metric]
+        return -1.0 if np.isnan(found) else found
+
+    best = (0.0,) if method == "norcal" else (1.0, 1.0)
+    choices = GAMMAS if method == "norcal" else STEPS
+    # rare and common together first: alone, the one pushes out the other
+    moves = [{0}] if method == "norcal" else [{0, 1}, {0}, {1}]
+    for _ in range(_ROUNDS):
+        before = best
+        for places in moves:
+            for choice in choices:
+                candidate = tuple(choice if n in places else v for n, v in enumerate(best))
+                if value(candidate) > value(best) + 1e-9:
+                    best = candidate
+        if best == before:
+            break
+    for place in range(len(best)):  # a factor that gains nothing by itself goes back
+        smaller = [(*best[:place], c, *best[place + 1 :]) for c in choices if c < best[place]]
+        best = next((v for v in smaller if value(v) >= value(best) - 1e-9), best)
+    return rule(best), [(_text(method, v), metrics) for v, metrics in sorted(tried.items())]
+
+
+def _text(method: str, values: Sequence[float]) -> str:
+    if method == "norcal":
+        return f"gamma {values[0]:g}"
+    return f"rare {values[0]:g}, common {values[1]:g}, frequent 1"
+
+
+def changes(
+    columns: PredictionColumns,
+    scores: np.ndarray,
+    names: Mapping[int, str],
+    groups: Mapping[str, str],
+    max_dets: int,
+) -> list[list]:
+    """Rows of (group, classes, detections, kept before, kept after) for a table."""
+    letters = np.array([groups.get(names[c], "") for c in columns.category.tolist()], dtype="<U1")
+    before, after = (capped(columns, s, max_dets) for s in (columns.score, scores))
+    rows = []
+    for letter, name in GROUPS.items():
+        classes = sum(groups.get(n) == letter for n in names.values())
+        parts = (letters, letters[before], letters[after])
+        rows.append([name, classes, *(int((part == letter).sum()) for part in parts)])
+    return rows
+
+
+def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
+    """Refuse to fit on what is evaluated on.
+
+    Raises:
+        ValueError: `truth` is one of the test sets, or shares pictures with one (equal id, and no
+            file names that differ).
+    """
+    ours = {image["id"]: _file_name(image) for image in truth.data["images"]}
+    for test in tests:
+        if os.path.realpath(truth.path) == os.path.realpath(test.path):
+            raise ValueError(
+                f"{truth.name} is {test.name}, which is evaluated on; factors are fitted on "
+                "pictures of the training set that were held out"
+            )
+        shared = [
+            image["id"]
+            for image in test.data["images"]
+            if image["id"] in ours and not _differ(_file_name(image), ours[image["id"]])
+        ]
+        if shared:
+            raise ValueError(
+                f"{len(shared)} of {len(ours)} pictures of {truth.name} are in {test.name} as well"
+                f", which is evaluated on: image ids {', '.join(map(str, shared[:5]))}; fit on "
+                "pictures of the training set that were held out"
+            )
+
+
+def _file_name(image: Mapping[str, Any]) -> str:
+    return image.get("coco_url") or image.get("file_name") or ""
+
+
+def _differ(a: str, b: str) -> bool:
+    return bool(a and b) and a.split("/")[-1] != b.split("/")[-1]

@@ -1,0 +1,175 @@
+"""Sums over pairs of scores without a matrix of pairs, shared by the ranking losses.
+
+    H(x) = clamp(x / (2 delta) + 1/2, 0, 1)
+
+is piecewise linear, so that for fixed centres q_i the sum F(s) = sum_i w_i H(s - q_i) is linear
+between the sorted break points q_i - delta and q_i + delta. With P centres and n values, both the
+sums over centres and the sums over values cost O(n log P) time and O(n + P) memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._samples import Samples
+from .entries import look_up, row_pieces, with_slope
+
+
+@dataclass(frozen=True)
+class StepBuckets:
+    """The break points of P centres, and the bucket of each of n values.
+
+    Sums are float64; the n values are read in pieces, and per value only the bucket is kept.
+
+    Attributes:
+        centers: (P,) float64.
+        edges: (2 P,) float64, the break points in ascending order.
+        values: (n,) floating point.
+        bucket: (n,) int32 in [0, 2 P], the number of break points at or below a value.
+        delta: half width of the step.
+    """
+
+    centers: Tensor
+    edges: Tensor
+    values: Tensor
+    bucket: Tensor
+    delta: float
+
+    @classmethod
+    def build(cls, values: Tensor, centers: Tensor, delta: float) -> StepBuckets:
+        """Sorts the break points of (P,) centres and places (n,) values between them."""
+        centers = centers.double()
+        edges = torch.cat([centers - delta, centers + delta]).sort().values
+        return cls(centers, edges, values, find_buckets(edges, values), delta)
+
+    def sum_over_values(self, weights: Tensor | None = None) -> Tensor:
+        """(P,) sum_j w_j H(s_j - q_i) for every centre.
+
+        Args:
+            weights: (n,) float64; None: ones.
+        """
+        size = len(self.edges) + 1
+        found = pieces(self.values)
+        length = found[0].stop if found else 0
+        # most values lie in one bucket, and a sum waits for its last addition: neighbours, and
+        # threads, are added up in tables of their own
+        tables = 1 if self.values.is_cuda else 4
+        offset = torch.arange(length, device=self.values.device).remainder_(tables).mul_(size)
+        ones = self.centers.new_ones(length)
+        count = self.centers.new_zeros(len(by_thread(ones)), tables * size)
+        total = torch.zeros_like(count)
+        for piece in found:
+            value = self.values[piece].double()
+            bucket = by_thread(self.bucket[piece] + offset[: len(value)])
+            weight = ones[: len(value)] if weights is None else weights[piece]
+            value = value if weights is None else value * weight
+            count[: len(bucket)].scatter_add_(1, bucket, by_thread(weight))
+            total[: len(bucket)].scatter_add_(1, bucket, by_thread(value))
+        count, total = (x.view(-1, size).sum(dim=0) for x in (count, total))
+        # sums over all values at or above the lower end of a bucket
+        count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
+        low, high = self._ends()
+        inside, moment = count[low] - count[high], total[low] - total[high]
+        ramp = (moment - self.centers * inside) / (2 * self.delta) + inside / 2
+        return ramp + count[high]
+
+    def sum_over_centers(self, weights: Tensor) -> Tensor:
+        """(n,) sum_i w_i H(s_j - q_i) for every value, in the type of the values.
+
+        Args:
+            weights: (P,) float64.
+        """
+        low, high = self._ends()
+        slope = weights / (2 * self.delta)
+        offset = weights / 2 - slope * self.centers
+        slopes = slope.new_zeros(len(self.edges) + 1)
+        offsets = torch.zeros_like(slopes)
+        slopes.index_add_(0, low, slope).index_add_(0, high, -slope)
+        offsets.index_add_(0, low, offset).index_add_(0, high, weights - offset)
+        slopes, offsets = slopes.cumsum(0), offsets.cumsum(0)
+        out = torch.empty_like(self.values)
+        for piece in pieces(self.values):
+            bucket = by_thread(self.bucket[piece]).long()
+            at, slope = look_up(offsets, bucket), look_up(slopes, bucket)
+            out[piece] = at.addcmul_(slope, by_thread(self.values[piece]).double()).view(-1)
+        return out
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """(P,) and (P,), the first buckets of the rising and of the level part of each step."""
+        low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
+        return low, torch.searchsorted(self.edges, self.centers + self.delta, right=True)
+
+
+def pieces(values: Tensor) -> list[slice]:
+    """Slices of (n,) values; on a GPU one slice."""
+    return row_pieces(values.unsqueeze(1))
+
+
+def by_thread(values: Tensor) -> Tensor:
+    """(n,) as (threads, n / threads) where that is whole, else as (1, n).
+
+    Adding up and looking up entries by index takes one thread for each row.
+    """
+    rows = 1 if values.is_cuda else torch.get_num_threads()
+    return values.view(rows if len(values) % rows == 0 else 1, -1)
+
+
+def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
+    """Number of edges at or below each value.
+
+    On a CPU the binary search of millions of values is most of a ranking loss. There a grid of
+    equal cells comes first: a value in a cell without an edge is placed by one look-up, and only
+    the others are searched. Rounding cannot misplace a value, because the cell of a number never
+    falls as the number grows.
+
+    Args:
+        edges: (E,) float64, ascending.
+        values: (n,) floating point.
+
+    Returns:
+        (n,) int32 in [0, E].
+    """
+    cells = min(64 * len(edges), 2**18)  # a table of 1 MB at most
+    if values.is_cuda or not len(edges) or len(values) < 4 * cells:
+        return torch.searchsorted(edges, values.double(), right=True, out_int32=True)
+    scale = (cells - 2) / (edges[-1] - edges[0]).clamp(min=1e-30)
+    # two cells of distance: rounding must not bring an edge into cell 0, where most values lie
+    low, scale = (edges[0] - 2 / scale).to(values.dtype), scale.to(values.dtype)
+
+    def cell(x: Tensor) -> Tensor:  # 0 is below all edges; what is no number goes there, too
+        return (x - low).mul_(scale).clamp_(0, cells + 1).int().clamp_(min=0)
+
+    at_edges = torch.bincount(cell(edges.to(values.dtype)), minlength=cells + 2)
+    table = at_edges.cumsum(0).int().masked_fill_(at_edges > 0, -1)  # -1: to be searched
+    bucket = torch.empty_like(values, dtype=torch.int32)
+    for piece in pieces(values):
+        found = look_up(table, by_thread(cell(values[piece]))).view(-1)
+        unsure = (found < 0).nonzero().squeeze(1)
+        wide = values[piece][unsure].double()
+        found[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)
+        bucket[piece] = found
+    return bucket
+
+
+def positive_scores(samples: Samples) -> Tensor:
+    """(P,) int64, indices of the positive entries in the flattened (R * K,) logits."""
+    return samples.pos * samples.logits.shape[1] + samples.labels[samples.pos]
+
+
+def error_driven(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    """A loss whose gradient is given: the update of the ranking losses, not a derivative.
+
+    Args:
+        logits: (R, K), what the gradient goes to.
+        loss: 0-d value.
+        grad: (R * K,) gradient of the flattened logits.
+
+    Returns:
+        0-d tensor in the type of the logits; NaN where the gradient is not finite, which the value
+        of a rank does not show.
+    """
+    loss = loss + 0 * grad.sum()  # a gradient that is no number shows in no rank
+    return with_slope(logits, loss.to(logits.dtype), grad.to(logits.dtype).view_as(logits))

@@ -1,0 +1,248 @@
+"""What RetinaNet and FCOS share: the losses of a dense head, and the rows that they see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import cat
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from d2_balance.data.image_labels import ImageLabels
+from d2_balance.data.priors.foreground import ForegroundPrior
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
+from d2_balance.reweight import GuidedScale
+
+from ..build import (
+    build_box_loss,
+    build_cls_loss,
+    build_guided,
+    build_reweighters,
+    check_class_quantities,
+)
+from ..compatibility import check_pairing
+from ..criterion import PositiveEMA, detection_losses
+from ..ignore_regions import check_ioa, ignore_background
+from ..image_context import LabelledPictures
+from ..objects import classes_of_ids, ids_as_classes, number_objects
+from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior
+
+
+def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
+    """The constructor arguments of `BalancedDense` that MODEL.BALANCE sets.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    return {
+        "cls_loss": build_cls_loss(cfg, num_classes),
+        "box_loss": build_box_loss(cfg, num_classes),
+        "reweighters": build_reweighters(cfg, num_classes, head),
+        "cls_weight": cfg.MODEL.BALANCE.CLS_WEIGHT,
+        "box_weight": cfg.MODEL.BALANCE.BOX_WEIGHT,
+        "guided": build_guided(cfg),
+        "prior": load_prior(cfg),
+        "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
+        "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
+        "ignore_ioa": cfg.MODEL.BALANCE.IGNORE_IOA,
+    }
+
+
+class BalancedDense(LabelledPictures, nn.Module):
+    """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
+
+    The normaliser is a buffer counted over all ranks (`loss_normalizer`), so that a resumed run
+    continues with it.
+
+    Subclasses set the class attributes and implement the two defaults:
+        head_name: entry of `compatibility.HEADS` and of `data.prior.PARTS`.
+        initial_normalizer: positives that the normaliser starts with.
+
+    Args:
+        cls_loss: sigmoid classification loss; None: the stock loss.
+        box_loss: box loss; None: the stock loss.
+        reweighters: modules that weight rows.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+        guided: scales the classification loss to the size of the box loss; None: leaves it.
+        prior: counts that set the start of the classifier; None: it stays as the head made it.
+        class_thresholds: whether the counts also set a score threshold for each class at test.
+        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
+            share do not count, in (0, 1].
+        **kwargs: as Detectron2's class.
+
+    Raises:
+        ValueError: the parts cannot work together.
+    """
+
+    head_name: str
+    initial_normalizer: float
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        cls_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        reweighters: nn.ModuleList | None = None,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        guided: GuidedScale | None = None,
+        prior: ForegroundPrior | None = None,
+        class_thresholds: bool = False,
+        image_labels: ImageLabels | None = None,
+        ignore_ioa: float = 0.5,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
+        self.cls_loss = cls_loss or self.default_cls_loss()
+        self.box_loss = box_loss or self.default_box_loss()
+        self.reweighters = reweighters or nn.ModuleList()
+        self.cls_weight, self.box_weight = cls_weight, box_weight
+        self.guided = guided
+        self.image_labels = image_labels
+        self.normalizer = PositiveEMA(self.initial_normalizer)
+        check_pairing(
+            self.head_name,
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            guided=guided is not None,
+        )
+        check_class_quantities(self.cls_loss, self.num_classes)
+        if prior is not None:
+            set_sigmoid_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
+        if class_thresholds:
+            set_class_thresholds(self, prior, self.head_name, self.num_classes)
+
+    def default_cls_loss(self) -> ClassificationLoss:
+        """Detectron2's classification loss of this model as one of ours."""
+        raise NotImplementedError
+
+    def default_box_loss(self) -> BoxLoss:
+        """Detectron2's box loss of this model as one of ours."""
+        raise NotImplementedError
+
+    @property
+    def loss_normalizer(self) -> Tensor:
+        """0-d moving average of the number of positives of all ranks."""
+        return self.normalizer.loss_normalizer
+
+    def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
+        """The losses of a batch; see `detection_losses`."""
+        return detection_losses(
+            samples,
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            self.normalizer,
+            cls_weight=self.cls_weight,
+            box_weight=self.box_weight,
+            guided=self.guided,
+        )
+
+    @torch.no_grad()
+    def match_anchors(
+        self,
+        anchors: list[Boxes],
+        gt_instances: list[Instances],
+        regions: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Labels, matched boxes and the matched object's id of every anchor.
+
+        Background anchors inside one of the (M, 4) ignore regions of their picture get label -1.
+
+        Returns:
+            N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
+        """
+        number_objects(gt_instances)
+        found, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
+        labels, index = classes_of_ids(torch.stack(found), gt_instances, self.num_classes)
+        if regions is not None:
+            every = Boxes.cat(anchors)
+            labels = ignore_background(labels, every, regions, self.num_classes, self.ignore_ioa)
+        return list(labels), boxes, index
+
+    def matched_samples(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        pred_logits: list[Tensor],
+        pred_deltas: list[Tensor],
+        gt_instances: list[Instances],
+    ) -> tuple[Samples, Tensor]:
+        """Matches the objects of a batch to the anchors; the rows with their ids and image labels.
+
+        Args:
+            images: as `preprocess_image` returns them.
+            features: feature maps, one per level.
+            pred_logits: per level (N, A_l, K).
+            pred_deltas: per level (N, A_l, 4).
+            gt_instances: N sets of objects.
+
+        Returns:
+            Samples, and (N, A) bool: the anchors that are its positives.
+        """
+        anchors = self.anchor_generator(features)
+        regions = getattr(images, "ignore_boxes", None)
+        labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances, regions)
+        known = {name: getattr(images, name, None) for name in ("listed", "partial")}
+        rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, **known)
+        return rows, self.positives(labels)
+
+    def positives(self, gt_labels: list[Tensor]) -> Tensor:
+        """(N, A) bool of N label vectors (A,) in {-1, 0, ..., K}."""
+        labels = torch.stack(gt_labels)
+        return (labels >= 0) & (labels != self.num_classes)
+
+    def samples(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        gt_index: Tensor | None = None,
+        listed: Tensor | None = None,
+        partial: Tensor | None = None,
+    ) -> Samples:
+        """Flattens the dense predictions of a batch and drops ignored anchors.
+
+        Args:
+            anchors: one Boxes per level, A in all.
+            pred_logits: per level (N, A_l, K).
+            gt_labels: N vectors (A,) in {-1, 0, ..., K}.
+            pred_deltas: per level (N, A_l, 4).
+            gt_boxes: N tensors (A, 4).
+            gt_index: (N, A) ids of the matched objects.
+            listed, partial: (N, K) bool, see `Samples`.
+
+        Returns:
+            Samples with R = the anchors that are not ignored, image by image.
+        """
+        labels = torch.stack(gt_labels)  # (N, A)
+        valid, positive = labels >= 0, self.positives(gt_labels)
+        images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
+        level = torch.cat([labels.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
+        boxes = Boxes.cat(anchors).tensor  # (A, 4)
+        return Samples(
+            logits=cat(pred_logits, dim=1)[valid],
+            labels=labels[valid],
+            num_classes=self.num_classes,
+            image=images.expand_as(labels)[valid],
+            num_images=len(labels),
+            level=level.expand_as(labels)[valid],
+            num_levels=len(anchors),
+            listed=listed,
+            partial=partial,
+            pred_deltas=cat(pred_deltas, dim=1)[positive],
+            boxes=boxes.expand(len(labels), -1, -1)[positive],
+            gt_boxes=torch.stack(gt_boxes)[positive],
+            gt_index=None if gt_index is None else gt_index[positive],
+            box_transform=self.box2box_transform,
+        )

@@ -1,0 +1,34 @@
+"""GeneralizedRCNN that hands LVIS image-level labels and ignore regions to its heads."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+
+from d2_balance.data.image_labels import ImageLabels
+
+from ..image_context import LabelledPictures
+from ..roi_heads.feature_memory import build_memories
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedRCNN(LabelledPictures, GeneralizedRCNN):
+    """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
+
+    Args:
+        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        **kwargs: as Detectron2's GeneralizedRCNN.
+    """
+
+    @configurable
+    def __init__(self, *, image_labels: ImageLabels | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.image_labels = image_labels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        ret = super().from_config(cfg)
+        build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
+        ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        return ret

@@ -1,0 +1,55 @@
+"""RetinaNet with any dense loss of the package."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import ImageList, Instances
+from torch import Tensor
+
+from d2_balance.losses import BoxLoss, ClassificationLoss, Focal
+
+from ..build import stock_box_loss
+from .dense import BalancedDense, loss_arguments
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedRetinaNet(BalancedDense, RetinaNet):
+    """RetinaNet whose losses come from MODEL.BALANCE; stock where the names are empty.
+
+    The stock losses are focal loss and the `box_reg_loss_type` of Detectron2's RetinaNet. The
+    arguments are those of `BalancedDense`, and of Detectron2's RetinaNet.
+    """
+
+    head_name = "RetinaNet"
+    initial_normalizer = 100.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return super().from_config(cfg) | loss_arguments(
+            cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name
+        )
+
+    def default_cls_loss(self) -> ClassificationLoss:
+        return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+
+    def default_box_loss(self) -> BoxLoss:
+        return stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        samples, _ = self.matched_samples(images, features, logits, deltas, gt_instances)
+        return self.sample_losses(samples)
+
+    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+        """As Detectron2's RetinaNet; without object ids and image-level labels."""
+        return self.sample_losses(
+            self.samples(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        )

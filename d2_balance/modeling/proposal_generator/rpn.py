@@ -1,0 +1,220 @@
+"""The region proposal network with any loss of the package that works with one class.
+
+Shapes: A anchors of an image, A_l of a level, N images, R rows that count, P positives.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from d2_balance.data.priors.foreground import RPN as PART
+from d2_balance.data.priors.foreground import ForegroundPrior
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCE
+from d2_balance.reweight import GuidedScale
+from d2_balance.utils.distributed import world_size
+
+from ..build import build_box_loss, build_cls_loss, build_guided, stock_box_loss
+from ..compatibility import check_pairing
+from ..criterion import Normalizer, PositiveEMA, detection_losses
+from ..ignore_regions import check_ioa, ignore_background
+from ..prior_init import load_prior, set_sigmoid_prior
+
+OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 for an object
+
+
+class ImageNormalizer(Normalizer):
+    """A fixed number of rows for each image of all ranks: the RPN's denominator in Detectron2.
+
+    Args:
+        rows: per image, above 0.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.register_buffer("total", torch.ones((), dtype=torch.float64), persistent=False)
+
+    def statistics(self, samples: Samples) -> Tensor:
+        return torch.full_like(self.total, self.rows * samples.images)
+
+    def update(self, total: Tensor) -> None:
+        self.total.copy_(total.clamp(min=1))
+
+    def value(self) -> Tensor:
+        return self.total / world_size()
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class BalancedRPN(RPN):
+    """RPN whose losses come from MODEL.BALANCE.RPN; stock where the names are empty.
+
+    Detectron2's `loss_weight` is part of the weights of both losses, before guided scaling, which
+    leaves the classification loss at `guided` times the weighted box loss.
+
+    Args:
+        cls_loss: sigmoid loss that works with one class; None: cross-entropy.
+        box_loss: box loss; None: the stock `box_reg_loss_type`.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+        guided: scales the classification loss to the box loss; None: off.
+        sample: True draws `batch_size_per_image` anchors of each image and divides by their number;
+            False trains on all anchors that are not ignored and divides by a moving average of the
+            positives.
+        prior_prob: start probability of an object, in (0, 1).
+        prior: counted prior in place of `prior_prob`.
+        ignore_ioa: background anchors of which a region of `images.ignore_boxes` holds that share
+            do not count, in (0, 1].
+        **kwargs: as Detectron2's RPN.
+
+    Raises:
+        ValueError: the parts cannot work together, or prior_prob is out of range.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        cls_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        guided: GuidedScale | None = None,
+        sample: bool = True,
+        prior_prob: float = 0.5,
+        prior: ForegroundPrior | None = None,
+        ignore_ioa: float = 0.5,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
+        self._regions: list[Tensor] | None = None  # of the batch
+        self.cls_loss = cls_loss or SigmoidCE()
+        self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
+        self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
+        self.box_weight = box_weight * self.loss_weight.get("loss_rpn_loc", 1.0)
+        self.guided = guided
+        self.sample = sample
+        self.normalizer = ImageNormalizer(self.batch_size_per_image) if sample else PositiveEMA()
+        check_pairing("the RPN", self.cls_loss, self.box_loss, guided=guided is not None)
+        if not 0 < prior_prob < 1:
+            raise ValueError(
+                f"MODEL.BALANCE.RPN.PRIOR_PROB is {prior_prob}; allowed is a number in (0, 1)."
+            )
+        if prior is not None or prior_prob != 0.5:  # 0.5 is the head's own bias
+            classifier = getattr(self.rpn_head, "objectness_logits", None)
+            if getattr(classifier, "bias", None) is None:
+                raise ValueError(
+                    "MODEL.BALANCE.RPN.PRIOR_PROB and MODEL.BALANCE.PRIOR_FILE set the bias of "
+                    f"`objectness_logits`, which {type(self.rpn_head).__name__} "
+                    "(MODEL.RPN.HEAD_NAME) does not have; allowed is StandardRPNHead."
+                )
+            nn.init.constant_(classifier.bias, -math.log((1 - prior_prob) / prior_prob))
+            if prior is not None:
+                set_sigmoid_prior(self, classifier, prior, PART, 1)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        node = cfg.MODEL.BALANCE.RPN
+        ret["cls_loss"] = build_cls_loss(cfg, 1, PART)
+        ret["box_loss"] = build_box_loss(cfg, 1, PART)
+        ret["cls_weight"], ret["box_weight"] = node.CLS_WEIGHT, node.BOX_WEIGHT
+        ret["guided"] = build_guided(cfg, PART)
+        ret["sample"] = node.SAMPLE
+        ret["prior_prob"] = node.PRIOR_PROB
+        ret["prior"] = load_prior(cfg)
+        ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
+        return ret
+
+    def forward(self, images, features, gt_instances=None):
+        """As Detectron2's RPN; the regions of `images.ignore_boxes` are known meanwhile."""
+        self._regions = getattr(images, "ignore_boxes", None)
+        try:
+            return super().forward(images, features, gt_instances)
+        finally:
+            self._regions = None
+
+    def _subsample_labels(self, label: Tensor) -> Tensor:
+        return label  # drawn below, once the regions are known
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As Detectron2's RPN; background anchors inside an ignore region are never drawn."""
+        labels, boxes = super().label_and_sample_anchors(anchors, gt_instances)
+        if self._regions is not None:
+            labels = ignore_background(
+                labels, Boxes.cat(anchors), self._regions, 0, self.ignore_ioa
+            )
+        draw = super()._subsample_labels
+        return [draw(label) if self.sample else label for label in labels], boxes
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Same arguments and result as Detectron2's RPN, which also logs how many were drawn."""
+        losses = detection_losses(
+            self.samples(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes),
+            self.cls_loss,
+            self.box_loss,
+            [],
+            self.normalizer,
+            cls_weight=self.cls_weight,
+            box_weight=self.box_weight,
+            guided=self.guided,
+        )
+        return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
+
+    def samples(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> Samples:
+        """Flattens the dense predictions of a batch and drops anchors that do not count.
+
+        Args:
+            anchors: one Boxes per level, A in all.
+            pred_objectness_logits: per level (N, A_l).
+            gt_labels: N vectors (A,), -1 ignored, 0 background, 1 object.
+            pred_anchor_deltas: per level (N, A_l, 4).
+            gt_boxes: N tensors (A, 4), of the matched objects.
+
+        Returns:
+            Samples with one class and R rows, image by image.
+        """
+        labels = torch.stack(gt_labels)  # (N, A)
+        valid, positive = labels >= 0, labels == 1
+        images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
+        level = torch.cat([images.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
+        boxes = Boxes.cat(anchors).tensor  # (A, 4)
+        return Samples(
+            logits=cat(pred_objectness_logits, dim=1)[valid].unsqueeze(1),
+            labels=torch.where(positive, OBJECT, BACKGROUND)[valid],
+            num_classes=1,
+            image=images.expand_as(labels)[valid],
+            num_images=len(labels),
+            level=level.expand_as(labels)[valid],
+            num_levels=len(anchors),
+            pred_deltas=cat(pred_anchor_deltas, dim=1)[positive],
+            boxes=boxes.expand(len(labels), -1, -1)[positive],
+            gt_boxes=torch.stack(gt_boxes)[positive],
+            box_transform=self.box2box_transform,
+        )

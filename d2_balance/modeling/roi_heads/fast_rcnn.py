@@ -1,0 +1,263 @@
+"""Fast R-CNN's output layers with any classification and box loss of the package."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, _log_classification_stats
+from detectron2.structures import Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2_balance.data.priors.foreground import ROI_HEADS, ForegroundPrior
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
+from d2_balance.losses._base import per_row
+from d2_balance.reweight import GuidedScale
+
+from ..build import (
+    build_box_loss,
+    build_cls_loss,
+    build_guided,
+    build_reweighters,
+    check_class_quantities,
+    class_quantity,
+    stock_box_loss,
+)
+from ..compatibility import check_pairing
+from ..criterion import PositiveNormalizer, RowNormalizer, box_inputs, detection_losses
+from ..postprocess.norcal import norcal
+from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
+from .feature_memory import FeatureMemory
+
+
+class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """Output layers whose losses come from MODEL.BALANCE; stock where the names are empty.
+
+    Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
+    K log 2 per RoI, 834 for the 1203 classes of LVIS v1.
+
+    Args:
+        input_shape: shape of the RoI features.
+        cls_loss: classification loss; None: softmax cross-entropy.
+        box_loss: box loss; None: the stock `box_reg_loss_type`.
+        reweighters: modules that weight rows.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+        guided: scales the classification loss to the box loss, which then is a mean over positives
+            (as is the classification loss, whose own scale drops out); None: leaves it.
+        prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
+        prior: counts that set the start in place of prior_prob, of softmax losses as well.
+        class_thresholds: whether the counts also set a score threshold for each class at test.
+        norcal_gamma: exponent of the calibration at test (see `norcal`), 0 is off.
+        class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
+        background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
+            which is not used; False has K outputs.
+        **kwargs: as Detectron2's FastRCNNOutputLayers.
+
+    Raises:
+        ValueError: the parts cannot work together, or prior_prob is out of range.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        cls_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
+        reweighters: nn.ModuleList | None = None,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        guided: GuidedScale | None = None,
+        prior_prob: float = 0.001,
+        prior: ForegroundPrior | None = None,
+        class_thresholds: bool = False,
+        background_column: bool = True,
+        norcal_gamma: float = 0.0,
+        class_count: Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        if self.use_sigmoid_ce or self.use_fed_loss:
+            raise ValueError(
+                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE and USE_FED_LOSS choose a loss of Detectron2; "
+                "set both to False and name the loss in MODEL.BALANCE.CLS_LOSS (SigmoidCE)."
+            )
+        self.cls_loss = cls_loss or SoftmaxCE()
+        self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
+        self.reweighters = reweighters or nn.ModuleList()
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
+        self.guided = guided
+        self.normalizer = RowNormalizer() if guided is None else PositiveNormalizer()
+        # image-level labels of the batch, set by the RoI heads
+        self.listed: Tensor | None = None
+        self.partial: Tensor | None = None
+        self.memory: FeatureMemory | None = None  # see `build_memories`
+        sigmoid = self.cls_loss.activation == "sigmoid"
+        check_pairing(
+            "RoI heads",
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            guided=guided is not None,
+            norcal=norcal_gamma > 0,
+        )
+        check_class_quantities(self.cls_loss, self.num_classes)
+        outputs = self.cls_loss.num_outputs(self.num_classes)
+        if outputs != self.num_classes + 1 and not (sigmoid and background_column):
+            self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
+            nn.init.normal_(self.cls_score.weight, std=0.01)
+            nn.init.zeros_(self.cls_score.bias)
+        if sigmoid:
+            if not 0 < prior_prob < 1:
+                raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
+            nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        if prior is not None:
+            set_prior = set_sigmoid_prior if sigmoid else set_softmax_prior
+            set_prior(self, self.cls_score, prior, ROI_HEADS, self.num_classes)
+        if class_thresholds:
+            set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
+
+        self.norcal_gamma = norcal_gamma
+        if norcal_gamma < 0:
+            raise ValueError(
+                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; allowed is a number of at least 0."
+            )
+        if norcal_gamma:
+            # of this data set, not of the run whose weights are loaded
+            self.register_buffer("class_count", class_count, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        ret["cls_loss"] = build_cls_loss(cfg, num_classes)
+        ret["box_loss"] = build_box_loss(cfg, num_classes)
+        ret["reweighters"] = build_reweighters(cfg, num_classes)
+        ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_WEIGHT
+        ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
+        ret["guided"] = build_guided(cfg)
+        ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
+        ret["prior"] = load_prior(cfg)
+        ret["class_thresholds"] = cfg.MODEL.BALANCE.CLASS_THRESHOLDS
+        ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
+        ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
+        if ret["norcal_gamma"] > 0:
+            ret["class_count"] = class_quantity(cfg, "class_count", num_classes)
+        return ret
+
+    def class_logits(self, scores: Tensor) -> Tensor:
+        """The columns of (R, C) scores that the loss uses."""
+        return scores[:, : self.cls_loss.num_outputs(self.num_classes)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (R, C) and deltas (R, 4) or (R, K * 4); the memory keeps those of drawn rows."""
+        scores, deltas = super().forward(x)
+        return (scores, deltas) if self.memory is None else self.memory.split(scores, deltas)
+
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """Same arguments and result as Detectron2's FastRCNNOutputLayers."""
+        samples = self.samples(predictions, proposals)
+        if self.cls_loss.activation == "sigmoid":
+            # a logit of 0 for background: the row counts as background if all classes are below
+            guess = F.pad(samples.logits[:, : self.num_classes], (0, 1))
+        else:
+            guess = self.cls_loss.probabilities(samples.logits)
+        _log_classification_stats(guess.detach(), samples.labels)
+        losses = detection_losses(
+            samples if self.memory is None else self.memory.join(samples),
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            self.normalizer,
+            cls_weight=self.cls_weight,
+            box_weight=self.box_weight,
+            guided=self.guided,
+        )
+        if self.memory is not None:
+            self.memory.remember(samples)
+        return losses
+
+    @torch.no_grad()
+    def row_losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted losses of every proposal, for the choice of those that train; no state changes.
+
+        Args:
+            predictions, proposals: as in `losses`.
+
+        Returns:
+            Classification loss (R,), and box loss (R,), which is 0 for background.
+        """
+        samples = self.samples(predictions, proposals).upcast()
+        cls = per_row(self.cls_loss.compute(samples))
+        positive = per_row(self.box_loss.compute(*box_inputs(samples, self.box_loss)))
+        box = positive.new_zeros(len(cls)).index_copy(0, samples.pos, positive)
+        return self.cls_weight * cls, self.box_weight * box
+
+    def samples(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> Samples:
+        """Gathers the sampled proposals of a batch.
+
+        Args:
+            predictions: scores (R, C) and deltas (R, 4) or (R, K * 4).
+            proposals: per image, with `proposal_boxes`, `gt_classes` and, where the image has
+                objects, `gt_boxes`; `gt_index` if the heads set it.
+
+        Returns:
+            Samples with R rows, image by image.
+        """
+        scores, deltas = predictions
+        device = scores.device
+        if not len(proposals):
+            proposals = [Instances((0, 0), gt_classes=torch.empty(0, device=device).long())]
+            boxes = gt_boxes = deltas.new_empty((0, 4))
+        else:
+            boxes = cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
+            # an image without objects has no gt_boxes, and no positives that would need them
+            gt_boxes = cat(
+                [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+            )
+        labels = cat([p.gt_classes for p in proposals])  # (R,)
+        image = cat([labels.new_full((len(p),), i) for i, p in enumerate(proposals)])
+        pos = (labels < self.num_classes).nonzero().squeeze(1)  # (P,)
+        # torch cannot infer a size by -1 where R is 0
+        deltas = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (R, 1 or K, 4)
+        column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
+        weight = None
+        if any(p.has("row_weight") for p in proposals):
+            weight = cat([p.row_weight for p in proposals])
+        ids = None
+        if any(p.has("gt_index") for p in proposals):
+            parts = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
+            ids = cat(parts)[pos]
+        return Samples(
+            logits=self.class_logits(scores),
+            labels=labels,
+            num_classes=self.num_classes,
+            image=image,
+            num_images=len(proposals),
+            row_weight=weight,
+            listed=self.listed,
+            partial=self.partial,
+            pred_deltas=deltas[pos, column],
+            boxes=boxes[pos],
+            gt_boxes=gt_boxes[pos],
+            gt_index=ids,
+            box_transform=self.box2box_transform,
+        )
+
+    def predict_probs(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> list[Tensor]:
+        """Class probabilities, (R_i, K + 1) for each image, the last column background."""
+        probs = self.cls_loss.probabilities(self.class_logits(predictions[0]))
+        if self.norcal_gamma:
+            probs = norcal(probs, self.class_count, self.norcal_gamma)
+        return list(probs.split([len(p) for p in proposals]))

@@ -1,0 +1,193 @@
+"""Standard and Cascade RoI heads with balanced output layers.
+
+Both differ from Detectron2's in the output layers and in the choice of proposals, and hand the
+output layers two things that Detectron2 drops: the image-level labels and the ids of the matched
+objects. Mask and keypoint heads stay stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from d2_balance.reweight import Selector
+
+from ..build import build_selector
+from ..compatibility import check_pairing
+from ..ignore_regions import check_ioa, without_covered_background
+from ..objects import classes_of_ids, ids_as_classes, number_objects
+from .fast_rcnn import BalancedFastRCNNOutputLayers
+from .proposal_sampling import ProposalSelection
+
+
+class BalancedROIHeads(ProposalSelection):
+    """What both heads share; in front of Detectron2's class in the order of inheritance.
+
+    Args:
+        selector: chooses the proposals that train; None: Detectron2's random drawing.
+        sample_proposals: False: all proposals train that are not ignored (sampling-free).
+        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        ignore_ioa: background proposals of which a region of `images.ignore_boxes` holds that
+            share do not count, in any stage; in (0, 1].
+        **kwargs: as Detectron2's class.
+
+    Raises:
+        ValueError: the parts cannot work together.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        selector: Selector | None = None,
+        sample_proposals: bool = True,
+        masks_per_image: int = 128,
+        ignore_ioa: float = 0.5,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_ioa(ignore_ioa)
+        self.ignore_ioa = ignore_ioa
+        self._regions: list[Tensor] | None = None  # of the batch
+        self.selector = selector
+        self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
+        self._features: list[Tensor] = []  # of the batch, for the mining pass
+        for layers in self._output_layers():
+            check_pairing(
+                "RoI heads",
+                layers.cls_loss,
+                layers.box_loss,
+                selector=selector,
+                sample_proposals=sample_proposals,
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        ret["selector"] = build_selector(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        ret["sample_proposals"] = cfg.MODEL.BALANCE.SAMPLE_PROPOSALS
+        ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
+        ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
+        return ret
+
+    def forward(self, images, features, proposals, targets=None) -> Any:
+        if targets is not None:
+            number_objects(targets)
+        self._features = [features[f] for f in self.box_in_features]
+        self._regions = getattr(images, "ignore_boxes", None)
+        with self._image_labels(getattr(images, "listed", None), getattr(images, "partial", None)):
+            try:
+                return super().forward(images, features, proposals, targets)
+            finally:
+                self._features, self._regions = [], None
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """As Detectron2's; background inside an ignore region is not there to be chosen."""
+        proposals = self._outside(proposals, targets, self.proposal_matcher)
+        return super().label_and_sample_proposals(proposals, targets)
+
+    def _outside(
+        self, proposals: list[Instances], targets: list[Instances], matcher: Matcher
+    ) -> list[Instances]:
+        return without_covered_background(
+            proposals, targets, self._regions, matcher, self.ignore_ioa
+        )
+
+    def _output_layers(self) -> list[BalancedFastRCNNOutputLayers]:
+        predictor = self.box_predictor
+        return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
+
+    @contextmanager
+    def _image_labels(self, listed: Tensor | None, partial: Tensor | None) -> Iterator[None]:
+        layers = self._output_layers()
+        for layer in layers:
+            layer.listed, layer.partial = listed, partial
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.listed = layer.partial = None
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
+    """StandardROIHeads with `BalancedFastRCNNOutputLayers`; arguments as `BalancedROIHeads`."""
+
+    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        return self.box_head, self.box_predictor
+
+    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+        boxes = [p.proposal_boxes for p in proposals]
+        return self.box_predictor(self.box_head(self.box_pooler(self._features, boxes)))
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super()._init_box_head(cfg, input_shape)
+        shape = ret["box_head"].output_shape
+        ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, shape)
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
+    """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own.
+
+    A selector that reads losses or scores chooses for each stage among the boxes that the stage
+    before made of all proposals, not of those it trained on.
+
+    Arguments as `BalancedROIHeads`.
+    """
+
+    _refined: Sequence[Tensor] = ()  # boxes of the last mining pass
+
+    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        return self.box_head[stage], self.box_predictor[stage]
+
+    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+        return self._run_stage(self._features, proposals, stage)
+
+    def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
+        self._refined = boxes
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super()._init_box_head(cfg, input_shape)
+        weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
+        ret["box_predictors"] = [
+            BalancedFastRCNNOutputLayers(
+                cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=stage)
+            )
+            for head, stage in zip(ret["box_heads"], weights, strict=True)
+        ]
+        return ret
+
+    @torch.no_grad()
+    def _match_and_label_boxes(
+        self, proposals: list[Instances], stage: int, targets: list[Instances]
+    ) -> list[Instances]:
+        mines = self.selector is not None and self.selector.needs_predictions
+        if mines:
+            sizes = [p.image_size for p in proposals]
+            proposals = self._create_proposals_from_boxes(self._refined, sizes)
+        proposals = self._outside(proposals, targets, self.proposal_matchers[stage])
+        marked = ids_as_classes(targets, self.num_classes)
+        proposals = super()._match_and_label_boxes(proposals, stage, marked)
+        for proposal in proposals:
+            proposal.gt_classes, proposal.gt_index = classes_of_ids(
+                proposal.gt_classes, targets, self.num_classes
+            )
+        return self.select(proposals, stage) if mines else proposals

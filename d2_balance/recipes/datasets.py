@@ -1,0 +1,187 @@
+"""Data sets of a recipe: those it names, and those that its stages derive from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from d2_balance.data.annotations import find_pictures
+from d2_balance.data.catalog.register import resolve_path
+from d2_balance.evaluation.sources import Annotations
+from d2_balance.utils.files import atomic_path
+
+
+class DataSets:
+    """Annotation file and picture folder by name.
+
+    Args:
+        entries: [name, file, folder], relative to here or to $DETECTRON2_DATASETS.
+
+    Raises:
+        ValueError: a file or folder does not exist.
+    """
+
+    def __init__(self, entries: Iterable[list[str]]):
+        from detectron2.utils.file_io import PathManager
+
+        self._known: dict[str, tuple[str, str]] = {}
+        for name, file, folder in entries:
+            key = f"data set {name}"
+            self._known[name] = (
+                resolve_path(file, PathManager.isfile, f"{key}: the annotation file"),
+                resolve_path(folder, PathManager.isdir, f"{key}: the picture folder"),
+            )
+
+    def add(self, name: str, file: str, folder: str) -> None:
+        """A data set that a stage has made."""
+        self._known[name] = (file, folder)
+
+    def __contains__(self, name: str) -> bool:
+        from detectron2.data import DatasetCatalog
+
+        return name in self._known or name in DatasetCatalog
+
+    def source(self, name: str) -> str:
+        """What `Annotations.load` takes: the file of a known set, else the registered name."""
+        return self._known[name][0] if name in self._known else name
+
+    def file(self, name: str) -> str | None:
+        """Its annotation file; None where there is none yet."""
+        from detectron2.data import DatasetCatalog, MetadataCatalog
+
+        if name in self._known:
+            return self._known[name][0]
+        path = MetadataCatalog.get(name).get("json_file") if name in DatasetCatalog else None
+        return path if path and os.path.isfile(path) else None
+
+    def load(self, name: str) -> Annotations:
+        """Its annotations."""
+        return replace(Annotations.load(self.source(name), f"data set {name}"), name=name)
+
+    def folder(self, name: str) -> str:
+        """Its picture folder.
+
+        Raises:
+            ValueError: a registered set does not say.
+        """
+        from detectron2.data import MetadataCatalog
+
+        if name in self._known:
+            return self._known[name][1]
+        self.load(name)  # mini_lvis is rendered when it is first asked for
+        root = MetadataCatalog.get(name).get("image_root")
+        if not root:
+            raise ValueError(f"the data set {name!r} does not say where its pictures are")
+        return root
+
+    def entries(self) -> list[list[str]]:
+        """All of them for DATASETS.REGISTER."""
+        return [[name, *places] for name, places in self._known.items()]
+
+
+def keep_classes(
+    data: Mapping[str, Any], keep: list[str] | None, every: list[int] | None, name: str
+) -> dict[str, Any]:
+    """The annotations of some classes; pictures without any stay out.
+
+    Args:
+        data: content of an annotation file.
+        keep: class names.
+        every: (n, k): each n-th class from the k-th on, in the order of their ids.
+        name: of the data set, for messages.
+
+    Raises:
+        ValueError: a name that it does not have, or no class left.
+    """
+    from d2_balance.data.checks.structure import category_name
+
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    ids = chosen_classes(categories, keep, every, name)
+    objects = [a for a in data["annotations"] if a["category_id"] in ids]
+    if not objects:
+        raise ValueError(
+            f"{name} has no object of {', '.join(category_name(c) for c in categories)[:200]}"
+        )
+    shown = {a["image_id"] for a in objects}
+    images = [
+        image | {k: [c for c in image[k] if c in ids] for k in _LABELS if k in image}
+        for image in data["images"]
+        if image["id"] in shown
+    ]
+    classes = [c for c in categories if c["id"] in ids]
+    return dict(data) | {"images": images, "categories": classes, "annotations": objects}
+
+
+def chosen_classes(
+    categories: Iterable[Mapping[str, Any]],
+    keep: list[str] | None,
+    every: list[int] | None,
+    name: str,
+) -> set[int]:
+    """Ids of the classes that `keep_classes` keeps.
+
+    Raises:
+        ValueError: a name that the data set does not have, or neither rule is given.
+    """
+    from d2_balance.data.catalog.class_map import resolve_class_map
+
+    categories = sorted(categories, key=lambda c: c["id"])
+    if keep:
+        found = resolve_class_map({n: n for n in keep}, categories, categories, (name, name))
+        return set(found.ids)
+    if every and len(every) == 2 and every[0] > 0 <= every[1]:
+        return {c["id"] for c in categories[every[1] :: every[0]]}
+    raise ValueError(f"{name}: give keep, a list of classes, or every: [n, first]")
+
+
+_LABELS = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]:
+    """Two parts of a data set by picture: the rest, and the held-out share.
+
+    A picture's side depends on its id and the seed alone, so that adding pictures moves none.
+
+    Raises:
+        ValueError: share is not in (0, 1), or a part is empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}; allowed is a number in (0, 1)")
+
+    def place(image: Mapping[str, Any]) -> str:
+        return hashlib.sha256(f"{seed}/{image['id']}".encode()).hexdigest()
+
+    ordered = sorted(data["images"], key=place)
+    count = round(share * len(ordered))
+    if not 0 < count < len(ordered):
+        raise ValueError(f"a share of {share} of {len(ordered)} pictures leaves a part empty")
+    parts = []
+    for images in (ordered[count:], ordered[:count]):
+        ids = {image["id"] for image in images}
+        inside: Callable = lambda a, ids=ids: a["image_id"] in ids  # noqa: E731
+        parts.append(
+            dict(data)
+            | {
+                "images": [image for image in data["images"] if image["id"] in ids],
+                "annotations": list(filter(inside, data["annotations"])),
+            }
+        )
+    return parts[0], parts[1]
+
+
+def pictures_of(pictures: Annotations, folder: str, classes: Annotations) -> dict[str, Any]:
+    """The pictures of one data set with the classes of another, and no annotations."""
+    find_pictures(pictures.data["images"], folder, pictures.path)
+    keys = ("id", "file_name", "coco_url", "height", "width")
+    images = [{k: image[k] for k in keys if k in image} for image in pictures.data["images"]]
+    return {"images": images, "categories": classes.data["categories"], "annotations": []}
+
+
+def write_json(path: str, data: Mapping[str, Any]) -> None:
+    """Write an annotation file, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(data, file)

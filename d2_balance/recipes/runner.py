@@ -1,0 +1,266 @@
+"""Runs the stages of a recipe one after another, and goes on where a stopped run was.
+
+A stage that is done has a folder with `done.json` in the output. Others work in a folder of another
+name, which becomes theirs when they are done, so that a failure touches no finished output. A
+training works in its own folder, whose checkpoints `train_net.py --resume` goes on from; there
+`started.json` says with what settings, and its `done.json` is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Container
+from typing import Any
+
+from d2_balance.data.json_files import read_json
+from d2_balance.utils.files import atomic_path
+from d2_balance.utils.lock import LOCK_FILE, output_lock
+
+from .class_maps import ClassLists, check_class_maps
+from .datasets import DataSets
+from .recipe import Recipe, Stage, datasets_in, sets_of
+from .report import write_report
+from .stages import StageError, Work, add_sets, outputs_of, run_stage
+from .training import check_configs, check_second_files, external_names, read_training_config
+
+DONE, STARTED = "done.json", "started.json"
+
+
+def check_names(recipe: Recipe, known: Container[str]) -> None:
+    """Checks that there is each data set that a stage names; reads no annotation file.
+
+    Args:
+        recipe: the recipe.
+        known: names that are registered or stand in the recipe's `datasets`.
+
+    Raises:
+        ValueError: naming recipe, stage and data set.
+    """
+    made = {name for stage in recipe.stages for name in sets_of(stage)}
+
+    def exists(name: str) -> bool:
+        return name in made or name in known
+
+    for stage in recipe.stages:
+        external = external_names(stage, recipe, exists) if stage.kind == "train" else ()
+        for name in datasets_in(stage):
+            if not exists(name) and name not in external:
+                raise ValueError(
+                    f"{recipe.path}: stage {stage.name}: the data set {name!r} is neither "
+                    "registered, nor in 'datasets', nor made by a stage before"
+                )
+
+
+class Runner:
+    """A recipe and its output folder.
+
+    Args:
+        recipe: the recipe.
+        output: folder of all stages.
+        resume: go on in a folder that holds stages.
+        gpus: processes of a training.
+        say: receives one line for each stage.
+
+    Raises:
+        FileExistsError: the folder holds stages, and `resume` is False.
+        ValueError: stages that are done, or trainings that were begun, do not fit the recipe, or
+            miss files or predecessors; a stage that is not done has a folder; or a data set, a
+            file or a class of a class map does not exist.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: str,
+        *,
+        resume: bool = False,
+        gpus: int = 1,
+        say: Callable[[str], None] = print,
+    ):
+        self.recipe, self.output, self.gpus, self.say = recipe, os.path.abspath(output), gpus, say
+        self.datasets = DataSets(recipe.datasets)
+        present = set(os.listdir(output)) if os.path.isdir(output) else set()
+        if present - {LOCK_FILE} and not resume:
+            raise FileExistsError(
+                f"{output} is not empty, and nothing is overwritten: pass --resume to go on with "
+                "the recipe there, or another --output"
+            )
+        check_configs(recipe)
+        for stage in recipe.stages:
+            if stage.kind == "train":
+                check_second_files(stage, recipe)
+        check_names(recipe, self.datasets)
+        self.fingerprints = self._fingerprints()
+        self.done = {s.name: found for s in recipe.stages if (found := self._read(s, DONE))}
+        self._check_done()
+        self._check_started()
+        self._check_free()
+        lists = ClassLists(recipe, self.datasets)
+        for stage in recipe.stages:
+            if stage.name not in self.done:
+                check_class_maps(stage, recipe, lists)
+
+    def run(self) -> str:
+        """Run what is not done yet; the report is written after each stage.
+
+        Returns:
+            The report, report.md; report.html lies beside it.
+
+        Raises:
+            StageError: a stage has failed; those before it stay done.
+            ValueError: another run works in the output folder, or has worked there since the
+                recipe was read.
+        """
+        with output_lock(self.output):
+            new = {s.name for s in self.recipe.stages if self._read(s, DONE)} - self.done.keys()
+            if new:
+                raise ValueError(
+                    f"another run has finished {', '.join(sorted(new))} in {self.output} "
+                    "meanwhile: start again with --resume"
+                )
+            return self._run_all()
+
+    def _run_all(self) -> str:
+        os.makedirs(os.path.join(self.output, "logs"), exist_ok=True)
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            label = f"[{number}/{len(self.recipe.stages)}] {stage.name} ({stage.kind})"
+            if stage.name in self.done:
+                self.say(f"{label}: done before")
+            else:
+                self.say(f"{label} ...")
+                self._run(stage)
+                self.say(f"{label}: {self.done[stage.name]['seconds']:.0f} s")
+                write_report(self.recipe, self.output, self.done)
+            add_sets(stage, self._folder(stage), self.datasets)
+        return write_report(self.recipe, self.output, self.done)
+
+    def _run(self, stage: Stage) -> None:
+        folder = self._folder(stage)
+        trains = stage.kind == "train"
+        place = folder if trains else os.path.join(self.output, f".{stage.name}.partial")
+        if not trains and os.path.isdir(place):
+            shutil.rmtree(place)  # of a run that was stopped; nothing refers to it
+        os.makedirs(place, exist_ok=True)
+        if trains:
+            self._write(os.path.join(place, STARTED), self._made_with(stage))
+        log = os.path.join(self.output, "logs", f"{stage.name}.log")
+        folders = {name: os.path.join(self.output, name) for name in self.done}
+        start = time.time()
+        try:
+            run_stage(Work(stage, place, self.recipe, self.datasets, folders, log, self.gpus))
+        except (ValueError, OSError) as error:
+            raise StageError(f"{error}") from error
+        finally:
+            seconds = time.time() - start + self._seconds_before(stage, place)
+            if trains:
+                self._write(os.path.join(place, "seconds.json"), seconds)
+        self._finish(stage, place, seconds)
+        if not trains:
+            os.rename(place, folder)
+
+    def _finish(self, stage: Stage, place: str, seconds: float) -> None:
+        missing = [f for f in outputs_of(stage) if not os.path.exists(os.path.join(place, f))]
+        if missing:
+            raise StageError(f"it ended without {', '.join(missing)}")
+        found = self._made_with(stage) | {"seconds": seconds}
+        self._write(os.path.join(place, DONE), found)
+        self.done[stage.name] = found
+
+    def _made_with(self, stage: Stage) -> dict[str, Any]:
+        return {
+            "stage": stage.name,
+            "kind": stage.kind,
+            "fingerprint": self.fingerprints[stage.name],
+            "settings": stage.settings,
+        }
+
+    def _folder(self, stage: Stage) -> str:
+        return os.path.join(self.output, stage.name)
+
+    def _read(self, stage: Stage, file: str) -> dict[str, Any] | None:
+        path = os.path.join(self._folder(stage), file)
+        if not os.path.isfile(path):
+            return None
+        return read_json(path)
+
+    def _check_done(self) -> None:
+        by_name = {stage.name: stage for stage in self.recipe.stages}
+        for name, found in self.done.items():
+            stage, folder = by_name[name], self._folder(by_name[name])
+            lost = [n for n in stage.needs if n not in self.done]
+            if lost:
+                raise ValueError(
+                    f"stage {lost[0]} is missing in {self.output}, and stage {name}, which is "
+                    f"done, was made from it: put {lost[0]} back, or remove {folder} as well"
+                )
+            self._check_settings(stage, found, "made")
+            for file in outputs_of(stage):
+                if not os.path.exists(os.path.join(folder, file)):
+                    raise ValueError(
+                        f"stage {name} is done, but its {file} is missing in {folder}: put it "
+                        "back, or remove the folder to make it again"
+                    )
+
+    def _check_started(self) -> None:
+        for stage in self.recipe.stages:
+            found = self._read(stage, STARTED)
+            if found and stage.name not in self.done:
+                self._check_settings(stage, found, "begun")
+
+    def _check_settings(self, stage: Stage, found: dict[str, Any], made: str) -> None:
+        if found["fingerprint"] != self.fingerprints[stage.name]:
+            changed = _difference(found["settings"], stage.settings)
+            raise ValueError(
+                f"stage {stage.name} in {self.output} was {made} with other settings ({changed}); "
+                f"use another --output, or remove {self._folder(stage)} to make it again"
+            )
+
+    def _check_free(self) -> None:
+        """A stage's work would end at a folder that is there, and only trainings go on in one."""
+        for stage in self.recipe.stages:
+            folder = self._folder(stage)
+            if stage.kind != "train" and stage.name not in self.done and os.path.lexists(folder):
+                raise ValueError(
+                    f"stage {stage.name} is not done, for {folder} has no {DONE}; nothing is "
+                    "overwritten: remove the folder to make it again"
+                )
+
+    def _fingerprints(self) -> dict[str, str]:
+        """A key of each stage's settings and of all that it is made from."""
+        found: dict[str, str] = {}
+        named = {entry[0]: entry for entry in self.recipe.datasets}
+        for stage in self.recipe.stages:
+            content: list[Any] = [stage.kind, stage.settings, [found[n] for n in stage.needs]]
+            content += [named[n] for n in datasets_in(stage) if n in named]
+            if stage.kind == "train":
+                content.append(read_training_config(stage, self.recipe).dump())
+            for entry in stage["inputs"] or []:
+                if entry.get("map"):
+                    with open(os.path.join(self.recipe.folder, entry["map"]), "rb") as file:
+                        content.append(file.read().decode("utf-8", "replace"))
+            text = json.dumps(content, sort_keys=True, default=str)
+            found[stage.name] = hashlib.sha256(text.encode()).hexdigest()
+        return found
+
+    @staticmethod
+    def _seconds_before(stage: Stage, place: str) -> float:
+        path = os.path.join(place, "seconds.json")
+        if not os.path.isfile(path):
+            return 0.0
+        with open(path, encoding="utf-8") as file:
+            return float(json.load(file))
+
+    @staticmethod
+    def _write(path: str, content: Any) -> None:
+        with atomic_path(path, sync=True) as temporary:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+
+
+def _difference(before: dict, now: dict) -> str:
+    keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    return ", ".join(sorted(keys)) if keys else "its config, a data set or a stage before it"

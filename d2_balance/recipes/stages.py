@@ -1,0 +1,285 @@
+"""What each kind of stage does in its folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import d2_balance
+from d2_balance.cli.ensemble import merge_files
+from d2_balance.cli.rescore import apply_factors, fit_factors
+from d2_balance.evaluation.evaluate import evaluate_predictions
+from d2_balance.evaluation.files import file_name_of
+from d2_balance.evaluation.predictions import read_predictions
+from d2_balance.evaluation.record import Evaluation
+from d2_balance.utils.files import atomic_path
+
+from .datasets import DataSets, keep_classes, pictures_of, split, write_json
+from .recipe import Recipe, Stage, sets_of
+from .training import copy_node, merged, training_config
+
+PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
+WEIGHTS = os.path.join("run", "model_final.pth")
+
+
+class StageError(Exception):
+    """A stage has failed; the message says which and where its log is."""
+
+
+@dataclass
+class Work:
+    """What a stage works with.
+
+    Attributes:
+        stage: its settings.
+        folder: where its output goes; of a stage that is not done yet.
+        recipe: the recipe.
+        datasets: data sets known so far.
+        folders: stage name to folder, of the stages that are done.
+        log: its log file.
+        gpus: processes of a training.
+    """
+
+    stage: Stage
+    folder: str
+    recipe: Recipe
+    datasets: DataSets
+    folders: Mapping[str, str]
+    log: str
+    gpus: int
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def of(self, stage: str, name: str) -> str:
+        """A file of an earlier stage."""
+        return os.path.join(self.folders[stage], name)
+
+
+def run_stage(work: Work) -> None:
+    """Do the work of a stage, with what it prints in its log.
+
+    Raises:
+        StageError: a process has failed.
+        ValueError: the data do not allow it.
+    """
+    with open(work.log, "a", encoding="utf-8") as log, redirect_stdout(log):
+        _ACTIONS[work.stage.kind](work)
+
+
+def outputs_of(stage: Stage) -> list[str]:
+    """Files that a finished stage must have."""
+    return {
+        "classes": ["annotations.json"],
+        "split": ["rest.json", "held.json"],
+        "train": [WEIGHTS],
+        "fit": [FACTORS],
+        "evaluate": [EVALUATION],
+    }.get(stage.kind, [PREDICTIONS])
+
+
+def add_sets(stage: Stage, folder: str, datasets: DataSets) -> None:
+    """Make the data sets of a finished stage known."""
+    for name, file in zip(sets_of(stage), outputs_of(stage), strict=False):
+        datasets.add(name, os.path.join(folder, file), datasets.folder(stage["from"]))
+
+
+def _classes(work: Work) -> None:
+    stage = work.stage
+    data = work.datasets.load(stage["from"]).data
+    found = keep_classes(data, stage["keep"], stage["every"], stage["from"])
+    write_json(work.path("annotations.json"), found)
+
+
+def _split(work: Work) -> None:
+    data = work.datasets.load(work.stage["from"]).data
+    parts = split(data, work.stage["share"], work.stage["seed"] or 0)
+    for name, part in zip(("rest.json", "held.json"), parts, strict=True):
+        write_json(work.path(name), part)
+
+
+def _train(work: Work) -> None:
+    config = training_config(work.stage, work.recipe)
+    if work.stage["weights"] is not None:
+        weights = work.stage["weights"]
+        known = weights in work.folders
+        config["MODEL"] = config.get("MODEL", {}) | {
+            "WEIGHTS": work.of(weights, WEIGHTS) if known else weights
+        }
+    config["OUTPUT_DIR"] = work.path("run")
+    _register(config, work.datasets.entries())
+    path = work.path("config.yaml")
+    _write_yaml(path, config)
+    _train_net(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
+
+
+def _predict(work: Work) -> None:
+    stage, folder = work.stage, work.folders[work.stage["model"]]
+    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
+        config = yaml.safe_load(file)
+    config = merged(config, copy_node(stage["overrides"] or {}))
+    name, entries = stage["dataset"], work.datasets.entries()
+    if stage["classes"]:
+        root = work.datasets.folder(name)
+        pictures = work.datasets.load(name)
+        other = work.datasets.load(stage["classes"])
+        name = f"{stage.name}_pictures"
+        file = work.path("pictures.json")
+        write_json(file, pictures_of(pictures, root, other))
+        entries = [*entries, [name, file, root]]
+    _register(config, entries)
+    config["DATASETS"]["TEST"] = [name]
+    config["OUTPUT_DIR"] = work.path("run")
+    config["MODEL"] = config.get("MODEL", {}) | {"WEIGHTS": os.path.join(folder, WEIGHTS)}
+    path = work.path("config.yaml")
+    _write_yaml(path, config)
+    _train_net(work, "--eval-only", "--config-file", path)
+    found = work.path(os.path.join("run", "inference", f"predictions_{file_name_of(name)}.json"))
+    os.replace(found, work.path(PREDICTIONS))
+    if not stage["classes"]:
+        _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _ensemble(work: Work) -> None:
+    stage = work.stage
+    inputs = []
+    for entry in stage["inputs"]:
+        classes, map_file = entry.get("classes"), entry.get("map")
+        inputs.append(
+            (
+                work.of(entry["predictions"], PREDICTIONS),
+                classes and work.datasets.source(classes),
+                map_file and os.path.join(work.recipe.folder, map_file),
+            )
+        )
+    dataset = work.datasets.source(stage["dataset"])
+    options = {k: stage[k] for k in ("method", "iou", "max_dets") if stage[k] is not None}
+    merge_files(inputs, dataset, work.path(PREDICTIONS), **options)
+    _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _fit(work: Work) -> None:
+    stage, source = work.stage, work.datasets.source
+    options = {k: stage[k] for k in ("method", "metric", "max_dets") if stage[k] is not None}
+    fit_factors(
+        work.of(stage["predictions"], PREDICTIONS),
+        source(stage["dataset"]),
+        work.path(FACTORS),
+        tests=[source(name) for name in stage["test"]],
+        **options,
+    )
+
+
+def _rescore(work: Work) -> None:
+    stage = work.stage
+    options = {} if stage["max_dets"] is None else {"max_dets": stage["max_dets"]}
+    apply_factors(
+        work.of(stage["predictions"], PREDICTIONS),
+        work.of(stage["factors"], FACTORS),
+        work.datasets.source(stage["dataset"]),
+        work.path(PREDICTIONS),
+        **options,
+    )
+    _evaluate_file(work, work.path(PREDICTIONS))
+
+
+def _evaluate(work: Work) -> None:
+    if _evaluate_file(work, work.of(work.stage["predictions"], PREDICTIONS)) is None:
+        raise ValueError(f"the data set {work.stage['dataset']} has no annotations to compare with")
+
+
+def _evaluate_file(work: Work, path: str) -> Evaluation | None:
+    """Writes evaluation.json, where the pictures have annotations."""
+    stage = work.stage
+    truth = work.datasets.load(stage["dataset"])
+    if not truth.data["annotations"]:
+        return None
+    train = work.datasets.load(stage["train"]) if stage["train"] else None
+    detections = read_predictions(path, truth.data, truth.path)
+    cap = stage["max_dets"] or None
+    found = evaluate_predictions(truth, detections, train=train, max_dets=cap)
+    found.write(work.path(EVALUATION))
+    return found
+
+
+_ACTIONS: dict[str, Callable[[Work], Any]] = {
+    "classes": _classes,
+    "split": _split,
+    "train": _train,
+    "predict": _predict,
+    "ensemble": _ensemble,
+    "fit": _fit,
+    "rescore": _rescore,
+    "evaluate": _evaluate,
+}
+
+
+def _train_net(work: Work, *arguments: str) -> None:
+    """Run the training script, and end it when this process is ended.
+
+    Where this process is killed outright, Linux ends the script; elsewhere it goes on, and its lock
+    refuses a second one in the same folder.
+
+    Raises:
+        StageError: it has failed.
+    """
+    script = Path(d2_balance.__file__).parents[1] / "train_net.py"
+    if not script.is_file():
+        raise ValueError(f"{script} does not exist; recipes need the repository, not the package")
+    with open(work.log, "a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_ends_with_this_process(),
+        )
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if status:
+        with open(work.log, encoding="utf-8", errors="replace") as log:
+            last = "".join(log.readlines()[-5:])
+        raise StageError(f"train_net.py ended with status {status}; {work.log} ends:\n{last}")
+
+
+def _ends_with_this_process() -> Callable[[], None] | None:
+    """What a new process calls before it starts, so that SIGTERM ends it with its parent."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        library.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended before it was asked
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
+
+
+def _write_yaml(path: str, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yaml.safe_dump(dict(content), file, sort_keys=False)
+
+
+def _register(config: dict[str, Any], entries: list[list[str]]) -> None:
+    """Adds data sets; those of the recipe replace the config's of the same name."""
+    taken = {entry[0] for entry in entries}
+    own = [e for e in config["DATASETS"]["REGISTER"] if _name_of(e) not in taken]
+    config["DATASETS"]["REGISTER"] = own + entries
+
+
+def _name_of(entry: Any) -> str:
+    return entry["NAME"] if isinstance(entry, dict) else entry[0]
