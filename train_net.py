@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains or evaluates a detector with the losses, data sets and evaluators of d2_balance.
+"""Trains or evaluates a detector with the losses, datasets and evaluators of d2_balance.
 
     train_net.py --config-file FILE [--num-gpus N] [--resume] [KEY VALUE ...]
     train_net.py --config-file FILE --eval-only MODEL.WEIGHTS FILE
@@ -29,7 +29,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import d2_balance  # noqa: F401  registers models, heads and data sets
+import d2_balance  # noqa: F401  registers models, heads and datasets
 from d2_balance.data import register_from_config
 from d2_balance.engine import (
     BalancedTrainer,

@@ -4,12 +4,12 @@
     python benchmarks/bm_data.py [--images N] [--objects M] [--classes K] [--repeats R]
                                  [--json FILE]
 
-The defaults have the size of LVIS v1 train: 100,000 pictures, 1.27 million objects with polygons,
+The defaults have the size of LVIS v1 train: 100,000 images, 1.27 million objects with polygons,
 1,203 classes. Every measurement runs in a process of its own, so that none finds a warm heap; each
 is repeated and the fastest counts. `MEASUREMENTS` lists them: another one is a function and a line.
 
-An epoch of repeat-factor sampling is the factors of all pictures and the indices of one pass. Masks
-are those of image-level labels, for every picture once, in batches of 16.
+An epoch of repeat-factor sampling is the factors of all images and the indices of one pass. Masks
+are those of image-level labels, for every image once, in batches of 16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from d2_balance.utils.files import atomic_path
 
 WIDTH, HEIGHT = 640, 480
 LABELS = ("neg_category_ids", "not_exhaustive_category_ids")
-BATCH = 16  # pictures whose masks are made at once
+BATCH = 16  # images whose masks are made at once
 
 
 def make_file(path: Path, args: argparse.Namespace) -> None:
@@ -93,8 +93,8 @@ def first_statistics(path: str) -> float:
     """Class statistics of a file that was never counted."""
     from d2_balance.data.file_counts import file_counts
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["D2_BALANCE_CACHE"] = folder
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["D2_BALANCE_CACHE"] = directory
         start = time.perf_counter()
         file_counts(path)
         return time.perf_counter() - start
@@ -124,7 +124,7 @@ def moved_statistics(path: str) -> float:
 
 
 def _records(path: str) -> list[dict]:
-    """The pictures of the file with what samplers and masks read of Detectron2's dicts."""
+    """The images of the file with what samplers and masks read of Detectron2's dicts."""
     from d2_balance.data.json_files import read_json
 
     data = read_json(path)
@@ -166,7 +166,7 @@ def repeat_factor_epoch(path: str) -> float:
 
 
 def class_aware_epoch(path: str) -> float:
-    """Start of class-aware sampling, and as many indices as there are pictures."""
+    """Start of class-aware sampling, and as many indices as there are images."""
     from d2_balance.data.samplers import ClassAwareTrainingSampler
 
     records = _records(path)
@@ -178,7 +178,7 @@ def class_aware_epoch(path: str) -> float:
 
 
 def image_level_masks(path: str) -> float:
-    """Masks of all pictures from their image-level labels and objects."""
+    """Masks of all images from their image-level labels and objects."""
     import torch
     from detectron2.structures import Instances
 
@@ -194,7 +194,7 @@ def image_level_masks(path: str) -> float:
     labels = ImageLabels((), classes)
     start = time.perf_counter()
     for first in range(0, len(records), BATCH):
-        labels.listed(records[first : first + BATCH], "cpu")
+        labels.verified(records[first : first + BATCH], "cpu")
     return time.perf_counter() - start
 
 
@@ -210,9 +210,9 @@ MEASUREMENTS: dict[str, Callable[[str], float]] = {
 }
 
 
-def measure(name: str, path: Path, folder: str, repeats: int) -> float:
+def measure(name: str, path: Path, directory: str, repeats: int) -> float:
     """Seconds of one measurement, the fastest of `repeats` processes."""
-    environment = {**os.environ, "D2_BALANCE_CACHE": folder}
+    environment = {**os.environ, "D2_BALANCE_CACHE": directory}
     command = [sys.executable, __file__, "--measure", name, "--file", str(path)]
     runs = []
     for _ in range(repeats):
@@ -235,13 +235,13 @@ def main() -> None:
     if args.measure:
         print(MEASUREMENTS[args.measure](args.file))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(args.file or os.path.join(folder, "train.json"))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(args.file or os.path.join(directory, "train.json"))
         if not path.exists():
             make_file(path, args)
         from d2_balance.data.file_counts import file_counts
 
-        cache = os.path.join(folder, "cache")
+        cache = os.path.join(directory, "cache")
         os.environ["D2_BALANCE_CACHE"] = cache
         time.sleep(2.1)  # a file of this age is known by its times, see `file_state`
         file_counts(str(path))  # fills the cache for the measurements that need it

@@ -1,9 +1,9 @@
-"""Time and memory of `d2-balance ensemble`: 3 models, 5,000 pictures, 300 detections a picture.
+"""Time and memory of `d2-balance ensemble`: 3 models, 5,000 images, 300 detections an image.
 
     python benchmarks/bm_ensemble.py [--images N] [--method nms]
 
-Detections are drawn: a picture has 60 objects of 1,203 classes with frequencies by Zipf's law, a
-model finds each with noise, and the rest of its 300 detections are spread over the picture. Each
+Detections are drawn: an image has 60 objects of 1,203 classes with frequencies by Zipf's law, a
+model finds each with noise, and the rest of its 300 detections are spread over the image. Each
 has a mask of about 100 bytes. Prints the wall time and the peak memory of the command.
 """
 
@@ -27,9 +27,9 @@ LIMIT_SECONDS, LIMIT_GIB = 300, 4
 
 def write_truth(path: str, images: int) -> None:
     categories = [{"id": i, "name": f"class {i}", "frequency": "c"} for i in range(1, CLASSES + 1)]
-    pictures = [{"id": i, "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)]
+    records = [{"id": i, "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)]
     with open(path, "w") as file:
-        json.dump({"images": pictures, "categories": categories, "annotations": []}, file)
+        json.dump({"images": records, "categories": categories, "annotations": []}, file)
 
 
 def write_predictions(path: str, images: int, seed: int) -> None:
@@ -83,15 +83,15 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--method", default="wbf", help="nms, soft-nms or wbf")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        truth = os.path.join(folder, "truth.json")
+    with tempfile.TemporaryDirectory() as directory:
+        truth = os.path.join(directory, "truth.json")
         write_truth(truth, args.images)
-        files = [os.path.join(folder, f"{name}.json") for name in "abc"]
+        files = [os.path.join(directory, f"{name}.json") for name in "abc"]
         for seed, path in enumerate(files):
             write_predictions(path, args.images, 10**6 + seed)
         size = sum(map(os.path.getsize, files)) / 2**20
         start = time.perf_counter()
-        output = os.path.join(folder, "merged.json")
+        output = os.path.join(directory, "merged.json")
         subprocess.run(
             [
                 sys.executable,
@@ -117,7 +117,7 @@ def main() -> int:
         f"Python {platform.python_version()}, numpy {np.__version__}; {size:,.0f} MiB of input"
     )
     row = [args.method, args.images, f"{seconds:.0f}", f"{cpu:.0f}", f"{memory:.2f}"]
-    head = ["method", "pictures", "seconds", "CPU seconds", "peak GiB"]
+    head = ["method", "images", "seconds", "CPU seconds", "peak GiB"]
     print(tabulate([row], head, tablefmt="github"))
     full = args.images >= 5000
     return int(full and (seconds > LIMIT_SECONDS or memory > LIMIT_GIB))

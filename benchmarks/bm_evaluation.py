@@ -3,8 +3,8 @@
 
     python benchmarks/bm_evaluation.py [--images N] [--classes K] [--objects G] [--per-image D]
 
-The defaults have the size of LVIS v1 val: 20,000 pictures, 1,203 classes, 250,000 objects, and 100
-detections a picture, for which lvis needs 17 GiB. Each evaluator runs in a process of its own, one
+The defaults have the size of LVIS v1 val: 20,000 images, 1,203 classes, 250,000 objects, and 100
+detections an image, for which lvis needs 17 GiB. Each evaluator runs in a process of its own, one
 after the other, from reading the two files to the nine metrics; peak memory is that of the process.
 Processor time tells them apart on a busy machine too; it includes starting Python and all threads.
 """
@@ -31,13 +31,13 @@ HEIGHT, WIDTH = 480, 640
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4) boxes x, y, width, height inside the picture, most of them small."""
+    """(count, 4) boxes x, y, width, height inside the image, most of them small."""
     size = np.exp(rng.uniform(2.3, 5.6, (count, 2))).clip(max=(WIDTH - 1, HEIGHT - 1))
     corner = rng.uniform(0, 1, (count, 2)) * ((WIDTH, HEIGHT) - size)
     return np.concatenate([corner, size], axis=1).round(2)
 
 
-def make_files(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+def make_files(directory: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     """Ground truth in LVIS format, and detections: moved objects, look-alikes and noise."""
     rng = np.random.default_rng(0)
     classes = np.arange(1, args.classes + 1)
@@ -70,7 +70,7 @@ def make_files(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
         )
         found += detections_of(rng, i + 1, boxes[own], kinds[own], classes, args.per_image)
     content = {"images": images, "annotations": annotations, "categories": categories}
-    paths = folder / "truth.json", folder / "detections.json"
+    paths = directory / "truth.json", directory / "detections.json"
     for path, data in zip(paths, (content, found), strict=True):
         path.write_text(json.dumps(data))
     return paths
@@ -84,7 +84,7 @@ def detections_of(
     classes: np.ndarray,
     count: int,
 ) -> list[dict]:
-    """Detections of a picture: up to half of them moved objects, most of the right class."""
+    """Detections of an image: up to half of them moved objects, most of the right class."""
     hits = min(len(boxes) * 2, count // 2)
     chosen = rng.integers(0, max(len(boxes), 1), hits)
     noise = random_boxes(rng, count - hits)
@@ -161,19 +161,19 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--classes", type=int, default=1_203)
     parser.add_argument("--objects", type=int, default=250_000)
-    parser.add_argument("--per-image", type=int, default=100, help="detections of a picture")
+    parser.add_argument("--per-image", type=int, default=100, help="detections of an image")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        paths = make_files(Path(folder), args)
+    with tempfile.TemporaryDirectory() as directory:
+        paths = make_files(Path(directory), args)
         figures = {name: measure(name, *paths) for name in CHILDREN}
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(
-        f"{args.images:,} pictures, {args.classes:,} classes, {args.objects:,} objects, "
+        f"{args.images:,} images, {args.classes:,} classes, {args.objects:,} objects, "
         f"{args.images * args.per_image:,} detections\n"
     )
     rows = [

@@ -2,7 +2,7 @@
 """Forward and backward time of every loss, as a multiple of cross-entropy on the same logits.
 
     python benchmarks/bm_losses.py [--repeat N] [--only NAME ...] [--shapes PART ...]
-                                   [--json FILE] [--plots FOLDER] [--fresh-memory]
+                                   [--json FILE] [--plots DIRECTORY] [--fresh-memory]
 
 Each loss is timed in turn with the plain loss, in one run, and the medians are compared, so that
 other work on the machine meets both. Dense heads are compared with
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="losses to time")
     parser.add_argument("--shapes", nargs="+", metavar="PART", default=[""], help="parts of shapes")
-    parser.add_argument("--plots", metavar="FOLDER", help="also measure and draw the growth")
+    parser.add_argument("--plots", metavar="DIRECTORY", help="also measure and draw the growth")
     parser.add_argument("--scale", type=float, default=1.0, help="growth: factor of R and P (1)")
     parser.add_argument("--fresh-memory", action="store_true", help="freed memory is not kept")
     args = parser.parse_args()
@@ -108,15 +108,15 @@ def main() -> None:
         print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"), end="\n\n")
     if not any(row["library"].startswith("mmdet") for row in others):
         print("No comparison with mmdet: not asked for, on a GPU, or not installed (extra bench).")
-    slopes, points = [], []
+    grads, points = [], []
     if args.plots:
         points = growth.measure(wanted, args.repeat, device, args.scale)
-        slopes = growth.slopes(points)
+        grads = growth.grads(points)
         growth.draw(points, Path(args.plots), machine)
-        print(tabulate(slopes, headers="keys", tablefmt="github", floatfmt=".2f"))
+        print(tabulate(grads, headers="keys", tablefmt="github", floatfmt=".2f"))
     if args.json:
         result = {"about": machine, "rows": rows, "peers": others}
-        result |= {"growth": points, "slopes": slopes}
+        result |= {"growth": points, "gradients": grads}
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
 

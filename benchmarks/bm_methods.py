@@ -7,7 +7,7 @@ All start from one checkpoint: a Faster R-CNN that is trained once with plain cr
 (`--start` iterations). Backbone, pyramid, RPN and box head are taken from it where a method has
 them; the last classification layer starts anew for every method, because its shape is the loss's.
 Every method then trains with the settings of its file in configs/quick_schedules, for the same
-number of iterations on the same pictures. `--train-only roi_heads` freezes the rest: methods of
+number of iterations on the same images. `--train-only roi_heads` freezes the rest: methods of
 RoI heads then differ in nothing but the head, and an iteration takes a fraction of the time.
 
 Figures are written after every method, and a second call with the same FILE goes on with the
@@ -60,13 +60,18 @@ class Clock(HookBase):
 
 
 def schedule(
-    file: Path, iterations: int, weights: str, folder: str, seed: int, only: list[str] | None = None
+    file: Path,
+    iterations: int,
+    weights: str,
+    directory: str,
+    seed: int,
+    only: list[str] | None = None,
 ) -> CfgNode:
     """A quick schedule with the common number of iterations, threshold and start."""
     cfg = read_config(str(file))
-    cfg.MODEL.BALANCE.TRAIN_ONLY = only or []
+    cfg.MODEL.BALANCE.TRAINABLE = only or []
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.SEED = weights, folder, seed
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.SEED = weights, directory, seed
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = iterations, (int(iterations * 0.8),)
     cfg.SOLVER.CHECKPOINT_PERIOD = 10 * iterations
     for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.FCOS):
@@ -86,8 +91,8 @@ def train(cfg: CfgNode) -> tuple[BalancedTrainer, Clock]:
 
 def start(path: Path, iterations: int) -> None:
     """Trains the common start, and saves it without its last classification layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = schedule(QUICK / f"{START}.yaml", iterations, "", folder, seed=1)
+    with tempfile.TemporaryDirectory() as directory:
+        cfg = schedule(QUICK / f"{START}.yaml", iterations, "", directory, seed=1)
         cfg.DATASETS.TEST = ()
         state = train(cfg)[0].model.state_dict()
     kept = {name: value for name, value in state.items() if LAST_LAYERS not in name}
@@ -100,14 +105,14 @@ def measure(
 ) -> dict[str, object]:
     """A row of the table."""
     row: dict[str, object] = {"config": file.stem.removesuffix("_mini_lvis"), "seed": seed}
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = schedule(file, iterations, str(weights), folder, seed, only)
+    with tempfile.TemporaryDirectory() as directory:
+        cfg = schedule(file, iterations, str(weights), directory, seed, only)
         try:
             trainer, clock = train(cfg)
         except Exception as error:  # the other methods are still to be tried
             return row | {"result": f"{type(error).__name__}: {error}"}
         results = trainer._last_eval_results["bbox"]
-        last = json.loads((Path(folder) / "metrics.json").read_text().splitlines()[-2])
+        last = json.loads((Path(directory) / "metrics.json").read_text().splitlines()[-2])
     row |= {name: round(float(results[name]), 2) for name in METRICS}
     seconds = round(statistics.median(clock.times), 4)
     return row | {"s / iteration": seconds, "loss": last.get("total_loss"), "result": "ok"}
@@ -121,7 +126,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=120, help="of every method (120)")
     parser.add_argument("--start", type=int, default=400, help="of the common start (400)")
     parser.add_argument("--train-only", nargs="+", default=[], metavar="PART", help="of the model")
-    parser.add_argument("--seed", type=int, default=1, help="order of pictures, new layers (1)")
+    parser.add_argument("--seed", type=int, default=1, help="order of images, new layers (1)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.INFO)

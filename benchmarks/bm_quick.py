@@ -44,11 +44,11 @@ class Clock(HookBase):
         self.times.append(time.perf_counter() - self._begin)
 
 
-def train(file: Path, folder: str) -> dict[str, object]:
+def train(file: Path, directory: str) -> dict[str, object]:
     """Trains one configuration without evaluation; a row of the table."""
     cfg = read_config(str(file))
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (), folder
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (), directory
     seed_everything(cfg.SEED)
     row: dict[str, object] = {"config": file.stem}
     try:
@@ -58,7 +58,7 @@ def train(file: Path, folder: str) -> dict[str, object]:
         trainer.train()
     except Exception as error:  # the other files are still to be tried
         return row | {"result": f"{type(error).__name__}: {error}"}
-    first, last = (json.loads(line) for line in _ends(Path(folder) / "metrics.json"))
+    first, last = (json.loads(line) for line in _ends(Path(directory) / "metrics.json"))
     finite = all(p.isfinite().all() for p in trainer.model.state_dict().values())
     return row | {
         "iterations": len(clock.times),
@@ -89,8 +89,8 @@ def main() -> int:
     ]
     rows = []
     for file in tqdm(files, desc="training"):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(train(file, folder))
+        with tempfile.TemporaryDirectory() as directory:
+            rows.append(train(file, directory))
     print(tabulate(rows, headers="keys", tablefmt="github"))
     if args.json:
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as out:

@@ -4,7 +4,7 @@
     python benchmarks/bm_train.py [--repeat N] [--size PIXELS] [--batch N] [--classes K]
                                   [--only NAME ...] [--json FILE]
 
-A step is forward, backward and SGD on pictures of noise, with a ResNet-18 and Detectron2's heads.
+A step is forward, backward and SGD on images of noise, with a ResNet-18 and Detectron2's heads.
 Both models live in one process and take turns (A B A B), so that other work on the machine meets
 both. "more time" is the median over the pairs, and the two quartiles after it say what it is
 worth: a difference within them is noise. In the rows "stock" Detectron2's own model is compared
@@ -34,7 +34,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from d2_balance import add_balance_config
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.losses import CLS_LOSSES
 from d2_balance.modeling.compatibility import HEADS
 from d2_balance.utils.files import atomic_path
@@ -45,11 +45,11 @@ MODELS = {
     "RetinaNet": ("RetinaNet", "BalancedRetinaNet"),
     "Mask R-CNN": ("GeneralizedRCNN", "BalancedRCNN"),
 }
-OTHERS = {"Mask R-CNN": {"ISR": ["REWEIGHT", ["ISR"]], "CARL": ["REWEIGHT", ["CARL"]]}}
+OTHERS = {"Mask R-CNN": {"ISR": ["REWEIGHTERS", ["ISR"]], "CARL": ["REWEIGHTERS", ["CARL"]]}}
 """Methods besides the losses: a key of MODEL.BALANCE and its value."""
 
 
-def config(model: str, method: str, classes: int, statistics_file: str) -> CfgNode:
+def config(model: str, method: str, classes: int, counts_file: str) -> CfgNode:
     """A detector with a ResNet-18; method: a loss, one of `OTHERS`, or stock Detectron2."""
     cfg = get_cfg()
     add_balance_config(cfg)
@@ -82,7 +82,7 @@ def config(model: str, method: str, classes: int, statistics_file: str) -> CfgNo
     cfg.MODEL.META_ARCHITECTURE = MODELS[model][method != STOCK]
     if method != STOCK:
         cfg.MODEL.ROI_HEADS.NAME = "BalancedStandardROIHeads"
-        cfg.MODEL.BALANCE.CLASS_STATISTICS = statistics_file
+        cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = counts_file
         key, value = OTHERS.get(model, {}).get(method, ["CLS_LOSS", method])
         cfg.MODEL.BALANCE[key] = value
     return cfg
@@ -97,15 +97,15 @@ def methods(model: str) -> Iterator[str]:
 
 
 def long_tail(classes: int, path: str) -> str:
-    """Statistics of a training set with 10,000 pictures of the first class and 1 of the last."""
+    """Statistics of a training set with 10,000 images of the first class and 1 of the last."""
     count = torch.logspace(4, 0, classes).round().long()
     names = tuple(f"class_{number}" for number in range(classes))
-    ClassStatistics(count, 3 * count, 20_000, names).save(path)
+    ClassCounts(count, 3 * count, 20_000, names).save(path)
     return path
 
 
-def pictures(size: int, count: int, classes: int, objects: int = 6) -> list[dict]:
-    """Noise with objects of 16 pixels to half the picture on it."""
+def images(size: int, count: int, classes: int, objects: int = 6) -> list[dict]:
+    """Noise with objects of 16 pixels to half the image on it."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(count):
@@ -164,17 +164,17 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=7, help="timed pairs per line (7)")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures (256)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures of a step (1)")
+    parser.add_argument("--size", type=int, default=256, help="side of the images (256)")
+    parser.add_argument("--batch", type=int, default=1, help="images of a step (1)")
     parser.add_argument("--classes", type=int, default=80, help="classes (80)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods to time")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", metavar="FILE", help="also write the figures")
     args = parser.parse_args()
     keep_memory()
-    batch, rows = pictures(args.size, args.batch, args.classes), []
-    with tempfile.TemporaryDirectory() as folder:
-        counts = long_tail(args.classes, str(Path(folder) / "statistics.json"))
+    batch, rows = images(args.size, args.batch, args.classes), []
+    with tempfile.TemporaryDirectory() as directory:
+        counts = long_tail(args.classes, str(Path(directory) / "statistics.json"))
         for model in args.models:
             stock = training_step(config(model, STOCK, args.classes, counts), batch)
             stock()
@@ -186,7 +186,7 @@ def main() -> None:
                 step = training_step(config(model, name, args.classes, counts), batch)
                 found = compare(step, stock, args.repeat, base)
                 rows.append({"model": model, "method": name, **found})
-    machine = about() | {"pictures": args.batch, "pixels": args.size, "classes": args.classes}
+    machine = about() | {"images": args.batch, "pixels": args.size, "classes": args.classes}
     print(in_words(machine))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
     if args.json:

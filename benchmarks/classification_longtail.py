@@ -3,8 +3,8 @@
 
     python benchmarks/classification_longtail.py [--seeds 5] [--json FILE]
 
-scikit-learn's digits (1,797 pictures of 8 x 8) come with the package. A third of each class is kept
-for a balanced test; the rest is thinned out to 118 pictures of the first class down to 1 of the
+scikit-learn's digits (1,797 images of 8 x 8) come with the package. A third of each class is kept
+for a balanced test; the rest is thinned out to 118 images of the first class down to 1 of the
 last. Each loss trains the same network from the same weights on the same batches. Printed is the
 mean accuracy over seeds with its spread, by class frequency.
 """
@@ -33,9 +33,9 @@ GROUPS = {"many (4)": range(0, 4), "medium (3)": range(4, 7), "few (3)": range(7
 
 
 def long_tail(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pictures and labels with exponential imbalance, and a test set that has none."""
+    """Training images and labels with exponential imbalance, and a test set that has none."""
     data = load_digits()
-    pictures = torch.tensor(data.data, dtype=torch.float32) / 16
+    images = torch.tensor(data.data, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
@@ -46,11 +46,11 @@ def long_tail(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         test.append(members[:55])
         train.append(members[55 : 55 + count])
     train, test = torch.cat(train), torch.cat(test)
-    return pictures[train], labels[train], pictures[test], labels[test]
+    return images[train], labels[train], images[test], labels[test]
 
 
 def losses(count: Tensor) -> dict[str, nn.Module]:
-    """The losses under test; for SEQL the classes with at most 10 pictures are the tail."""
+    """The losses under test; for SEQL the classes with at most 10 images are the tail."""
     frequency = count / count.sum()
     tail = (10.5 / count.sum()).item()
     return {
@@ -63,7 +63,7 @@ def losses(count: Tensor) -> dict[str, nn.Module]:
 
 def accuracy(loss: nn.Module, data: tuple[Tensor, ...], seed: int) -> list[float]:
     """Trains a network of one hidden layer; returns the accuracy of each class in percent."""
-    pictures, labels, test, truth = data
+    images, labels, test, truth = data
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     optimizer = torch.optim.SGD(
@@ -73,7 +73,7 @@ def accuracy(loss: nn.Module, data: tuple[Tensor, ...], seed: int) -> list[float
     order = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         pick = torch.randint(len(labels), (BATCH,), generator=order)
-        samples = Samples(logits=net(pictures[pick]), labels=labels[pick], num_classes=CLASSES)
+        samples = Samples(logits=net(images[pick]), labels=labels[pick], num_classes=CLASSES)
         optimizer.zero_grad()
         loss(samples).mean().backward()
         optimizer.step()
@@ -109,7 +109,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print(
         f"\naccuracy in percent, mean and standard deviation of {args.seeds} seeds; training "
-        f"pictures {', '.join(str(int(c)) for c in count)}\n{platform.processor() or 'cpu'}, torch "
+        f"images {', '.join(str(int(c)) for c in count)}\n{platform.processor() or 'cpu'}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads, {seconds:.0f} s"
     )
     if args.json:

@@ -1,6 +1,6 @@
-"""How the time of the losses grows with R, K and P: measurements, fitted slopes, plots.
+"""How the time of the losses grows with R, K and P: measurements, fitted exponents, plots.
 
-Shapes: R rows, K classes, P positive rows. One of them changes at a time. A slope is the exponent
+Shapes: R rows, K classes, P positive rows. One of them changes at a time. A exponent is the exponent
 s of time ~ size^s, fitted by least squares to the logarithms of the largest three sizes: at small
 sizes the fixed cost of some tens of operations hides the growth.
 """
@@ -35,7 +35,7 @@ ROI = {
     "P": ([16, 64, 256, 1_024], (2_048, 300, 0)),
 }
 PLAIN = "cross-entropy"
-FITTED = 3  # largest sizes that a slope is fitted to
+FITTED = 3  # largest sizes that a exponent is fitted to
 
 
 def measure(
@@ -93,7 +93,7 @@ def _times(
     return {name: min(times[name] for times in rounds) for name in runs}
 
 
-def slope(sizes: list[int], times: list[float]) -> float:
+def exponent(sizes: list[int], times: list[float]) -> float:
     """The exponent of a power law through the largest sizes."""
     order = np.argsort(sizes)[-FITTED:]
     x, y = np.log(np.array(sizes)[order]), np.log(np.array(times)[order])
@@ -109,20 +109,20 @@ def curves(points: list[dict]) -> dict[tuple[str, str, str], tuple[list[int], li
     return result
 
 
-def slopes(points: list[dict]) -> list[dict]:
+def grads(points: list[dict]) -> list[dict]:
     """A row for each head and loss, with the exponents of R, K and P."""
     table: dict = {}
     for (head, axis, loss), (sizes, times) in curves(points).items():
         row = table.setdefault((head, loss), {"head": head, "loss": loss})
-        row[f"slope in {axis}"] = slope(sizes, times)
+        row[f"exponent in {axis}"] = exponent(sizes, times)
     return [table[key] for key in sorted(table)]
 
 
-def draw(points: list[dict], folder: Path, machine: dict[str, object]) -> None:
-    """Log-log plots, `growth_dense.png` and `growth_roi.png`; the legend's numbers are slopes."""
+def draw(points: list[dict], directory: Path, machine: dict[str, object]) -> None:
+    """Log-log plots, `growth_dense.png` and `growth_roi.png`; the legend's numbers are exponents."""
     found = curves(points)
     colours = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     for head, plan in (("dense", DENSE), ("RoI", ROI)):
         names = sorted({loss for kind, _, loss in found if kind == head} - {PLAIN})
         if not names:
@@ -136,14 +136,14 @@ def draw(points: list[dict], folder: Path, machine: dict[str, object]) -> None:
                     "marker": "os^vD"[number % 5],
                     "markersize": 4,
                 }  # fmt: skip
-                label = f"{slope(sizes, times):5.2f}  {loss}"
+                label = f"{exponent(sizes, times):5.2f}  {loss}"
                 place.loglog(sizes, times, label=label, **style)
             shape = next(row for row in points if (row["head"], row["axis"]) == (head, axis))
             others = [f"{key} {shape[key]:,}" for key in "RKP" if key != axis]
             place.set(title=f"growth with {axis} ({', '.join(others)})", xlabel=axis)
             place.grid(True, which="major", alpha=0.3)
             place.legend(
-                fontsize=8, title="slope", title_fontsize=8, ncols=3, borderaxespad=0,
+                fontsize=8, title="exponent", title_fontsize=8, ncols=3, borderaxespad=0,
                 loc="upper center", bbox_to_anchor=(0.5, -0.12),
             )  # fmt: skip
         places[0].set_ylabel("forward and backward, ms")
@@ -152,6 +152,6 @@ def draw(points: list[dict], folder: Path, machine: dict[str, object]) -> None:
             f"torch {machine['torch']}",
             fontsize=10,
         )
-        with atomic_path(str(folder / f"growth_{head.lower()}.png")) as path:
+        with atomic_path(str(directory / f"growth_{head.lower()}.png")) as path:
             figure.savefig(path, dpi=110, format="png")
         plt.close(figure)

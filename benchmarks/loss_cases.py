@@ -53,7 +53,7 @@ def make_samples(
         num_classes=classes,
         image=(torch.arange(rows) * images // rows).to(device),
         num_images=images,
-        listed=(torch.rand(images, classes, generator=generator) > 0.9).to(device),
+        verified=(torch.rand(images, classes, generator=generator) > 0.9).to(device),
         pred_deltas=(torch.randn(positives, 4, generator=generator) * 0.1).to(device),
         boxes=boxes.to(device),
         gt_boxes=(boxes + 2).to(device),
@@ -124,7 +124,7 @@ def isr_case(device: str) -> tuple[str, str, Callable, Callable]:
         with torch.no_grad():
             isr(fresh(samples), ce, ce)
 
-    shape = f"RoI {ISR_IMAGES} pictures x {ISR_ROIS}, {rows // 4:,} positive"
+    shape = f"RoI {ISR_IMAGES} images x {ISR_ROIS}, {rows // 4:,} positive"
     return shape, "ISR", run, plain_loss(samples, softmax=True)
 
 

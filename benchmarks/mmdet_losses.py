@@ -34,11 +34,11 @@ def load(name: str) -> types.ModuleType | None:
     place = next((file.locate() for file in files if str(file).endswith(f"losses/{name}.py")), None)
     if place is None:
         return None
-    folder = Path(place).parent
+    directory = Path(place).parent
     for package, path in {
-        "mmdet": folder.parents[1],
-        "mmdet.models": folder.parent,
-        "mmdet.models.losses": folder,
+        "mmdet": directory.parents[1],
+        "mmdet.models": directory.parent,
+        "mmdet.models.losses": directory,
     }.items():
         module = sys.modules.setdefault(package, types.ModuleType(package))
         module.__path__ = [str(path)]  # a package whose own __init__ is not run

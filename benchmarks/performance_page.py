@@ -1,8 +1,8 @@
 """Tables of docs/performance.md from what `make bench` has measured.
 
-    python benchmarks/performance_page.py FOLDER [--page docs/performance.md]
+    python benchmarks/performance_page.py DIRECTORY [--page docs/performance.md]
 
-FOLDER holds losses.json, train.json and data.json of the benchmarks, and the plots of the growth,
+DIRECTORY holds losses.json, train.json and data.json of the benchmarks, and the plots of the growth,
 which go to `images` beside the page. What is written by hand in the page stays.
 """
 
@@ -68,7 +68,7 @@ def shapes(rows: list[dict], head: str) -> str:
         if row["shape"] in names and row["loss"] != "ISR":
             line = lines.setdefault(row["loss"], {"loss": f"`{row['loss']}`"})
             line[row["shape"].removeprefix(f"{head} ")] = row["times plain"]
-    order = ["loss", *(name.removeprefix(f"{head} ") for name in names if "pictures" not in name)]
+    order = ["loss", *(name.removeprefix(f"{head} ") for name in names if "images" not in name)]
     return table([{key: lines[loss].get(key) for key in order} for loss in sorted(lines)])
 
 
@@ -77,7 +77,7 @@ def _size(shape: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers if number.isdigit())
 
 
-def slopes(rows: list[dict]) -> str:
+def grads(rows: list[dict]) -> str:
     return table([row | {"loss": f"`{row['loss']}`"} for row in rows])
 
 
@@ -86,14 +86,14 @@ def data(seconds: dict[str, float]) -> str:
     return table([{"what": k, "s": v, "times json.load": v / load} for k, v in seconds.items()])
 
 
-def blocks(folder: Path) -> dict[str, str]:
+def blocks(directory: Path) -> dict[str, str]:
     """Tables by the names of their markers.
 
     Raises:
         FileNotFoundError: a benchmark has not written its figures.
     """
     measured = {
-        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        name: json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("losses", "train", "data")
     }
     losses, train = measured["losses"], measured["train"]
@@ -103,7 +103,7 @@ def blocks(folder: Path) -> dict[str, str]:
         "dense": shapes(losses["rows"], "dense"),
         "roi": shapes(losses["rows"], "RoI"),
         "peers": table(losses["peers"]),
-        "slopes": slopes(losses["slopes"]),
+        "gradients": grads(losses["gradients"]),
         "train machine": machine(train["about"]),
         "train": table(train["rows"]),
         "data": data(measured["data"]["seconds"]),
@@ -113,18 +113,18 @@ def blocks(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Brings the page up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument(
         "--page", type=Path, default=Path(__file__).parents[1] / "docs/performance.md"
     )
     args = parser.parse_args()
-    text = with_blocks(args.page.read_text(encoding="utf-8"), blocks(args.folder))
+    text = with_blocks(args.page.read_text(encoding="utf-8"), blocks(args.directory))
     for name in ("growth_dense.png", "growth_roi.png"):
         with atomic_path(str(args.page.parent / "images" / name)) as path:
-            shutil.copyfile(args.folder / name, path)
+            shutil.copyfile(args.directory / name, path)
     with atomic_path(str(args.page)) as path:
         Path(path).write_text(text, encoding="utf-8")
-    print(f"{args.page} has the figures of {args.folder}")
+    print(f"{args.page} has the figures of {args.directory}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Losses, sampling and evaluation for imbalanced data in Detectron2.
 
-`import d2_balance` registers the models, RoI heads and built-in data sets with Detectron2, and
+`import d2_balance` registers the models, RoI heads and built-in datasets with Detectron2, and
 `add_balance_config(cfg)` adds their keys. Where Detectron2 is missing or broken, the losses and
 `d2-balance doctor` still work.
 """

@@ -9,19 +9,52 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-from d2_balance.modeling.build import one_class_losses
+from d2_balance.modeling.build import argument_key, one_class_losses
 from d2_balance.reweight import REWEIGHTERS
+from d2_balance.sampling import PROPOSAL_SAMPLERS
+
+# Keys of earlier versions: full name to the new one and, if the value changes as well, what to set.
+RENAMED_KEYS = {
+    "MODEL.BALANCE.REWEIGHT": (
+        "MODEL.BALANCE.REWEIGHTERS",
+        "OHEM, ISRN and IoUBalanced are named in MODEL.BALANCE.PROPOSAL_SAMPLER.",
+    ),
+    "MODEL.BALANCE.SAMPLE_PROPOSALS": (
+        "MODEL.BALANCE.SAMPLING_FREE",
+        "SAMPLE_PROPOSALS False is SAMPLING_FREE True.",
+    ),
+    "MODEL.BALANCE.RPN.SAMPLE": (
+        "MODEL.BALANCE.RPN.SAMPLING_FREE",
+        "SAMPLE False is SAMPLING_FREE True.",
+    ),
+    "MODEL.BALANCE.CLS_WEIGHT": ("MODEL.BALANCE.CLS_LOSS_WEIGHT", ""),
+    "MODEL.BALANCE.BOX_WEIGHT": ("MODEL.BALANCE.BOX_LOSS_WEIGHT", ""),
+    "MODEL.BALANCE.RPN.CLS_WEIGHT": ("MODEL.BALANCE.RPN.CLS_LOSS_WEIGHT", ""),
+    "MODEL.BALANCE.RPN.BOX_WEIGHT": ("MODEL.BALANCE.RPN.BOX_LOSS_WEIGHT", ""),
+    "MODEL.BALANCE.EQL.LAMBDA_": ("MODEL.BALANCE.EQL.LAMBDA", ""),
+    "MODEL.BALANCE.SOFTMAXEQL.LAMBDA_": ("MODEL.BALANCE.SOFTMAXEQL.LAMBDA", ""),
+    "MODEL.BALANCE.DROPLOSS.LAMBDA_": ("MODEL.BALANCE.DROPLOSS.LAMBDA", ""),
+    "MODEL.BALANCE.EQL.IMAGE_LABELS": ("MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS", ""),
+    "MODEL.BALANCE.FEDERATED.IMAGE_LABELS": ("MODEL.BALANCE.FEDERATED.USE_IMAGE_LEVEL_LABELS", ""),
+    "MODEL.BALANCE.CLASS_STATISTICS": ("MODEL.BALANCE.CLASS_COUNTS_FILE", ""),
+    "MODEL.BALANCE.TRAIN_ONLY": ("MODEL.BALANCE.TRAINABLE", ""),
+    "SOLVER.ACCUMULATE": ("SOLVER.GRAD_ACCUM_STEPS", ""),
+    "SOLVER.REFERENCE_BATCH": ("SOLVER.REFERENCE_IMS_PER_BATCH", ""),
+    "DATALOADER.MAX_BROKEN_IMAGES": ("DATALOADER.MAX_UNREADABLE_IMAGES", ""),
+}
 
 
 def _registered() -> Iterator[tuple[str, type]]:
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS):
+    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS):
         yield from registry
 
 
 def constructor_node(cls: type) -> CfgNode:
     """One key for each constructor argument that has a default; the others come from the data."""
     parameters = inspect.signature(cls).parameters.values()
-    return CfgNode({p.name.upper(): p.default for p in parameters if p.default is not p.empty})
+    return CfgNode(
+        {argument_key(p.name): p.default for p in parameters if p.default is not p.empty}
+    )
 
 
 def add_balance_config(cfg: CfgNode) -> None:
@@ -30,20 +63,20 @@ def add_balance_config(cfg: CfgNode) -> None:
     Args:
         cfg: config as `detectron2.config.get_cfg()` returns it; changed in place.
     """
-    # Data sets to register: entries [name, annotation JSON, picture folder]; COCO or LVIS style
+    # Datasets to register: entries [name, annotation JSON, image directory]; COCO or LVIS style
     # is recognised.
     cfg.DATASETS.REGISTER = []
 
-    # Different training pictures of a process that may be unreadable, at least 0: they are skipped
+    # Different training images of a process that may be unreadable, at least 0: they are skipped
     # and named, and one more ends the run.
-    cfg.DATALOADER.MAX_BROKEN_PICTURES = 10
+    cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 10
 
-    # Detections that the evaluation counts: per picture with LVIS rules, per picture and class with
+    # Detections that the evaluation counts: per image with LVIS rules, per image and class with
     # COCO rules; 0 takes the rules' own limits, 300 and 100. TEST.DETECTIONS_PER_IMAGE is what the
     # model gives.
     cfg.TEST.EVAL_MAX_DETS = 0
 
-    # Variants of a picture (sizes, mirrored) that go through the model at once with TEST.AUG, at
+    # Variants of an image (sizes, flipped) that go through the model at once with TEST.AUG, at
     # least 1. TEST.AUG.ENABLED holds for --eval-only; evaluations while training are plain.
     cfg.TEST.AUG.IMS_PER_BATCH = 1
 
@@ -51,8 +84,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     # with Weighted; sets without one have 1.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
-    # Files of objects that a training set leaves out: entries [data set, COCO-style JSON] or
-    # [data set, JSON, class map]. Background inside their boxes does not count.
+    # Files of objects that a training set leaves out: entries [dataset, COCO-style JSON] or
+    # [dataset, JSON, class map]. Background inside their boxes does not count.
     cfg.DATASETS.IGNORE_REGIONS = []
 
     # Training sets of other classes, mapped to those of a target set: entries {NAME, JSON, IMAGES,
@@ -72,7 +105,7 @@ def add_balance_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.NUM_CONVS = 4
     # Normalisation of these convolutions; "" for none.
     cfg.MODEL.FCOS.NORM = "GN"
-    # Start probability of every class, in (0, 1); sets the bias of the classifier.
+    # Initial probability of every class, in (0, 1); sets the bias of the classifier.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
     # Anchor points are positive that far from the centre of a box at most, in strides.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
@@ -92,22 +125,24 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.CLS_LOSS = ""
     # Box loss, a name of BOX_LOSSES; "" keeps the stock loss of the head.
     _C.BOX_LOSS = ""
-    # Names of REWEIGHTERS: reweighters, whose weights multiply, and at most one selector of
-    # proposals. They need elementwise losses.
-    _C.REWEIGHT = []
-    # Whether RoI heads draw BATCH_SIZE_PER_IMAGE proposals; False trains on all that are not
-    # ignored (sampling-free, arXiv:1909.04868).
-    _C.SAMPLE_PROPOSALS = True
-    # Where they do not draw: positives of a picture that train mask and keypoint heads at most.
+    # Names of REWEIGHTERS, whose weights multiply. They need elementwise losses.
+    _C.REWEIGHTERS = []
+    # Name of PROPOSAL_SAMPLERS, which samples the proposals of RoI heads; "" is Detectron2's random
+    # sampling.
+    _C.PROPOSAL_SAMPLER = ""
+    # Whether RoI heads train on all proposals that are not ignored, in place of
+    # BATCH_SIZE_PER_IMAGE sampled ones (arXiv:1909.04868).
+    _C.SAMPLING_FREE = False
+    # With SAMPLING_FREE: positives of an image that train mask and keypoint heads at most.
     _C.MASKS_PER_IMAGE = 128
     # Share of a background anchor's or proposal's area that an ignore region must hold, in (0, 1],
     # for the anchor or proposal not to count; see DATASETS.IGNORE_REGIONS.
     _C.IGNORE_IOA = 0.5
     # Factor of the classification loss.
-    _C.CLS_WEIGHT = 1.0
+    _C.CLS_LOSS_WEIGHT = 1.0
     # Factor of the box loss; the GHM-R release uses 10.
-    _C.BOX_WEIGHT = 1.0
-    # Start probability of every class in sigmoid RoI heads; sets the bias of the classifier.
+    _C.BOX_LOSS_WEIGHT = 1.0
+    # Initial probability of every class in sigmoid RoI heads; sets the bias of the classifier.
     # RetinaNet has its own key, MODEL.RETINANET.PRIOR_PROB.
     _C.PRIOR_PROB = 0.001
     # Whether sigmoid RoI heads keep Detectron2's K + 1 outputs and ignore the last, so that
@@ -120,15 +155,15 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.GUIDED_MAX_RATIO = 1e4
     # Parts of parameter names, such as box_predictor.cls_score: all other parameters and their
     # batch norms are frozen (decoupled training); empty trains the whole model.
-    _C.TRAIN_ONLY = []
-    # JSON file with class counts (ClassStatistics.save), also below $DETECTRON2_DATASETS; "" counts
+    _C.TRAINABLE = []
+    # JSON file with class counts (ClassCounts.save), also below $DETECTRON2_DATASETS; "" counts
     # on DATASETS.TRAIN; "checkpoint" takes them from the loaded weights, for inference only.
-    _C.CLASS_STATISTICS = ""
+    _C.CLASS_COUNTS_FILE = ""
 
     # JSON file of `d2-balance prior`: classifiers start at the counted share of foreground in place
     # of PRIOR_PROB; "" is off.
     _C.PRIOR_FILE = ""
-    # Whether a class's score threshold at test is its share of the rows, by PRIOR_FILE, in place of
+    # Whether a class's score threshold at test time is its share of the rows, by PRIOR_FILE, in place of
     # SCORE_THRESH_TEST (arXiv:1909.04868, equation 7).
     _C.CLASS_THRESHOLDS = False
 
@@ -140,14 +175,14 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Box loss of the RPN; "" keeps MODEL.RPN.BBOX_REG_LOSS_TYPE.
     _C.RPN.BOX_LOSS = ""
     # Factor of the RPN's classification loss, times MODEL.RPN.LOSS_WEIGHT.
-    _C.RPN.CLS_WEIGHT = 1.0
+    _C.RPN.CLS_LOSS_WEIGHT = 1.0
     # Factor of the RPN's box loss, times MODEL.RPN.LOSS_WEIGHT and BBOX_REG_LOSS_WEIGHT.
-    _C.RPN.BOX_WEIGHT = 1.0
+    _C.RPN.BOX_LOSS_WEIGHT = 1.0
     # As MODEL.BALANCE.GUIDED_SCALE, in the RPN; the authors use 1.
     _C.RPN.GUIDED_SCALE = 0.0
-    # Whether the RPN draws BATCH_SIZE_PER_IMAGE anchors; False trains on all that are not ignored.
-    _C.RPN.SAMPLE = True
-    # Start probability of an object; 0.5 is Detectron2's bias of 0.
+    # Whether the RPN trains on all anchors that are not ignored, in place of BATCH_SIZE_PER_IMAGE.
+    _C.RPN.SAMPLING_FREE = False
+    # Initial probability of an object; 0.5 is Detectron2's bias of 0.
     _C.RPN.PRIOR_PROB = 0.5
 
     # Schedule that lowers the beta of SmoothL1 from MODEL.BALANCE.SMOOTHL1.BETA (stock heads: from
@@ -168,7 +203,7 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Calibration of softmax RoI heads after training (NorCal, arXiv:2107.02170).
     _C.NORCAL = CfgNode()
     # Exponent of the class's image count that its score is divided by, at least 0; 0 is off. Choose
-    # it on training pictures.
+    # it on training images.
     _C.NORCAL.GAMMA = 0.0
 
     # Memory of RoI features of CLS_LOSS LOCE (arXiv:2108.07507, section 3.4), in RoI heads:
@@ -196,7 +231,8 @@ def add_balance_config(cfg: CfgNode) -> None:
             node = constructor_node(cls)
             if node:
                 _C.RPN[name.upper()] = node
-    cfg.register_renamed_key("MODEL.BALANCE.EQL.LAMBDA", "MODEL.BALANCE.EQL.LAMBDA_")
+    for old, (new, note) in RENAMED_KEYS.items():
+        cfg.register_renamed_key(old, new, message=note or None)
     add_training_config(cfg)
 
 
@@ -211,10 +247,10 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.MAX_SKIPPED = 50
     # Micro-batches that the share of a rank in IMS_PER_BATCH is split into, at least 1: less memory
     # for the same batch. Costs a second forward pass.
-    cfg.SOLVER.ACCUMULATE = 1
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 1
     # IMS_PER_BATCH that learning rate, warm-up, steps, length and periods of the config were chosen
     # for; they are scaled where IMS_PER_BATCH is another. 0 is off.
-    cfg.SOLVER.REFERENCE_BATCH = 0
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
 
     # Moving average of the weights.
     cfg.SOLVER.EMA = CfgNode()
@@ -226,7 +262,7 @@ def add_training_config(cfg: CfgNode) -> None:
     # The best model by a metric, saved as model_best.pth.
     cfg.TEST.BEST = CfgNode()
     # Name of the metric as metrics.json has it: bbox/AP, bbox/APr, segm/APr, val_loss/total_loss;
-    # with several test sets <data set>/bbox/AP. "" is off.
+    # with several test sets <dataset>/bbox/AP. "" is off.
     cfg.TEST.BEST.METRIC = ""
     # "max", or "min" for losses.
     cfg.TEST.BEST.MODE = "max"
@@ -239,7 +275,7 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.TEST.LOSS = CfgNode()
     # Iterations between two measurements; 0 is off.
     cfg.TEST.LOSS.PERIOD = 0
-    # Pictures of each data set, the first ones of its file; 0 takes all.
+    # Images of each dataset, the first ones of its file; 0 takes all.
     cfg.TEST.LOSS.IMAGES = 0
     # Whether AP of every class goes to TensorBoard after each evaluation.
     cfg.TEST.CLASS_AP = True

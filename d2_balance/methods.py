@@ -101,7 +101,7 @@ METHODS = (
         f"{COCO}/retinanet_R_50_FPN_1x_vfl.yaml",
     ),
     Method(
-        ("SAMPLE_PROPOSALS", "GUIDED_SCALE", "PRIOR_FILE", "CLASS_THRESHOLDS"),
+        ("SAMPLING_FREE", "GUIDED_SCALE", "PRIOR_FILE", "CLASS_THRESHOLDS"),
         "background, without sampling",
         ("1909.04868",),
         f"{COCO}/faster_rcnn_R_50_FPN_1x_sampling_free.yaml",
@@ -197,7 +197,7 @@ METHODS = (
     ),
     Method(
         ("NORCAL.GAMMA",),
-        "rare classes, at test",
+        "rare classes, at test time",
         ("2107.02170",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_2x_norcal_rfs.yaml",
         "LVIS v1 mask AP 23.7 -> 25.2 (R-50, RFS)",

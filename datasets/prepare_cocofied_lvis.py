@@ -6,8 +6,8 @@
         --train lvis/lvis_v1_train_cocofied.json
 
 Classes are matched by their WordNet synset (coco_synsets.json, which may be edited) and get COCO's
-ids. All pictures stay. Image-level labels are translated with the classes, so the result keeps
-LVIS's rules: where a picture does not say whether it shows a class, nothing is claimed.
+ids. All images stay. Image-level labels are translated with the classes, so the result keeps
+LVIS's rules: where an image does not say whether it shows a class, nothing is claimed.
 image_count and frequency are counted on the training file; --train gives them to a validation file.
 """
 
@@ -77,7 +77,7 @@ def convert(args: argparse.Namespace) -> str:
     found = {category["id"] for category in matched.values()}
     lacking = [c["name"] for c in categories if c["id"] not in found]
     lines = [
-        f"{args.output}: {len(images):,} pictures, {len(annotations):,} of "
+        f"{args.output}: {len(images):,} images, {len(annotations):,} of "
         f"{len(data['annotations']):,} annotations, {len(found)} of {len(coco)} classes matched"
     ]
     return "\n".join(lines + ([f"without counterpart: {', '.join(lacking)}"] if lacking else []))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Checks LVIS files (v0.5, v1, or of the same form) and counts the classes of the training set.
 
-    prepare_lvis.py TRAIN.json [VAL.json ...] [--pictures FOLDER]
+    prepare_lvis.py TRAIN.json [VAL.json ...] [--images DIRECTORY]
 
-Next to TRAIN.json it writes TRAIN_counts.json, which MODEL.BALANCE.CLASS_STATISTICS takes in place
-of counting at the start of every run. Counted are the pictures with at least one object, which
+Next to TRAIN.json it writes TRAIN_counts.json, which MODEL.BALANCE.CLASS_COUNTS_FILE takes in place
+of counting at the start of every run. Counted are the images with at least one object, which
 DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves (56,740 of v0.5, 99,388 of v1). Reported are structure
-that cannot be trained on, bad annotations, missing pictures, classes whose image_count or frequency
+that cannot be trained on, bad annotations, missing images, classes whose image_count or frequency
 is not what the training file shows, and files whose categories differ.
 """
 
@@ -15,8 +15,8 @@ import os
 import sys
 from collections import Counter
 
-from d2_balance.data import ClassStatistics, check_structure, read_json
-from d2_balance.data.annotations import find_pictures
+from d2_balance.data import ClassCounts, check_structure, read_json
+from d2_balance.data.annotations import find_images
 from d2_balance.data.checks.annotations import find_bad_annotations
 from d2_balance.data.checks.structure import category_name
 from d2_balance.data.groups import GROUPS, groups_from_counts
@@ -32,11 +32,11 @@ def some(lines: list[str]) -> str:
     return "; ".join(lines[:SHOWN] + more)
 
 
-def load(path: str, pictures: str | None) -> tuple[dict, set[int], list[str]]:
+def load(path: str, images: str | None) -> tuple[dict, set[int], list[str]]:
     """Content of a file, positions of its bad annotations, and what is to be said about it.
 
     Raises:
-        ValueError: structure that cannot be trained on, or missing pictures.
+        ValueError: structure that cannot be trained on, or missing images.
     """
     data = read_json(path)
     check_structure(data, path)
@@ -45,22 +45,22 @@ def load(path: str, pictures: str | None) -> tuple[dict, set[int], list[str]]:
     negatives = sum(bool(i.get("neg_category_ids")) for i in data["images"])
     partly = sum(bool(i.get("not_exhaustive_category_ids")) for i in data["images"])
     said = [
-        f"{path}: {len(data['images']):,} pictures, {len(data['annotations']):,} annotations, "
-        f"{len(data['categories']):,} classes; {negatives:,} pictures list absent classes, "
+        f"{path}: {len(data['images']):,} images, {len(data['annotations']):,} annotations, "
+        f"{len(data['categories']):,} classes; {negatives:,} images list absent classes, "
         f"{partly:,} have classes that are not marked completely"
     ]
     if findings.report:
         said.append(findings.report.describe())
     if not negatives:
-        said.append(f"  no picture has neg_category_ids: {path} is not federated")
-    if pictures:
-        find_pictures(data["images"], pictures, path)
-        said.append(f"  all pictures lie below {pictures}")
+        said.append(f"  no image has neg_category_ids: {path} is not federated")
+    if images:
+        find_images(data["images"], images, path)
+        said.append(f"  all images lie below {images}")
     return data, findings.skip, said
 
 
-def count(data: dict, skip: set[int], path: str) -> ClassStatistics:
-    """Counts over the pictures that have an object.
+def count(data: dict, skip: set[int], path: str) -> ClassCounts:
+    """Counts over the images that have an object.
 
     Raises:
         ValueError: no annotation.
@@ -75,7 +75,7 @@ def count(data: dict, skip: set[int], path: str) -> ClassStatistics:
     if not per_image:
         raise ValueError(f"{path}: no annotation; the first file must be the training set")
     groups = [c.get("frequency") for c in categories]
-    return ClassStatistics.from_dataset_dicts(
+    return ClassCounts.from_dataset_dicts(
         [{"annotations": a} for a in per_image.values()],
         len(categories),
         [category_name(c) for c in categories],
@@ -83,7 +83,7 @@ def count(data: dict, skip: set[int], path: str) -> ClassStatistics:
     )
 
 
-def compare_counts(categories: list[dict], counts: ClassStatistics) -> list[str]:
+def compare_counts(categories: list[dict], counts: ClassCounts) -> list[str]:
     """Classes whose entry in the file is not what the annotations show."""
     found = counts.image_count.tolist()
     rows = list(zip(sorted(categories, key=lambda c: c["id"]), found, strict=True))
@@ -94,7 +94,7 @@ def compare_counts(categories: list[dict], counts: ClassStatistics) -> list[str]
     ]
     groups = groups_from_counts(found)
     moved = [
-        f"{c['id']} {category_name(c)!r}: {c['frequency']}, by {n} pictures {g}"
+        f"{c['id']} {category_name(c)!r}: {c['frequency']}, by {n} images {g}"
         for (c, n), g in zip(rows, groups, strict=True)
         if c.get("frequency") not in (None, g)
     ]
@@ -129,7 +129,7 @@ def check(args: argparse.Namespace) -> str:
     check_new([output], args.overwrite)
     first, lines = None, []
     for path in args.files:
-        data, skip, said = load(path, args.pictures)
+        data, skip, said = load(path, args.images)
         lines += said
         if first is None:
             first, counts = data, count(data, skip, path)
@@ -139,13 +139,13 @@ def check(args: argparse.Namespace) -> str:
     counts.save(output, args.overwrite)
     sizes = Counter(counts.group())
     groups = ", ".join(f"{sizes[letter]:,} {name}" for letter, name in GROUPS.items())
-    return "\n".join([*lines, f"{output}: {groups} classes on {counts.num_images:,} pictures"])
+    return "\n".join([*lines, f"{output}: {groups} classes on {counts.num_images:,} images"])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="JSON", help="training file first")
-    parser.add_argument("--pictures", help="folder that must hold every picture, as coco/")
+    parser.add_argument("--images", help="directory that must hold every image, as coco/")
     parser.add_argument("--overwrite", action="store_true", help="replace TRAIN_counts.json")
     return run_script(check, parser.parse_args(argv))
 

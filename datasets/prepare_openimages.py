@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Turns Open Images into one LVIS-style file: boxes, verified image-level labels, class hierarchy.
 
-    prepare_openimages.py train-annotations-bbox.csv train.json --pictures train \\
+    prepare_openimages.py train-annotations-bbox.csv train.json --images train \\
         --labels train-annotations-human-imagelabels-boxable.csv \\
         --classes class-descriptions-boxable.csv --hierarchy bbox_labels_600_hierarchy.json
     prepare_openimages.py validation-annotations-bbox.csv val.json --train train.json ...
 
 A box counts for its class and for every class above it. A verified positive label holds for the
 classes above, a verified negative one for the classes below (neg_category_ids); positive wins. A
-class goes into not_exhaustive_category_ids where the picture shows it but has no box of it, or a
+class goes into not_exhaustive_category_ids where the image shows it but has no box of it, or a
 box of a group (IsGroupOf), which becomes `ignore` and `iscrowd`. Everything else is unknown.
 
-Pictures are those of --pictures that the boxes or the labels name. Their sizes are read, because
+Images are those of --images that the boxes or the labels name. Their sizes are read, because
 the CSV files give boxes as shares of them. Memory holds one line of boxes at a time.
 """
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from d2_balance.data import read_json
 from d2_balance.data.catalog.label_hierarchy import LabelHierarchy
-from d2_balance.data.checks.images import picture_size
+from d2_balance.data.checks.images import image_size
 from d2_balance.data.preparing import add_output, counts_of_training, run_script, with_counts
 from d2_balance.utils.files import atomic_path
 
@@ -78,7 +78,7 @@ def read_classes(path: str) -> dict[str, str]:
 
 
 def read_labels(path: str, classes: dict[str, str]) -> dict[str, tuple[set[str], set[str]]]:
-    """Verified positive and negative labels by picture; labels that are no class are left out.
+    """Verified positive and negative labels by image; labels that are no class are left out.
 
     Raises:
         ValueError: a confidence other than 0 and 1: a machine's guess is not verified.
@@ -112,7 +112,7 @@ def box_of(
         given = ", ".join(f"{edge} {row[edge]}" for edge in EDGES)
         raise ValueError(
             f"{path}: line {line}: image {row['ImageID']}: {given}; edges are shares of the "
-            "picture in [0, 1], the smaller one first"
+            "image in [0, 1], the smaller one first"
         )
     height, width = size
     return (
@@ -131,18 +131,18 @@ class Converter:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.path, self.folder = args.boxes, args.pictures
+        self.path, self.directory = args.boxes, args.images
         self.classes = read_classes(args.classes)
         self.category = {label: k for k, label in enumerate(self.classes, start=1)}
         self.hierarchy = LabelHierarchy(read_json(args.hierarchy), args.hierarchy)
         self.labels = read_labels(args.labels, self.classes)
         self.images: list[dict] = []
         self.instances: Counter = Counter()
-        self.shown: Counter = Counter()  # pictures that show a class
+        self.shown: Counter = Counter()  # images that show a class
         self.annotations = self.groups = 0
-        if not os.path.isdir(self.folder):
-            raise ValueError(f"--pictures: {self.folder!r} is no folder")
-        names = sorted(os.listdir(self.folder))
+        if not os.path.isdir(self.directory):
+            raise ValueError(f"--images: {self.directory!r} is no directory")
+        names = sorted(os.listdir(self.directory))
         self.files = {os.path.splitext(name)[0]: name for name in names}
         self.missing: list[str] = []
 
@@ -165,7 +165,7 @@ class Converter:
             file.write(f'"categories": {json.dumps(categories)}}}\n')
 
     def _annotations(self) -> Iterator[dict]:
-        """Annotations of all pictures; fills `images` on the way."""
+        """Annotations of all images; fills `images` on the way."""
         done: set[str] = set()
         rows = read_rows(self.path, BOX_FIELDS)
         for name, group in itertools.groupby(rows, key=lambda item: item[1]["ImageID"]):
@@ -174,15 +174,15 @@ class Converter:
                     f"{self.path}: image {name} comes back after others; sort the file by ImageID"
                 )
             done.add(name)
-            yield from self._picture(name, list(group))
+            yield from self._sized(name, list(group))
         for name in sorted(set(self.labels) - done):  # verified, and without any box
-            yield from self._picture(name, [])
+            yield from self._sized(name, [])
 
-    def _picture(self, name: str, rows: list[tuple[int, dict[str, str]]]) -> Iterator[dict]:
+    def _sized(self, name: str, rows: list[tuple[int, dict[str, str]]]) -> Iterator[dict]:
         if name not in self.files:
             self.missing.append(name)
             return
-        size = picture_size(os.path.join(self.folder, self.files[name]))
+        size = image_size(os.path.join(self.directory, self.files[name]))
         boxed: dict[tuple, bool] = {}  # (category, box) to whether it is a group
         for line, row in rows:
             if row["LabelName"] not in self.classes:
@@ -209,7 +209,7 @@ class Converter:
             yield annotation | ({"iscrowd": 1, "ignore": 1} if group else {})
 
     def _image(self, name: str, size: tuple[int, int], boxed: dict[tuple, bool]) -> dict:
-        """Entry of a picture with its image-level labels, and counts the classes it shows."""
+        """Entry of an image with its image-level labels, and counts the classes it shows."""
         positive, negative = self.hierarchy.expand(*self.labels.get(name, ((), ())))
         positive, negative = (
             {self.category[label] for label in labels if label in self.category}
@@ -230,8 +230,8 @@ class Converter:
     def _check_missing(self) -> None:
         if not self.images:
             raise ValueError(
-                f"none of {len(self.missing):,} pictures lies in {self.folder}, first "
-                f"{', '.join(self.missing[:5])}; give the folder of this part of Open Images"
+                f"none of {len(self.missing):,} images lies in {self.directory}, first "
+                f"{', '.join(self.missing[:5])}; give the directory of this part of Open Images"
             )
 
 
@@ -240,13 +240,13 @@ def convert(args: argparse.Namespace) -> str:
     converter = Converter(args)
     converter.write(args.output, args.train)
     lines = [
-        f"{args.output}: {len(converter.images):,} pictures, {converter.annotations:,} boxes with "
+        f"{args.output}: {len(converter.images):,} images, {converter.annotations:,} boxes with "
         f"those of classes above, {converter.groups:,} of them groups, "
         f"{len(converter.classes)} classes"
     ]
     if converter.missing:
         count, names = len(converter.missing), ", ".join(converter.missing[:5])
-        lines.append(f"left out: {count:,} pictures that are not in {args.pictures}, first {names}")
+        lines.append(f"left out: {count:,} images that are not in {args.images}, first {names}")
     return "\n".join(lines)
 
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("boxes", metavar="BOXES", help="*-annotations-bbox.csv")
     add_output(parser)
-    parser.add_argument("--pictures", required=True, help="folder of the pictures, <ImageID>.jpg")
+    parser.add_argument("--images", required=True, help="directory of the images, <ImageID>.jpg")
     parser.add_argument("--labels", required=True, help="*-annotations-human-imagelabels*.csv")
     parser.add_argument("--classes", required=True, help="class-descriptions-boxable.csv")
     parser.add_argument("--hierarchy", required=True, help="bbox_labels_600_hierarchy.json")

@@ -6,7 +6,7 @@
 ROOT holds Annotations/*.xml and JPEGImages/. Boxes of VOC count pixels from 1 and include the last
 one, so [xmin, xmax] becomes x = xmin - 1 and width = xmax - xmin + 1. Objects marked `difficult`
 become crowds: they are neither trained on nor counted, as in VOC's own evaluation. All files of a
-data set need the same classes, so give the same --classes (one name a line) for each; without it
+dataset need the same classes, so give the same --classes (one name a line) for each; without it
 the names found in ROOT/Annotations, sorted, whatever --list selects.
 """
 
@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ElementTree
 
 from tqdm import tqdm
 
-from d2_balance.data.checks.images import picture_size
+from d2_balance.data.checks.images import image_size
 from d2_balance.data.preparing import add_output, run_script, write_annotations
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -75,16 +75,16 @@ def read_objects(root: ElementTree.Element, path: str) -> list[tuple[str, list[f
     return found
 
 
-def read_size(root: ElementTree.Element, path: str, picture: str) -> tuple[int, int]:
-    """(height, width) of a picture, which must agree with what the XML says, if it says it."""
-    size = picture_size(picture)
+def read_size(root: ElementTree.Element, path: str, image: str) -> tuple[int, int]:
+    """(height, width) of an image, which must agree with what the XML says, if it says it."""
+    size = image_size(image)
     element = root.find("size")
     if element is not None:
         written = tuple(int(number(element, side, path)) for side in ("height", "width"))
         if written not in (size, (0, 0)):  # some tools write zeros
             raise ValueError(
-                f"{path}: <size> is {written[1]} x {written[0]} pixels, but {picture} has "
-                f"{size[1]} x {size[0]}; the boxes were drawn on another picture"
+                f"{path}: <size> is {written[1]} x {written[0]} pixels, but {image} has "
+                f"{size[1]} x {size[0]}; the boxes were drawn on another image"
             )
     return size
 
@@ -102,17 +102,19 @@ def read_lines(path: str) -> list[str]:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def stems_of(args: argparse.Namespace, folder: str) -> list[str]:
+def stems_of(args: argparse.Namespace, directory: str) -> list[str]:
     """Names of the XML files to convert, without the ending."""
     if args.list:
         # lists of single classes have a second word
         return [line.split()[0] for line in read_lines(args.list)]
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is no folder; ROOT must hold Annotations/ and JPEGImages/")
-    return sorted(f[: -len(".xml")] for f in os.listdir(folder) if f.endswith(".xml"))
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{directory} is no directory; ROOT must hold Annotations/ and JPEGImages/"
+        )
+    return sorted(f[: -len(".xml")] for f in os.listdir(directory) if f.endswith(".xml"))
 
 
-def classes_of(args: argparse.Namespace, folder: str) -> list[str]:
+def classes_of(args: argparse.Namespace, directory: str) -> list[str]:
     """Class names in the order of their ids.
 
     Raises:
@@ -121,11 +123,11 @@ def classes_of(args: argparse.Namespace, folder: str) -> list[str]:
     if args.classes:
         names = read_lines(args.classes)
     else:
-        files = sorted(f for f in os.listdir(folder) if f.endswith(".xml"))
+        files = sorted(f for f in os.listdir(directory) if f.endswith(".xml"))
         every = tqdm(files, "reading class names", delay=2, disable=None)
-        paths = (os.path.join(folder, file) for file in every)
+        paths = (os.path.join(directory, file) for file in every)
         names = sorted({name for path in paths for name, *_ in read_objects(parse(path), path)})
-    where = args.classes or folder
+    where = args.classes or directory
     if not names:
         raise ValueError(f"{where}: no class name found; at least one is needed")
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -134,29 +136,29 @@ def classes_of(args: argparse.Namespace, folder: str) -> list[str]:
     return names
 
 
-def picture_of(root: ElementTree.Element, stem: str, folder: str) -> str:
-    """Name of the picture: <filename>, or that of the XML file where tools wrote another one."""
+def image_of(root: ElementTree.Element, stem: str, directory: str) -> str:
+    """Name of the image: <filename>, or that of the XML file where tools wrote another one."""
     written = (root.findtext("filename") or "").strip()
     beside = [f"{stem}{ending}" for ending in (".jpg", ".jpeg", ".png", ".JPG")]
     for name in (written, *beside):
-        if name and os.path.isfile(os.path.join(folder, name)):
+        if name and os.path.isfile(os.path.join(directory, name)):
             return name
     return written or beside[0]
 
 
 def convert(args: argparse.Namespace) -> str:
     """Write the COCO-style file; returns one line about it."""
-    folder = os.path.join(args.root, "Annotations")
-    pictures = os.path.join(args.root, args.pictures)
-    stems = stems_of(args, folder)
-    names = classes_of(args, folder)
+    directory = os.path.join(args.root, "Annotations")
+    image_directory = os.path.join(args.root, args.images)
+    stems = stems_of(args, directory)
+    names = classes_of(args, directory)
     class_id = {name: k for k, name in enumerate(names, start=1)}
     images, annotations = [], []
     for image_id, stem in enumerate(tqdm(stems, "reading XML", delay=2, disable=None), start=1):
-        path = os.path.join(folder, f"{stem}.xml")
+        path = os.path.join(directory, f"{stem}.xml")
         root = parse(path)
-        file_name = picture_of(root, stem, pictures)
-        height, width = read_size(root, path, os.path.join(pictures, file_name))
+        file_name = image_of(root, stem, image_directory)
+        height, width = read_size(root, path, os.path.join(image_directory, file_name))
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
         for name, box, difficult in read_objects(root, path):
             if name not in class_id:
@@ -175,17 +177,17 @@ def convert(args: argparse.Namespace) -> str:
     categories = [{"id": k, "name": name} for name, k in class_id.items()]
     data = {"images": images, "annotations": annotations, "categories": categories}
     write_annotations(data, args.output)
-    counts = f"{len(images):,} pictures, {len(annotations):,} objects, {len(names)} classes"
+    counts = f"{len(images):,} images, {len(annotations):,} objects, {len(names)} classes"
     return f"{args.output}: {counts}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("root", metavar="ROOT", help="folder with Annotations/ and JPEGImages/")
+    parser.add_argument("root", metavar="ROOT", help="directory with Annotations/ and JPEGImages/")
     add_output(parser)
     parser.add_argument("--list", help="file with the names to convert, as in ImageSets/Main")
     parser.add_argument("--classes", help="file with the class names, one a line")
-    parser.add_argument("--pictures", default="JPEGImages", help="folder of the pictures in ROOT")
+    parser.add_argument("--images", default="JPEGImages", help="directory of the images in ROOT")
     return run_script(convert, parser.parse_args(argv))
 
 

@@ -55,14 +55,14 @@ REQUIREMENTS = (
     "packaging",
 )
 
-# Run in a process of its own, so that the import neither sees the folder this script is called
+# Run in a process of its own, so that the import neither sees the directory this script is called
 # from nor leaves a half-imported package behind here.
 PROBE = """
 import importlib.metadata, json
 report = {"file": None, "version": None, "error": None}
 try:
     import detectron2
-    # A folder of that name without Python files imports too; it has no file.
+    # A directory of that name without Python files imports too; it has no file.
     report["file"] = getattr(detectron2, "__file__", None)
     report["version"] = getattr(detectron2, "__version__", None)
 except ModuleNotFoundError as error:
@@ -89,9 +89,9 @@ def find_detectron2(python: str) -> tuple[str, str] | None:
         InstallError: there is one, but it cannot be imported. It is left alone, since it may be
             a build of the user's own.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            [python, "-c", PROBE], cwd=folder, capture_output=True, text=True, check=False
+            [python, "-c", PROBE], cwd=directory, capture_output=True, text=True, check=False
         )
     if done.returncode != 0:  # a crash that Python cannot catch
         raise InstallError(f"`import detectron2` ends {python}:\n{_tail(done.stderr)}")
@@ -105,13 +105,13 @@ def find_detectron2(python: str) -> tuple[str, str] | None:
     return (report["version"], report["file"]) if report["file"] else None
 
 
-def download(python: str, folder: Path) -> Path:
-    """Let pip fetch the source wheel into `folder` and return its path.
+def download(python: str, directory: Path) -> Path:
+    """Let pip fetch the source wheel into `directory` and return its path.
 
     Raises:
         InstallError: pip is missing, the registry cannot be reached, or the hash is another one.
     """
-    requirement = folder / "requirements.txt"
+    requirement = directory / "requirements.txt"
     requirement.write_text(f"{SOURCE_PROJECT}=={SOURCE_VERSION} --hash=sha256:{SOURCE_SHA256}\n")
     _pip(
         python,
@@ -123,9 +123,9 @@ def download(python: str, folder: Path) -> Path:
         "--only-binary=:all:",
         "--require-hashes",
         f"--requirement={requirement}",
-        f"--dest={folder}",
+        f"--dest={directory}",
     )
-    return next(folder.glob("*.whl"))
+    return next(directory.glob("*.whl"))
 
 
 def check_sha256(wheel: Path, expected: str) -> None:
@@ -182,8 +182,8 @@ def check_files(files: Mapping[str, bytes], expected: Mapping[str, str]) -> None
         )
 
 
-def build_wheel(files: Mapping[str, bytes], folder: Path, license_text: bytes) -> Path:
-    """Write `files` with metadata as a wheel into `folder` and return its path."""
+def build_wheel(files: Mapping[str, bytes], directory: Path, license_text: bytes) -> Path:
+    """Write `files` with metadata as a wheel into `directory` and return its path."""
     info = f"detectron2-{VERSION}.dist-info"
     metadata = [
         "Metadata-Version: 2.1",
@@ -212,7 +212,7 @@ def build_wheel(files: Mapping[str, bytes], folder: Path, license_text: bytes) -
         f"{name},sha256={_record_hash(data)},{len(data)}\n" for name, data in contents.items()
     )
     contents[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
-    wheel = folder / f"detectron2-{VERSION}-py3-none-any.whl"
+    wheel = directory / f"detectron2-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in contents.items():
             entry = zipfile.ZipInfo(name)
@@ -238,12 +238,12 @@ def install(python: str, source: Path | None, sha256: str, hash_list: Path) -> s
         return "Kept: Detectron2 {} at {}".format(*present)
     _pip(python, "be called", "--version")
     with tempfile.TemporaryDirectory(prefix="detectron2-") as name:
-        folder = Path(name)
-        wheel = source or download(python, folder)
+        directory = Path(name)
+        wheel = source or download(python, directory)
         check_sha256(wheel, sha256)
         files = extract_package(wheel)
         check_files(files, read_hash_list(hash_list))
-        built = build_wheel(files, folder, LICENSE_FILE.read_bytes())
+        built = build_wheel(files, directory, LICENSE_FILE.read_bytes())
         _pip(python, f"install {built.name}", "install", "--no-deps", "--no-index", str(built))
     present = find_detectron2(python)
     if present is None:

@@ -84,7 +84,7 @@ def small_cfg(kind, *overrides, balanced=True):
 
 
 def make_inputs(images=2, objects=3, size=64, seed=0, empty=(), **fields):
-    """Random pictures as Detectron2's DatasetMapper gives them; `empty` images have no object."""
+    """Random images as Detectron2's DatasetMapper gives them; `empty` images have no object."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for index in range(images):
@@ -122,12 +122,12 @@ def seeded():
 
 
 @pytest.fixture
-def statistics_file(tmp_path):
+def counts_file(tmp_path):
     """Class counts for the small models: 1000 images, classes from 400 down to 1 image."""
-    from d2_balance.data.class_counts import ClassStatistics
+    from d2_balance.data.class_counts import ClassCounts
 
     counts = torch.tensor([400, 120, 40, 8, 2, 1])
     names = tuple(f"class{i}" for i in range(CLASSES))
     path = tmp_path / "statistics.json"
-    ClassStatistics(counts, counts * 2, 1000, names).save(str(path))
+    ClassCounts(counts, counts * 2, 1000, names).save(str(path))
     return str(path)

@@ -17,12 +17,13 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from d2_balance.cli.config_reference import leaves
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.engine import BalancedTrainer, read_config
 from d2_balance.engine.hooks.training import BetaDecay
 from d2_balance.engine.setup.validate import check_losses_are_used, check_registered_names
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.reweight import REWEIGHTERS
+from d2_balance.sampling import PROPOSAL_SAMPLERS
 
 from .conftest import BALANCED
 
@@ -63,7 +64,7 @@ def num_classes(cfg):
     return cfg.MODEL[dense.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")].NUM_CLASSES
 
 
-def cpu_cfg(file, folder):
+def cpu_cfg(file, directory):
     """The config of a file without weights and data, with few proposals."""
     cfg = read(file)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
@@ -77,14 +78,14 @@ def cpu_cfg(file, folder):
     classes = num_classes(cfg)
     counts = torch.linspace(1000, 1, classes).long()
     names = tuple(f"class{i}" for i in range(classes))
-    path = str(folder / "statistics.json")
-    ClassStatistics(counts, counts * 2, 100_000, names).save(path)
-    cfg.MODEL.BALANCE.CLASS_STATISTICS = path
+    path = str(directory / "statistics.json")
+    ClassCounts(counts, counts * 2, 100_000, names).save(path)
+    cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = path
     return cfg
 
 
 def make_batch(cfg):
-    """Two pictures of noise with three objects each, as the dataset mapper gives them."""
+    """Two images of noise with three objects each, as the dataset mapper gives them."""
     corner = torch.tensor([[4.0, 4.0], [30.0, 20.0], [70.0, 40.0]])
     boxes = torch.cat(
         [corner, corner + torch.tensor([[24.0, 20.0], [36.0, 60.0], [48.0, 48.0]])], 1
@@ -122,7 +123,7 @@ def make_masks(boxes, mask_format):
 def tame(model):
     """Gives frozen batch norms scales as trained weights have them.
 
-    Untrained ones pass on what they get: pictures in [0, 255], and residual blocks that double the
+    Untrained ones pass on what they get: images in [0, 255], and residual blocks that double the
     variance 33 times in R-101.
     """
     for name, module in model.named_modules():
@@ -192,14 +193,20 @@ def test_quick_schedule_takes_forty_iterations_at_most(file):
     assert read(file).TEST.EVAL_PERIOD == 0  # once, at the end
 
 
-def test_quick_schedules_write_to_folders_of_their_own():
+def test_quick_schedules_write_to_directories_of_their_own():
     assert [read(file).OUTPUT_DIR for file in SMOKE] == [f"output/{Path(f).stem}" for f in SMOKE]
 
 
 def test_every_registered_method_has_a_quick_schedule():
     nodes = [read(file).MODEL.BALANCE for file in SMOKE]
-    used = {name for n in nodes for name in (n.CLS_LOSS, n.BOX_LOSS, *n.REWEIGHT)}
-    registered = {name for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS) for name, _ in part}
+    used = {
+        name for n in nodes for name in (n.CLS_LOSS, n.BOX_LOSS, *n.REWEIGHTERS, n.PROPOSAL_SAMPLER)
+    }
+    registered = {
+        name
+        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS)
+        for name, _ in part
+    }
     assert registered - used == set()
 
 
@@ -258,8 +265,8 @@ def test_lvis_files_keep_the_settings_of_the_eql_release(file):
         assert cfg.DATALOADER.REPEAT_THRESHOLD == 0.0005
     if "_eql" in file:
         assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
-        assert cfg.MODEL.BALANCE.EQL.LAMBDA_ == (0.0011 if v1 else 0.00177)
-        assert cfg.MODEL.BALANCE.EQL.IMAGE_LABELS == ("_image_labels" in file)
+        assert cfg.MODEL.BALANCE.EQL.LAMBDA == (0.0011 if v1 else 0.00177)
+        assert cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == ("_image_labels" in file)
 
 
 # Values of the papers' releases; beta_decay has no published ones.
@@ -286,7 +293,7 @@ PUBLISHED = {
         "BALANCE.GHMR.BINS": 10,
         "BALANCE.GHMR.MOMENTUM": 0.7,
         "BALANCE.GHMR.PER_LEVEL": True,
-        "BALANCE.BOX_WEIGHT": 10.0,
+        "BALANCE.BOX_LOSS_WEIGHT": 10.0,
         "RETINANET.PRIOR_PROB": 0.01,
     },
 }

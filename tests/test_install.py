@@ -29,10 +29,10 @@ UPSTREAM = {
 METADATA = b"Metadata-Version: 2.1\nName: LabGym\nVersion: 3.1.2\n"
 
 
-def make_source(folder: Path, changes: dict[str, bytes | None] | None = None) -> Path:
+def make_source(directory: Path, changes: dict[str, bytes | None] | None = None) -> Path:
     """A wheel as LabGym packs it; `changes` replaces, adds or (None) drops upstream files."""
     files = {**UPSTREAM, **(changes or {})}
-    path = folder / "labgym-3.1.2-py3-none-any.whl"
+    path = directory / "labgym-3.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("LabGym/__init__.py", "raise RuntimeError('not part of Detectron2')\n")
         for name, content in files.items():
@@ -61,17 +61,17 @@ def hash_list(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> str:
     """The interpreter of an environment with pip and without Detectron2."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True)
-    return str(folder / "bin" / "python")
+    directory = tmp_path_factory.mktemp("environment")
+    venv.create(directory, with_pip=True)
+    return str(directory / "bin" / "python")
 
 
 @pytest.fixture
 def site(environment):
     """Its site-packages; what a test puts there under Detectron2's name is removed afterwards."""
-    (folder,) = Path(environment).parent.parent.glob("lib/python*/site-packages")
-    yield folder
-    for path in folder.glob("detectron2*"):
+    (directory,) = Path(environment).parent.parent.glob("lib/python*/site-packages")
+    yield directory
+    for path in directory.glob("detectron2*"):
         shutil.rmtree(path)
 
 
@@ -179,7 +179,7 @@ def test_a_detectron2_that_fails_to_import_is_reported_not_replaced(
     assert own.read_text() == "import of_another_time\n"
 
 
-def test_an_empty_folder_of_that_name_is_no_detectron2(environment, site):
+def test_an_empty_directory_of_that_name_is_no_detectron2(environment, site):
     (site / "detectron2" / "__pycache__").mkdir(parents=True)
     assert script.find_detectron2(environment) is None
 

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs/performance.md"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     """What the benchmarks write, with figures that say where they belong."""
     shapes = [f"dense 100,000 x 80, {count} positive" for count in performance_page.POSITIVES]
     shapes += ["dense 10,000 x 80, 100 positive", "RoI 1,024 x 80, 256 positive"]
@@ -22,10 +22,10 @@ def folder(tmp_path):
         for number, loss in enumerate(performance_page.TARGETS)
         for place, shape in enumerate(shapes)
     ]
-    rows.append({"shape": "RoI 20 pictures x 512, 9 positive", "loss": "ISR", "ms": 1.0})
+    rows.append({"shape": "RoI 20 images x 512, 9 positive", "loss": "ISR", "ms": 1.0})
     about = {"device": "a machine", "threads": 2}
     losses = {"about": about, "rows": rows, "peers": [{"loss": "GHMC", "times faster": 4.5}]}
-    losses["slopes"] = [{"head": "dense", "loss": "DR", "slope in R": 0.5}]
+    losses["gradients"] = [{"head": "dense", "loss": "DR", "gradient in R": 0.5}]
     (tmp_path / "losses.json").write_text(json.dumps(losses))
     train = {"about": about, "rows": [{"model": "RetinaNet", "method": "GHMC", "stock": 0.25}]}
     (tmp_path / "train.json").write_text(json.dumps(train))
@@ -36,17 +36,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, monkeypatch):
-    page = folder / "docs/performance.md"
+def write(directory, monkeypatch):
+    page = directory / "docs/performance.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["performance_page.py", str(folder), "--page", str(page)])
+    monkeypatch.setattr("sys.argv", ["performance_page.py", str(directory), "--page", str(page)])
     performance_page.main()
     return page
 
 
-def test_figures_come_into_the_page(folder, monkeypatch):
-    page = write(folder, monkeypatch)
+def test_figures_come_into_the_page(directory, monkeypatch):
+    page = write(directory, monkeypatch)
     lines = page.read_text(encoding="utf-8").splitlines()
     names = list(performance_page.TARGETS)
     focal, ap = 10 * names.index("Focal"), 10 * names.index("AP")
@@ -64,10 +64,10 @@ def test_figures_come_into_the_page(folder, monkeypatch):
     assert page.read_text(encoding="utf-8") == text
 
 
-def test_a_benchmark_that_is_missing_leaves_the_page_alone(folder, monkeypatch):
-    page = write(folder, monkeypatch)
+def test_a_benchmark_that_is_missing_leaves_the_page_alone(directory, monkeypatch):
+    page = write(directory, monkeypatch)
     before = page.read_bytes()
-    (folder / "train.json").unlink()
+    (directory / "train.json").unlink()
     with pytest.raises(FileNotFoundError, match="train.json"):
         performance_page.main()
     assert page.read_bytes() == before

@@ -39,20 +39,20 @@ VERSION: 2
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("script")
-    json_file, images = write_dataset(folder / "data")
+    directory = tmp_path_factory.mktemp("script")
+    json_file, images = write_dataset(directory / "data")
     text = RETINANET.replace("MODEL:", "MODEL:", 1).replace(
         "RETINANET: {NUM_CONVS: 1}", "RETINANET: {NUM_CONVS: 1, NUM_CLASSES: 6}"
     )
     text = text.replace("META_ARCHITECTURE: RetinaNet", "META_ARCHITECTURE: BalancedRetinaNet")
-    path = folder / "small.yaml"
+    path = directory / "small.yaml"
     path.write_text(text.rstrip() + CONFIG.format(json=json_file, images=images))
     return str(path)
 
 
 @pytest.fixture(autouse=True)
 def clean_up():
-    """Takes the data sets off the catalogs, and the handlers of a run off the loggers."""
+    """Takes the datasets off the catalogs, and the handlers of a run off the loggers."""
     loggers = [logging.getLogger(name) for name in ("d2_balance", "detectron2", "fvcore")]
     before = [(x, list(x.handlers), x.propagate, x.level) for x in loggers]
     yield
@@ -157,7 +157,7 @@ def test_a_mistake_ends_with_one_message_and_status_2(config, tmp_path):
         "train_net.py: error: MODEL.BALANCE.CLS_LOSS: 'XX' is unknown; allowed: "
     )
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    # corrected, the same folder can be used
+    # corrected, the same directory can be used
     assert not (out / "last_checkpoint").exists()
     run(config, "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1")
 

@@ -21,15 +21,15 @@ CONFIG = """
   DEVICE: cpu
   WEIGHTS: ""
   PROPOSAL_GENERATOR: {{NAME: BalancedRPN}}
-  BALANCE: {{CLS_LOSS: EQL, EQL: {{LAMBDA_: 0.5, IMAGE_LABELS: True}}}}
+  BALANCE: {{CLS_LOSS: EQL, EQL: {{LAMBDA: 0.5, USE_IMAGE_LEVEL_LABELS: True}}}}
 DATASETS:
   TRAIN: [second_train, second_more]
   TEST: []
-  REGISTER: [[second_train, {folder}/own/data.json, {folder}/own/pictures]]
+  REGISTER: [[second_train, {directory}/own/data.json, {directory}/own/images]]
   EXTERNAL:
-    - {{NAME: second_more, JSON: {folder}/more/data.json, IMAGES: {folder}/more/pictures,
-        TARGET: second_train, CLASS_MAP: {folder}/map.yaml}}
-  IGNORE_REGIONS: [[second_train, {folder}/regions.json]]
+    - {{NAME: second_more, JSON: {directory}/more/data.json, IMAGES: {directory}/more/images,
+        TARGET: second_train, CLASS_MAP: {directory}/map.yaml}}
+  IGNORE_REGIONS: [[second_train, {directory}/regions.json]]
 DATALOADER: {{NUM_WORKERS: 0}}
 INPUT: {{MIN_SIZE_TRAIN: [48], MIN_SIZE_TEST: 48}}
 SOLVER: {{IMS_PER_BATCH: 3, MAX_ITER: 8, STEPS: [], WARMUP_ITERS: 2}}
@@ -40,7 +40,7 @@ VERSION: 2
 
 @pytest.fixture
 def config(tmp_path):
-    """Own pictures have classes 0 to 3, external ones 3 to 5; half of the own are one region."""
+    """Own images have classes 0 to 3, external ones 3 to 5; half of the own are one region."""
     write_dataset(tmp_path / "own")
     more = Path(write_dataset(tmp_path / "more", 6, seed=1)[0])
     data = json.loads(more.read_text())
@@ -68,7 +68,7 @@ def config(tmp_path):
     )
     for stock in ("GeneralizedRCNN", "StandardROIHeads"):
         text = text.replace(stock, BALANCED[stock])
-    (tmp_path / "config.yaml").write_text(text.rstrip() + CONFIG.format(folder=tmp_path))
+    (tmp_path / "config.yaml").write_text(text.rstrip() + CONFIG.format(directory=tmp_path))
     yield str(tmp_path / "config.yaml")
     for name in (OWN, MORE):
         if name in DatasetCatalog:
@@ -80,8 +80,8 @@ class Seen:
     """What the model, the box head and the mask head got in each iteration."""
 
     def __init__(self, monkeypatch):
-        self.pictures, self.boxes, self.listed, self.masks = [], [], [], []
-        self._wrap(monkeypatch, BalancedRCNN, "forward", self._pictures)
+        self.images, self.boxes, self.listed, self.masks = [], [], [], []
+        self._wrap(monkeypatch, BalancedRCNN, "forward", self._images)
         self._wrap(monkeypatch, BalancedFastRCNNOutputLayers, "losses", self._boxes)
         self._wrap(monkeypatch, MaskRCNNConvUpsampleHead, "forward", self._masks)
 
@@ -95,12 +95,12 @@ class Seen:
 
         monkeypatch.setattr(owner, name, noted)
 
-    def _pictures(self, model, inputs):
-        self.pictures.append(inputs)
+    def _images(self, model, inputs):
+        self.images.append(inputs)
 
     def _boxes(self, layer, predictions, proposals):
         self.boxes.append([p.gt_classes for p in proposals])
-        self.listed.append(layer.listed)
+        self.listed.append(layer.verified)
 
     def _masks(self, head, x, instances):
         self.masks.append([p.gt_classes for p in instances])
@@ -110,10 +110,10 @@ def test_external_boxes_and_ignore_regions_train_together(config, tmp_path, monk
     seen = Seen(monkeypatch)
     run(config, "OUTPUT_DIR", tmp_path / "out")
 
-    assert len(seen.pictures) == len(seen.boxes) == len(seen.masks) == 8
+    assert len(seen.images) == len(seen.boxes) == len(seen.masks) == 8
     kinds = {"external": 0, "region": 0, "own": 0}
     trained, masked = set(), set()
-    for step, inputs in enumerate(seen.pictures):
+    for step, inputs in enumerate(seen.images):
         for place, record in enumerate(inputs):
             labels, with_mask = seen.boxes[step][place], seen.masks[step][place]
             positive = labels[labels < CLASSES]

@@ -15,10 +15,10 @@ from d2_balance.engine.setup.launch import leave_groups
 
 
 @contextmanager
-def joined(rank: int, folder: str | Path, ranks: int = 2) -> Iterator[None]:
-    """This process as one of several that meet in a folder and wait for each other at the end."""
+def joined(rank: int, directory: str | Path, ranks: int = 2) -> Iterator[None]:
+    """This process as one of several that meet in a directory and wait for each other at the end."""
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting_of_{ranks}"
+    meeting = f"file://{directory}/meeting_of_{ranks}"
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(minutes=5)
     )
@@ -28,12 +28,12 @@ def joined(rank: int, folder: str | Path, ranks: int = 2) -> Iterator[None]:
     leave_groups()
 
 
-def _worker(rank, train, folder):
-    with joined(rank, folder):
-        torch.save(train(rank), os.path.join(folder, f"{rank}.pth"))
+def _worker(rank, train, directory):
+    with joined(rank, directory):
+        torch.save(train(rank), os.path.join(directory, f"{rank}.pth"))
 
 
-def results_of_two_ranks(train: Callable[[int], object], folder: Path) -> list:
+def results_of_two_ranks(train: Callable[[int], object], directory: Path) -> list:
     """What `train`, a function of a module, returns in each of two processes for its rank."""
-    mp.spawn(_worker, (train, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+    mp.spawn(_worker, (train, str(directory)), nprocs=2)
+    return [torch.load(directory / f"{rank}.pth") for rank in range(2)]

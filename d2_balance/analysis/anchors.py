@@ -1,4 +1,4 @@
-"""What the anchors of a configuration make of a data set: foreground by level, and objects that no
+"""What the anchors of a configuration make of a dataset: foreground by level, and objects that no
 anchor reaches.
 
 An object is reached when an anchor has the IoU with it from which anchors are positive; in the RPN,
@@ -29,12 +29,12 @@ LOSS = 0.02  # and no class may lose more than that
 FEW = 20  # classes with fewer objects count together: a single object says nothing of the sizes
 
 # height and width in training, boxes (M, 4) x0 y0 x1 y1 there, labels (M,)
-Picture = tuple[tuple[int, int], Tensor, np.ndarray]
+ResizedImage = tuple[tuple[int, int], Tensor, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Level:
-    """Anchors of one feature map, summed over the pictures that were looked at.
+    """Anchors of one feature map, summed over the images that were looked at.
 
     Attributes:
         name: of the feature map.
@@ -55,8 +55,8 @@ class AnchorReport:
         part: "RetinaNet", "FCOS" or "RPN".
         levels: one per feature map.
         prior: counts and pi* of the part; None where no anchor is positive.
-        pictures: number of pictures that were looked at.
-        edge: shorter sides of these pictures in training, the smallest and the largest, in pixels.
+        images: number of images that were looked at.
+        edge: shorter sides of these images in training, the smallest and the largest, in pixels.
         objects: (K,) objects that were looked at.
         threshold: IoU from which an object is reached; None without anchors (FCOS).
         low_quality: whether an object that is not reached gets its best anchors all the same.
@@ -69,7 +69,7 @@ class AnchorReport:
     part: str
     levels: list[Level]
     prior: PartCount | None
-    pictures: int
+    images: int
     edge: tuple[int, int]
     objects: np.ndarray
     threshold: float | None = None
@@ -93,12 +93,12 @@ class AnchorReport:
 def anchor_report(
     cfg: CfgNode, table: DataTable, max_images: int = 300, seed: int = 0
 ) -> AnchorReport:
-    """Look at the anchors of a configuration on the pictures of a data set.
+    """Look at the anchors of a configuration on the images of a dataset.
 
     Args:
         cfg: full config.
-        table: the data set, with an object to train on.
-        max_images: of more pictures a sample is taken, one that shows every class.
+        table: the dataset, with an object to train on.
+        max_images: of more images a sample is taken, one that shows every class.
         seed: of the sample.
 
     Raises:
@@ -112,21 +112,21 @@ def anchor_report(
             "look at; RPN and BalancedRPN have"
         )
     counter = counters[part]
-    pictures = pictures_in_training(cfg, table, sample_images(table, max_images, seed))
+    images = images_in_training(cfg, table, sample_images(table, max_images, seed))
     levels = [[0, 0] for _ in counter.levels]
-    for size, boxes, _ in tqdm(pictures, "labelling anchors", delay=2, disable=None):
+    for size, boxes, _ in tqdm(images, "labelling anchors", delay=2, disable=None):
         for total, counts in zip(levels, counter.by_level(size, boxes), strict=True):
             total[0] += counts[0]
             total[1] += counts[1]
     positives, rows = map(sum, zip(*levels, strict=True))
     outputs = 1 if part == RPN else table.num_classes
-    edges = [min(size) for size, _, _ in pictures]
-    labels = np.concatenate([own for _, _, own in pictures])
+    edges = [min(size) for size, _, _ in images]
+    labels = np.concatenate([own for _, _, own in images])
     common = {
         "part": part,
         "levels": [Level(n, *t) for n, t in zip(counter.levels, levels, strict=True)],
         "prior": PartCount(positives, rows, outputs) if 0 < positives < rows else None,
-        "pictures": len(pictures),
+        "images": len(images),
         "edge": (min(edges), max(edges)),
         "objects": np.bincount(labels, minlength=table.num_classes),
     }
@@ -135,7 +135,7 @@ def anchor_report(
     threshold = counter.threshold
     if part == RPN:
         threshold = min(threshold, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[-1])
-    reached = _reached_by_change(cfg, counter, threshold, pictures, table.num_classes)
+    reached = _reached_by_change(cfg, counter, threshold, images, table.num_classes)
     change = _best_change(reached, common["objects"])
     return AnchorReport(
         **common,
@@ -162,30 +162,30 @@ def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([needed, rest[: count - len(needed)]]))
 
 
-def pictures_in_training(cfg: CfgNode, table: DataTable, images: np.ndarray) -> list[Picture]:
+def images_in_training(cfg: CfgNode, table: DataTable, images: np.ndarray) -> list[ResizedImage]:
     """Sizes, boxes and labels of some images as training resizes them; crowds left out."""
     order = np.argsort(table.image, kind="stable")
     order = order[~table.crowd[order]]
     starts = np.searchsorted(table.image[order], images, "left")
     ends = np.searchsorted(table.image[order], images, "right")
-    pictures = []
+    resized = []
     for image, start, end in zip(images, starts, ends, strict=True):
         own = order[start:end]
         boxes = torch.from_numpy(table.boxes[own]).float()
         boxes[:, 2:] += boxes[:, :2]
         size, boxes = training_size(cfg, tuple(table.sizes[image].tolist()), boxes)
         kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)  # as Detectron2's mapper
-        pictures.append((size, boxes[kept], table.label[own][kept.numpy()]))
-    return pictures
+        resized.append((size, boxes[kept], table.label[own][kept.numpy()]))
+    return resized
 
 
 def _reached_by_change(
-    cfg: CfgNode, counter: AnchorCounter, threshold: float, pictures: list[Picture], classes: int
+    cfg: CfgNode, counter: AnchorCounter, threshold: float, images: list[ResizedImage], classes: int
 ) -> dict[tuple[float, float], np.ndarray]:
     """(K,) objects that are reached, by the factors of the first and the last level's sizes."""
-    by_size: dict[tuple[int, int], list[Picture]] = {}
-    for picture in pictures:
-        by_size.setdefault(picture[0], []).append(picture)
+    by_size: dict[tuple[int, int], list[ResizedImage]] = {}
+    for image in images:
+        by_size.setdefault(image[0], []).append(image)
     joined = [
         (size, torch.cat([boxes for _, boxes, _ in same]), np.concatenate([n for *_, n in same]))
         for size, same in by_size.items()

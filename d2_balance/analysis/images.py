@@ -1,4 +1,4 @@
-"""Pictures that are missing, cannot be read, or have another size than their file says."""
+"""Images that are missing, cannot be read, or have another size than their file says."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from d2_balance.data.checks.images import picture_size
+from d2_balance.data.checks.images import image_size
 
 from .source import Source
 
-MISSING = "picture that does not exist"
-UNREADABLE = "picture that cannot be read"
-OTHER_SIZE = "picture of another size than the file says"
+MISSING = "image that does not exist"
+UNREADABLE = "image that cannot be read"
+OTHER_SIZE = "image of another size than the file says"
 
 
-def check_pictures(source: Source, images: np.ndarray) -> dict[str, list]:
-    """Open some pictures and compare their sizes; only the heads of the files are read.
+def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
+    """Open some images and compare their sizes; only the heads of the files are read.
 
     Args:
-        source: the data set.
+        source: the dataset.
         images: (S,) which of its images to look at.
 
     Returns:
-        What is wrong, to file names. Empty where the pictures' folder is not known.
+        What is wrong, to file names. Empty where the images' directory is not known.
     """
     table = source.table
     if table is None or not table.files or not source.image_root:
         return {}
     problems: dict[str, list] = {}
-    for image in tqdm(images, "looking at pictures", delay=2, disable=None):
+    for image in tqdm(images, "looking at images", delay=2, disable=None):
         places = [os.path.join(source.image_root, name) for name in table.files[image]]
         path = next((place for place in places if os.path.isfile(place)), None)
         if path is None:
             problems.setdefault(MISSING, []).append(places[0] if places else f"image {image}")
             continue
         try:
-            wrong = picture_size(path) != tuple(table.sizes[image].tolist())
+            wrong = image_size(path) != tuple(table.sizes[image].tolist())
         except ValueError:
             problems.setdefault(UNREADABLE, []).append(path)
             continue

@@ -56,7 +56,7 @@ def as_text(found: Analysis, base: Base = Base()) -> str:
 
 
 def as_page(found: Analysis, base: Base = Base()) -> Page:
-    """The same with pictures, as one page."""
+    """The same with images, as one page."""
     page = Page(f"What is in {os.path.basename(found.source.name)}")
     if base.file:
         given = f", {' '.join(base.given)}" if base.given else ""
@@ -84,8 +84,8 @@ def suggestion(found: Analysis, base: Base, path: str) -> str:
         base: what it was made with.
         path: where the file goes, from which `_BASE_` is found.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    file = os.path.relpath(base.file, folder) if base.file else ""
+    directory = os.path.dirname(os.path.abspath(path))
+    file = os.path.relpath(base.file, directory) if base.file else ""
     return to_yaml(settings(found, base.given), file)
 
 

@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, drawn when a page asks for it."""
+    """An image, drawn when a page asks for it."""
 
     draw: Callable[[], Figure]
     caption: str

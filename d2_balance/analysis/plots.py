@@ -1,4 +1,4 @@
-"""Pictures of an analysis. K: classes, S: objects that are trained on."""
+"""Images of an analysis. K: classes, S: objects that are trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def box_sizes(found: Analysis) -> tuple[np.ndarray, str]:
     kept = ~table.crowd
     area = np.sqrt(table.boxes[kept, 2] * table.boxes[kept, 3])
     if found.cfg is None:
-        return area, "the pictures as they are"
+        return area, "the images as they are"
     scale = np.ones(len(table.sizes))
     known: dict[tuple[int, int], float] = {}
     for n, size in enumerate(map(tuple, table.sizes.tolist())):
@@ -59,7 +59,7 @@ def median_sizes(found: Analysis) -> np.ndarray:
 
 
 def plot_classes(found: Analysis) -> Figure:
-    """Pictures of each class by rank, coloured by group; objects as dots."""
+    """Images of each class by rank, coloured by group; objects as dots."""
     order, counts = found.order, found.statistics
     images = counts.image_count.numpy()[order]
     objects = counts.instance_count.numpy()[order]
@@ -71,7 +71,7 @@ def plot_classes(found: Analysis) -> Figure:
     seen = np.flatnonzero(objects)
     axes.plot(seen, objects[seen], ".", color="#1a1a1a", ms=size**0.5 * 1.6)
     handles = [
-        Patch(color=GROUP_COLOURS[g], label=f"{name}: pictures")
+        Patch(color=GROUP_COLOURS[g], label=f"{name}: images")
         for g, name in GROUPS.items()
         if g in found.groups
     ]
@@ -178,13 +178,13 @@ def plot_tail(found: Analysis) -> Figure:
     marks = [mark for mark in marks if low <= mark <= high]
     axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="lambda (share of pictures)", ylabel="TR (%)", ylim=(0, None))
+    axes.set(xlabel="lambda (share of images)", ylabel="TR (%)", ylim=(0, None))
     _plain(axes)
     return figure
 
 
 def plot_repeats(found: Analysis) -> Figure:
-    """Pictures of each class, and how often an epoch shows it with the suggested threshold."""
+    """Images of each class, and how often an epoch shows it with the suggested threshold."""
     order = found.order
     images = found.statistics.image_count.numpy()[order]
     shown = found.repeat.shown[order]
@@ -193,7 +193,7 @@ def plot_repeats(found: Analysis) -> Figure:
     _bars(axes, shown, "#56B4E9")
     _bars(axes, images, "#0072B2")
     handles = [
-        Patch(color="#0072B2", label="pictures"),
+        Patch(color="#0072B2", label="images"),
         Patch(color="#56B4E9", label="added by repeating"),
     ]
     _legend(figure, handles)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from detectron2.config import CfgNode
 
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.groups import LVIS_CUTS
 from d2_balance.losses.eql import lambda_for_tail_ratio
 
 from .anchors import AnchorReport, anchor_report, sample_images
-from .images import check_pictures
+from .images import check_images
 from .source import Source
 from .table import EMPTY_VERIFIED, DataTable
 from .tail import (
@@ -34,7 +34,7 @@ class Analysis:
     """What was found.
 
     Attributes:
-        source: the data set.
+        source: the dataset.
         cfg: the configuration it is looked at with, or None.
         statistics: class counts as a training with the suggested settings sees them.
         groups: K letters r, c, f.
@@ -51,7 +51,7 @@ class Analysis:
 
     source: Source
     cfg: CfgNode | None
-    statistics: ClassStatistics
+    statistics: ClassCounts
     groups: list[str]
     cuts: tuple[int, int] | None
     filter_empty: bool
@@ -87,12 +87,12 @@ def analyze(
     """Count everything.
 
     Args:
-        source: the data set.
+        source: the dataset.
         cfg: configuration whose anchors and settings are looked at, or None.
         lambda_: threshold of the equalization loss whose TR is wanted, or None.
         ratio: TR whose lambda is wanted, or None.
         cuts: cut points of the frequency groups; None takes the file's groups or LVIS's.
-        max_images: pictures whose anchors are looked at.
+        max_images: images whose anchors are looked at.
 
     Raises:
         ValueError: no image has an object, or the model has no anchors or anchor points.
@@ -113,7 +113,7 @@ def analyze(
         border = common_border(statistics, groups, cuts)
         repeat = suggested_threshold(table, statistics, border, filter_empty)
         repeats = _repeats(table, cfg, repeat, filter_empty)
-        problems |= check_pictures(source, sample_images(table, max_images, 0))
+        problems |= check_images(source, sample_images(table, max_images, 0))
         if cfg is not None:
             anchors = anchor_report(cfg, table, max_images)
         else:
@@ -136,7 +136,7 @@ def analyze(
 
 
 def _tails(
-    statistics: ClassStatistics, lambda_: float | None, ratio: float | None, tail: Tail | None
+    statistics: ClassCounts, lambda_: float | None, ratio: float | None, tail: Tail | None
 ) -> list[Tail]:
     values = [] if lambda_ is None else [lambda_]
     wanted = USUAL_RATIOS if lambda_ is None and ratio is None else [] if ratio is None else [ratio]

@@ -35,7 +35,7 @@ def sections(found: Analysis) -> list[Section]:
 def _classes(found: Analysis) -> Iterator[Part]:
     counts = found.statistics
     yield Text(
-        f"{counts.num_images:,} pictures, {int(counts.instance_count.sum()):,} objects, "
+        f"{counts.num_images:,} images, {int(counts.instance_count.sum()):,} objects, "
         f"{counts.num_classes:,} classes"
     )
     for note in found.notes:
@@ -48,15 +48,15 @@ def _classes(found: Analysis) -> Iterator[Part]:
         span = f"{min(images):,} to {max(images):,}" if own else "-"
         share = f"{100 * float(counts.instance_count[own].sum() / objects):.1f} %"
         rows.append([name, len(own), span, share])
-    yield Table(["group", "classes", "pictures per class", "objects"], rows)
+    yield Table(["group", "classes", "images per class", "objects"], rows)
     yield Text(
         "Groups are those of the annotation file."
         if found.cuts is None
-        else f"Rare: up to {found.cuts[0]:,} pictures, common: up to {found.cuts[1]:,}."
+        else f"Rare: up to {found.cuts[0]:,} images, common: up to {found.cuts[1]:,}."
     )
     yield Plot(
         lambda: plots.plot_classes(found),
-        "Classes from the most to the least frequent, by pictures that show them, with the objects "
+        "Classes from the most to the least frequent, by images that show them, with the objects "
         "of each as a dot.",
     )
     yield _class_table(found)
@@ -64,7 +64,7 @@ def _classes(found: Analysis) -> Iterator[Part]:
 
 def _class_table(found: Analysis) -> Table:
     counts, anchors, table = found.statistics, found.anchors, found.table
-    headers = ["class", "group", "pictures", "objects"]
+    headers = ["class", "group", "images", "objects"]
     columns = [
         counts.class_names,
         [GROUPS[g] for g in found.groups],
@@ -97,7 +97,7 @@ def _foreground(found: Analysis) -> Iterator[Part]:
     low, high = report.edge
     edge = f"{low}" if low == high else f"{low} to {high}"
     yield Text(
-        f"{what} of {report.part} on {report.pictures:,} pictures with a shorter side of {edge} "
+        f"{what} of {report.part} on {report.images:,} images with a shorter side of {edge} "
         "pixels in training."
     )
     rows = [_level_row(n.name, n.positives, n.rows) for n in report.levels]
@@ -172,7 +172,7 @@ def _reach(found: Analysis) -> Iterator[Part]:
     yield Table(headers, rows)
     if report.suggested is None and total > 0.1:
         yield Text(
-            "No change of the sizes alone reaches many more. Larger pictures "
+            "No change of the sizes alone reaches many more. Larger images "
             "(INPUT.MIN_SIZE_TRAIN) help objects that are small against the stride, other "
             "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS those that are long."
         )
@@ -192,7 +192,7 @@ def _reach(found: Analysis) -> Iterator[Part]:
 
 def _tail(found: Analysis) -> Iterator[Part]:
     rows = [[f"{t.lambda_:.6g}", str(t.classes), _percent(t.ratio)] for t in found.tails]
-    yield Table(["MODEL.BALANCE.EQL.LAMBDA_", "tail classes", "TR"], rows)
+    yield Table(["MODEL.BALANCE.EQL.LAMBDA", "tail classes", "TR"], rows)
     if found.tail is None:
         yield Text("There is no tail: even the rarest class holds more than 10 % of the images.")
     else:
@@ -218,19 +218,19 @@ def _repeats(found: Analysis) -> Iterator[Part]:
         if not repeat.repeated:
             yield Text(
                 f"A threshold of {repeat.threshold:g} does nothing here: no class is in fewer "
-                f"than {100 * repeat.threshold:g} % of the pictures.",
+                f"than {100 * repeat.threshold:g} % of the images.",
                 True,
             )
     if found.repeat is None:
         yield Text("No threshold is suggested: repeating would change little or cost too much.")
         return
     yield Text(
-        "An epoch is given in multiples of the pictures. Effective counts are how often an epoch "
+        "An epoch is given in multiples of the images. Effective counts are how often an epoch "
         "shows a class."
     )
     yield Plot(
         lambda: plots.plot_repeats(found),
-        f"Pictures of each class, and effective counts with a threshold of "
+        f"Images of each class, and effective counts with a threshold of "
         f"{found.repeat.threshold:g}.",
     )
 
@@ -250,25 +250,25 @@ def _labels(found: Analysis) -> Iterator[Part]:
     labelled = len(np.unique(table.absent[:, 0]))
     open_pairs = 0 if table.not_exhaustive is None else len(table.not_exhaustive)
     rows = [
-        ["pictures with verified absences", f"{labelled:,}", _percent(labelled / images)],
-        ["classes verified present", f"{len(present) / images:.2f} a picture", ""],
-        ["classes verified absent", f"{len(table.absent) / images:.2f} a picture", ""],
-        ["present, but not marked completely", f"{open_pairs / images:.2f} a picture", ""],
-        ["picture and class known", f"{known:,}", _percent(known / (images * classes))],
+        ["images with verified absences", f"{labelled:,}", _percent(labelled / images)],
+        ["classes verified present", f"{len(present) / images:.2f} an image", ""],
+        ["classes verified absent", f"{len(table.absent) / images:.2f} an image", ""],
+        ["present, but not marked completely", f"{open_pairs / images:.2f} an image", ""],
+        ["image and class known", f"{known:,}", _percent(known / (images * classes))],
     ]
     yield Table(["label", "number", "share"], rows)
     both = len(np.intersect1d(*keys))
     if both:
-        yield Text(f"{both:,} classes are marked as absent in pictures that show them.", True)
+        yield Text(f"{both:,} classes are marked as absent in images that show them.", True)
     yield Text(
-        "All other pairs of picture and class are unknown: a detector that is trained to find "
+        "All other pairs of image and class are unknown: a detector that is trained to find "
         "nothing there may learn something wrong. EQL and Federated use the labels."
     )
 
 
 def _problems(found: Analysis) -> Iterator[Part]:
     if not found.problems:
-        yield Text("No duplicates, no empty pictures, no broken annotations.")
+        yield Text("No duplicates, no empty images, no broken annotations.")
         return
     rows = []
     for text, ids in found.problems.items():

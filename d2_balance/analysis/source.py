@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from d2_balance.data.catalog.metadata import id_map
 from d2_balance.data.catalog.register import register_json
 from d2_balance.data.checks.structure import check_structure
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.json_files import read_json
 
 from .table import DataTable
@@ -16,29 +16,29 @@ from .table import DataTable
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One data set.
+    """One dataset.
 
     Attributes:
         name: what the user called it.
         table: its images and objects, or None where only counts are known.
         counts: class counts where there is no table.
         note: why there is no table, or "".
-        image_root: folder of the pictures; "" where it is not known.
+        image_root: directory of the images; "" where it is not known.
     """
 
     name: str
     table: DataTable | None
-    counts: ClassStatistics | None = None
+    counts: ClassCounts | None = None
     note: str = ""
     image_root: str = ""
 
 
 def load(dataset: str, files: list[str] | None = None) -> Source:
-    """A data set by its name or by its file.
+    """A dataset by its name or by its file.
 
     Args:
-        dataset: a registered name; a COCO- or LVIS-style file; or a file of ClassStatistics.save.
-        files: annotation file and picture folder to register under the name `dataset`.
+        dataset: a registered name; a COCO- or LVIS-style file; or a file of ClassCounts.save.
+        files: annotation file and image directory to register under the name `dataset`.
 
     Raises:
         ValueError: it is none of them, or the file cannot be used; names the file and what is
@@ -51,7 +51,7 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
     if dataset not in DatasetCatalog:
         if not os.path.isfile(dataset):
             raise ValueError(
-                f"{dataset!r} is neither a registered data set nor a file; --register JSON IMAGES "
+                f"{dataset!r} is neither a registered dataset nor a file; --register JSON IMAGES "
                 "registers your own, and so does DATASETS.REGISTER of --config-file"
             )
         return _from_file(dataset, dataset)
@@ -62,7 +62,7 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
         if not os.path.isfile(metadata.json_file):
             raise ValueError(
                 f"{dataset!r} needs {metadata.json_file}, which does not exist; "
-                "$DETECTRON2_DATASETS must point to the folder of the data sets"
+                "$DETECTRON2_DATASETS must point to the directory of the datasets"
             )
         return _from_file(dataset, metadata.json_file, metadata.get("image_root", ""))
     return _from_loader(dataset)
@@ -71,14 +71,14 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
 def _from_file(name: str, path: str, image_root: str = "") -> Source:
     data = read_json(path)
     if isinstance(data, dict) and "num_images" in data and "images" not in data:
-        counts = ClassStatistics.load(path)
+        counts = ClassCounts.load(path)
         return Source(name, None, counts, "The file holds class counts only: no boxes to look at.")
     check_structure(data, path)
     return Source(name, DataTable.from_json(name, path, data), image_root=image_root)
 
 
 def _from_loader(name: str) -> Source:
-    """Detectron2's dicts; only counts where pictures have no size or objects no box."""
+    """Detectron2's dicts; only counts where images have no size or objects no box."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     try:
@@ -99,5 +99,5 @@ def _from_loader(name: str) -> Source:
     groups = metadata.get("class_group")
     if whole:
         return Source(name, DataTable.from_dicts(name, records, classes, id_map(name), groups))
-    counts = ClassStatistics.from_dataset_dicts(records, len(classes), classes, groups)
+    counts = ClassCounts.from_dataset_dicts(records, len(classes), classes, groups)
     return Source(name, None, counts, "The set gives no sizes or boxes: only classes are counted.")

@@ -21,7 +21,7 @@ from .table import EMPTY_VERIFIED
 
 # Losses that a loss against the tail may take the place of: they treat all classes alike.
 PLAIN_LOSSES = ("", "SigmoidCE", "BalancedCE", "SoftmaxCE", "Focal")
-LVIS_SCORE = 0.0001  # score threshold and detections of a picture in LVIS evaluations
+LVIS_SCORE = 0.0001  # score threshold and detections of an image in LVIS evaluations
 LVIS_DETECTIONS = 300
 # stock parts of Detectron2 and the ones that read MODEL.BALANCE
 BALANCED_ARCH = {"RetinaNet": "BalancedRetinaNet", "GeneralizedRCNN": "BalancedRCNN"}
@@ -70,7 +70,7 @@ def advice(found: Analysis) -> list[str]:
     if found.tail is None:
         lines.append(
             "No loss or sampler against rare classes is suggested: even the rarest class, with "
-            f"{int(counts.image_count.min()):,} of {counts.num_images:,} pictures, has more than "
+            f"{int(counts.image_count.min()):,} of {counts.num_images:,} images, has more than "
             "10 % of the images of all classes together. There is no tail to protect."
         )
     elif found.cfg is not None and found.cfg.MODEL.BALANCE.CLS_LOSS not in (
@@ -172,7 +172,7 @@ def _anchors(found: Analysis) -> Iterator[Setting]:
 
 
 def _prior(found: Analysis) -> Iterator[Setting]:
-    """The start bias, for the losses whose start it is best for."""
+    """The initial bias, for the losses whose start it is best for."""
     if found.cfg is None or found.anchors is None or found.anchors.prior is None:
         return
     if found.anchors.suggested is not None or found.cfg.MODEL.BALANCE.PRIOR_FILE:
@@ -204,25 +204,27 @@ def _tail(found: Analysis) -> Iterator[Setting]:
         )
     if loss == "EQL":
         yield Setting(
-            "MODEL.BALANCE.EQL.LAMBDA_",
+            "MODEL.BALANCE.EQL.LAMBDA",
             found.tail.lambda_,
             f"Below it lies the tail, {_count(found.tail.classes)}; a TR of 2 to 10 % is useful.",
         )
         if not _has_image_labels(found):
             yield Setting(
-                "MODEL.BALANCE.EQL.IMAGE_LABELS", False, "The data have no image-level labels."
+                "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS",
+                False,
+                "The data have no image-level labels.",
             )
     if found.repeat is not None:
         yield Setting(
             "DATALOADER.SAMPLER_TRAIN",
             "RepeatFactorTrainingSampler",
-            "Shows pictures with rare classes more often.",
+            "Shows images with rare classes more often.",
         )
         yield Setting(
             "DATALOADER.REPEAT_THRESHOLD",
             found.repeat.threshold,
-            f"Repeats pictures of {_count(found.repeat.repeated)}; an epoch has "
-            f"{found.repeat.epoch:.2f} times the pictures.",
+            f"Repeats images of {_count(found.repeat.repeated)}; an epoch has "
+            f"{found.repeat.epoch:.2f} times the images.",
         )
 
 
@@ -263,12 +265,12 @@ def _data(found: Analysis) -> Iterator[Setting]:
         yield Setting(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
             False,
-            f"{count:,} picture{'s' * (count > 1)} without objects show which classes are absent.",
+            f"{count:,} image{'s' * (count > 1)} without objects show which classes are absent.",
         )
     if not _has_image_labels(found):
         return
     if found.cfg is None or found.cfg.TEST.DETECTIONS_PER_IMAGE < LVIS_DETECTIONS:
-        reason = "LVIS evaluations count 300 detections a picture."
+        reason = "LVIS evaluations count 300 detections an image."
         yield Setting("TEST.DETECTIONS_PER_IMAGE", LVIS_DETECTIONS, reason)
     node = "ROI_HEADS" if found.cfg is None else num_classes_key(found.cfg).split(".")[1]
     if found.cfg is None or found.cfg.MODEL[node].SCORE_THRESH_TEST > LVIS_SCORE:

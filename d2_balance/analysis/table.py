@@ -1,7 +1,7 @@
-"""A data set as columns: what an analysis counts.
+"""A dataset as columns: what an analysis counts.
 
 D: images, M: objects, K: classes, L: image-level labels. Boxes are x, y, width, height in pixels of
-the file's pictures.
+the file's images.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
-from d2_balance.data.annotations import picture_places
+from d2_balance.data.annotations import image_places
 from d2_balance.data.checks.annotations import find_bad_annotations
 from d2_balance.data.checks.structure import category_name
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.groups import GROUPS
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
-DUPLICATE = "duplicate: the same class and box once more in the picture"
-EMPTY = "picture without objects"
-EMPTY_VERIFIED = "picture without objects, but with classes verified to be absent"
-CROWDS_ONLY = "picture with crowds only"
+DUPLICATE = "duplicate: the same class and box once more in the image"
+EMPTY = "image without objects"
+EMPTY_VERIFIED = "image without objects, but with classes verified to be absent"
+CROWDS_ONLY = "image with crowds only"
 UNSEEN = "class without an object"
 
 
 @dataclass(frozen=True, eq=False)
 class DataTable:
-    """Images and objects of one data set; broken annotations are left out and named in `problems`.
+    """Images and objects of one dataset; broken annotations are left out and named in `problems`.
 
     Attributes:
         name: what the user called it.
@@ -45,7 +45,7 @@ class DataTable:
         absent: (L, 2) int64 image and class of every absence that was verified; None where the
             data have no such labels.
         not_exhaustive: the same of classes that are present and not completely marked.
-        files: D lists of places below the picture folder where a picture may lie; empty where the
+        files: D lists of places below the image directory where an image may lie; empty where the
             data say nothing of it.
         problems: what is wrong, to the ids (of images or annotations) it was found in.
     """
@@ -69,7 +69,7 @@ class DataTable:
         """K."""
         return len(self.class_names)
 
-    def statistics(self, filter_empty: bool = True) -> ClassStatistics:
+    def statistics(self, filter_empty: bool = True) -> ClassCounts:
         """Class counts as a training sees them.
 
         Args:
@@ -83,7 +83,7 @@ class DataTable:
         if not kept:
             raise ValueError(f"{self.name}: no image has an object to train on")
         pairs = self.image_classes()
-        return ClassStatistics(
+        return ClassCounts(
             torch.from_numpy(np.bincount(pairs[:, 1], minlength=self.num_classes)),
             torch.from_numpy(np.bincount(self.label[~self.crowd], minlength=self.num_classes)),
             kept,
@@ -124,7 +124,7 @@ class DataTable:
         report = findings.report
         problems = {f"left out: {reason}": ids for reason, ids in report.skipped.items()}
         if report.clipped:
-            problems["box sticks out of its picture and is clipped"] = list(report.clipped)
+            problems["box sticks out of its image and is clipped"] = list(report.clipped)
         if report.trimmed:
             problems["mask with broken polygons, which are left out"] = list(report.trimmed)
         table = cls(
@@ -141,7 +141,7 @@ class DataTable:
             ),
             _image_labels(images, "neg_category_ids", class_index),
             _image_labels(images, "not_exhaustive_category_ids", class_index),
-            [picture_places(image) for image in images],
+            [image_places(image) for image in images],
             problems,
         )
         table._find_more([a["id"] for _, a in kept], [i["id"] for i in images])
@@ -186,7 +186,7 @@ class DataTable:
         return table
 
     def _find_more(self, annotation_ids: list, image_ids: list) -> None:
-        """Duplicates, empty pictures and classes without an object."""
+        """Duplicates, empty images and classes without an object."""
         columns = [self.image, self.label, *np.rint(self.boxes * _ROUND).astype(np.int64).T]
         order = np.lexsort(columns[::-1])  # stable: of equal rows the first one stays the first
         again = np.ones(max(len(order) - 1, 0), dtype=bool)

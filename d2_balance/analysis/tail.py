@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2_balance.data.class_counts import ClassStatistics
+from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.groups import LVIS_CUTS
 from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
 
@@ -30,7 +30,7 @@ class RepeatFactors:
 
     Attributes:
         threshold: t.
-        epoch: images of an epoch over the images of the data set, at least 1.
+        epoch: images of an epoch over the images of the dataset, at least 1.
         factor: (K,) r(c); 1 for a class without an image.
         shown: (K,) how often each class is shown in an epoch, in images.
     """
@@ -50,7 +50,7 @@ def repeat_factors(table: DataTable, threshold: float, filter_empty: bool = True
     """Repeat factors as Detectron2's RepeatFactorTrainingSampler has them.
 
     Args:
-        table: the data set, with an image to train on; crowds count here, as in the sampler.
+        table: the dataset, with an image to train on; crowds count here, as in the sampler.
         threshold: t, at least 0.
         filter_empty: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
@@ -67,7 +67,7 @@ def repeat_factors(table: DataTable, threshold: float, filter_empty: bool = True
 
 
 def common_border(
-    statistics: ClassStatistics, groups: list[str], cuts: tuple[int, int] | None
+    statistics: ClassCounts, groups: list[str], cuts: tuple[int, int] | None
 ) -> float:
     """The frequency that parts common from frequent classes, in (0, 1].
 
@@ -85,7 +85,7 @@ def common_border(
 
 
 def suggested_threshold(
-    table: DataTable, statistics: ClassStatistics, border: float, filter_empty: bool = True
+    table: DataTable, statistics: ClassCounts, border: float, filter_empty: bool = True
 ) -> RepeatFactors | None:
     """The threshold for RepeatFactorTrainingSampler.
 
@@ -94,7 +94,7 @@ def suggested_threshold(
     taken for which it does not.
 
     Args:
-        table: the data set.
+        table: the dataset.
         statistics: its class counts.
         border: of `common_border`.
         filter_empty: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
@@ -133,14 +133,14 @@ class Tail:
     ratio: float
 
 
-def tail_at(statistics: ClassStatistics, lambda_: float) -> Tail:
+def tail_at(statistics: ClassCounts, lambda_: float) -> Tail:
     """Number of tail classes and TR of a lambda."""
     tail = tail_weight(statistics.frequency, lambda_, "step")
     ratio = float(tail_ratio(tail, statistics.image_count)) if len(tail) else 0.0
     return Tail(lambda_, int(tail.sum()), ratio)
 
 
-def suggested_tail(statistics: ClassStatistics) -> Tail | None:
+def suggested_tail(statistics: ClassCounts) -> Tail | None:
     """The largest tail of up to 6 % of the class-image pairs, else of up to 10 %.
 
     Returns:

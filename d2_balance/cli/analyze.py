@@ -1,4 +1,4 @@
-"""Show which imbalance a data set has: classes and groups, foreground and background of the anchors
+"""Show which imbalance a dataset has: classes and groups, foreground and background of the anchors
 of a configuration, objects that no anchor reaches, tail ratio and repeat factors, image-level
 labels and broken annotations; and print the YAML lines that fit, each with its reason."""
 
@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
         help="a registered training set, an annotation file in COCO or LVIS style, or a file "
-        "written by ClassStatistics.save",
+        "written by ClassCounts.save",
     )
     parser.add_argument(
         "--register",
         nargs=2,
         metavar=("JSON", "IMAGES"),
-        help="annotation file and picture folder of a data set that is not registered yet",
+        help="annotation file and image directory of a dataset that is not registered yet",
     )
     parser.add_argument(
         "--config-file",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file, or a name of Detectron2's model zoo; its anchors and settings are looked "
         "at, and sets of its DATASETS.REGISTER are known",
     )
-    parser.add_argument("--html", metavar="FILE", help="write one page with pictures there")
+    parser.add_argument("--html", metavar="FILE", help="write one page with images there")
     parser.add_argument("--yaml", metavar="FILE", help="write the suggested settings there")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument(
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=_count,
         metavar=("RARE", "COMMON"),
-        help="pictures up to which a class is rare or common; the file's groups, or 10 100",
+        help="images up to which a class is rare or common; the file's groups, or 10 100",
     )
     parser.add_argument(
         "--max-images",
         type=_positive,
         default=200,
-        help="pictures whose anchors are looked at, drawn with seed 0 (default 200)",
+        help="images whose anchors are looked at, drawn with seed 0 (default 200)",
     )
     parser.add_argument("--lambda", dest="lambda_", type=_share, help="print TR of this lambda")
     parser.add_argument(
@@ -68,14 +68,14 @@ def _share(text: str) -> float:
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
     return value
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 1")
     return value
 
 

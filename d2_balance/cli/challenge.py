@@ -13,7 +13,7 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance challenge`."""
     parser.add_argument("recipe", help="YAML file, see configs/recipes")
-    parser.add_argument("--output", metavar="FOLDER", help="in place of the recipe's `output`")
+    parser.add_argument("--output", metavar="DIRECTORY", help="in place of the recipe's `output`")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of each training")
     parser.add_argument("--check", action="store_true", help="check the recipe, run nothing")
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             check_configs(recipe)
             check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
             print(
-                f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and data set "
+                f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and dataset "
                 "exists (files were not looked for)"
             )
             return 0
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         stage = next(s.name for s in recipe.stages if s.name not in runner.done)
         print(f"d2-balance challenge: error: stage {stage}: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:  # another run works in the folder
+    except ValueError as error:  # another run works in the directory
         print(f"d2-balance challenge: error: {error}", file=sys.stderr)
         return 2
     return 0

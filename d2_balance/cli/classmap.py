@@ -1,6 +1,6 @@
-"""Prints which classes of one data set are classes of another, and writes the map for editing.
+"""Prints which classes of one dataset are classes of another, and writes the map for editing.
 
-SOURCE and TARGET are annotation files or names of registered data sets. Without --map classes go
+SOURCE and TARGET are annotation files or names of registered datasets. Without --map classes go
 by name and synset; --output writes a line for each class of SOURCE, null where nothing matched.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("source", help="data set, or annotation file, whose classes are mapped")
-    parser.add_argument("target", help="data set, or annotation file, with the classes to map to")
+    parser.add_argument("source", help="dataset, or annotation file, whose classes are mapped")
+    parser.add_argument("target", help="dataset, or annotation file, with the classes to map to")
     parser.add_argument("--map", metavar="FILE", help="class map to check, YAML or JSON")
     parser.add_argument("--output", metavar="FILE", help="YAML file to write, which must be new")
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def categories(name: str) -> list[dict[str, Any]]:
-    """Categories of an annotation file or of a registered data set.
+    """Categories of an annotation file or of a registered dataset.
 
     Raises:
         ValueError: it is neither, or cannot be read.
@@ -69,4 +69,4 @@ def categories(name: str) -> list[dict[str, Any]]:
         return found
     if name in DatasetCatalog:
         return target_categories(name)
-    raise ValueError(f"{name!r} is neither a file nor a registered data set")
+    raise ValueError(f"{name!r} is neither a file nor a registered dataset")

@@ -1,5 +1,5 @@
-"""Put evaluations of one data set side by side: AP, AP by frequency group, and AP of each class
-against its training images, as tables, a page and pictures."""
+"""Put evaluations of one dataset side by side: AP, AP by frequency group, and AP of each class
+against its training images, as tables, a page and images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="output folder of a training, or file of `d2-balance eval --json`; the first is the "
+        help="output directory of a training, or file of `d2-balance eval --json`; the first is the "
         "one that others are compared with",
     )
     parser.add_argument("--names", nargs="+", help="how to call the runs, one name each")
-    parser.add_argument("--dataset", default="", help="which data set, where a run has several")
-    parser.add_argument("--output", metavar="FOLDER", help=f"write {', '.join(FILES)} there")
+    parser.add_argument("--dataset", default="", help="which dataset, where a run has several")
+    parser.add_argument("--output", metavar="DIRECTORY", help=f"write {', '.join(FILES)} there")
     parser.add_argument("--classes", type=int, default=5, help="gains and losses to print")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
 

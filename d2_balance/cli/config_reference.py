@@ -17,8 +17,9 @@ from detectron2.config import CfgNode, get_cfg
 
 from d2_balance.config import add_balance_config, add_training_config, argument_help
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-from d2_balance.modeling.build import DATA_ARGUMENTS
+from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
 from d2_balance.reweight import REWEIGHTERS
+from d2_balance.sampling import PROPOSAL_SAMPLERS
 from d2_balance.utils.files import atomic_path
 
 HEAD = """# Configuration
@@ -34,7 +35,8 @@ _OF_MODELS = ("MODEL.FCOS", "MODEL.BALANCE")  # have sections of their own
 SECTIONS = {
     "Classification losses (`CLS_LOSS`)": CLS_LOSSES,
     "Box losses (`BOX_LOSS`)": BOX_LOSSES,
-    "Reweighters (`REWEIGHT`)": REWEIGHTERS,
+    "Reweighters (`REWEIGHTERS`)": REWEIGHTERS,
+    "Proposal samplers (`PROPOSAL_SAMPLER`)": PROPOSAL_SAMPLERS,
 }
 
 
@@ -113,7 +115,7 @@ def added_keys(cfg: CfgNode, stock: CfgNode, place: str = "") -> dict[str, dict[
 def _argument_texts(place: str) -> dict[str, str]:
     """The meaning of every constructor argument, by the name of its key below `place`."""
     return {
-        f"{place}.{name.upper()}.{argument.upper()}": text
+        f"{place}.{name.upper()}.{argument_key(argument)}": text
         for registry in SECTIONS.values()
         for name, cls in registry
         for argument, text in argument_help(cls).items()
@@ -127,7 +129,7 @@ def _entry(name: str, cls: type, node: CfgNode | None) -> str:
     if data:
         parts.append(
             f"Counted on the training set: {', '.join(data)}; see "
-            "`MODEL.BALANCE.CLASS_STATISTICS`.\n"
+            "`MODEL.BALANCE.CLASS_COUNTS_FILE`.\n"
         )
     if node is None:
         parts.append("No keys.\n")

@@ -1,4 +1,4 @@
-"""Print what is installed, which data sets are there, and what to do about what is missing.
+"""Print what is installed, which datasets are there, and what to do about what is missing.
 
 The exit status is 0 when a training can start, 1 otherwise.
 """
@@ -30,16 +30,16 @@ PIP_NAMES = {
     "yaml": "pyyaml",
 }
 
-PICTURES = ("coco/train2017", "coco/val2017")
+IMAGES = ("coco/train2017", "coco/val2017")
 # What Detectron2's built-in catalog expects below $DETECTRON2_DATASETS.
 DATASETS = {
     "coco": (
         "coco/annotations/instances_train2017.json",
         "coco/annotations/instances_val2017.json",
-        *PICTURES,
+        *IMAGES,
     ),
-    "lvis v0.5": ("lvis/lvis_v0.5_train.json", "lvis/lvis_v0.5_val.json", *PICTURES),
-    "lvis v1": ("lvis/lvis_v1_train.json", "lvis/lvis_v1_val.json", *PICTURES),
+    "lvis v0.5": ("lvis/lvis_v0.5_train.json", "lvis/lvis_v0.5_val.json", *IMAGES),
+    "lvis v1": ("lvis/lvis_v1_train.json", "lvis/lvis_v1_val.json", *IMAGES),
 }
 
 
@@ -61,7 +61,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`doctor` takes no arguments; $DETECTRON2_DATASETS names the folder of the data sets."""
+    """`doctor` takes no arguments; $DETECTRON2_DATASETS names the directory of the datasets."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,14 +72,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at the interpreter, the packages, the devices and the data sets; raises nothing."""
+    """Look at the interpreter, the packages, the devices and the datasets; raises nothing."""
     # Importing the packages prints their deprecations, some past every warnings filter.
     with contextlib.redirect_stderr(io.StringIO()):
         torch = check_torch()
         opencv = check_package("cv2")
         return [
             check_python(),
-            Finding("d2-balance", _version("d2-balance") or "not installed, run from its folder"),
+            Finding(
+                "d2-balance", _version("d2-balance") or "not installed, run from its directory"
+            ),
             *torch,
             *check_detectron2(usable=not any(f.blocking for f in (*torch, opencv))),
             *(check_package(name) for name in ("numpy", "pycocotools.mask", "faster_coco_eval")),
@@ -195,7 +197,7 @@ def check_cuda() -> Finding:
 
 
 def datasets_root() -> Path:
-    """The folder where Detectron2 looks for data sets."""
+    """The directory where Detectron2 looks for datasets."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
@@ -205,9 +207,9 @@ def check_datasets(root: Path) -> list[Finding]:
         name: [path for path in paths if not _has_content(root / path)]
         for name, paths in DATASETS.items()
     }
-    folder = f"{root}{'' if root.is_dir() else ' (not there)'}"
+    directory = f"{root}{'' if root.is_dir() else ' (not there)'}"
     findings = [
-        Finding("data sets", f"in {folder}; set DETECTRON2_DATASETS for another folder"),
+        Finding("datasets", f"in {directory}; set DETECTRON2_DATASETS for another directory"),
         _check_mini_lvis(root, needed=all(missing.values())),
     ]
     for name, paths in missing.items():
@@ -226,7 +228,7 @@ def _check_mini_lvis(root: Path, needed: bool) -> Finding:
     parent = next(path for path in (root, *root.absolute().parents) if path.exists())
     if parent.is_dir() and os.access(parent, os.W_OK):
         return Finding("mini_lvis", "made on first use")
-    remedy = f"make {root} writable or set DETECTRON2_DATASETS to another folder"
+    remedy = f"make {root} writable or set DETECTRON2_DATASETS to another directory"
     return Finding("mini_lvis", f"cannot be made in {root}", remedy, blocking=needed)
 
 

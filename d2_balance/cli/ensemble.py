@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("FILE CLASSES", "MAP"),
-        help="a prediction file on the same pictures with the classes of another data set (its "
+        help="a prediction file on the same images with the classes of another dataset (its "
         "name or annotation file), and a class map file; without one classes of equal name or "
         "synset are shared. Only shared classes count. May be given several times",
     )
     parser.add_argument(
-        "--dataset", required=True, help="the pictures and classes: a name or annotation file"
+        "--dataset", required=True, help="the images and classes: a name or annotation file"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the merged file, new")
     parser.add_argument(
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-dets",
         type=int,
         default=300,
-        help="best detections of a picture that are kept (default 300, LVIS's limit; 0: all)",
+        help="best detections of an image that are kept (default 300, LVIS's limit; 0: all)",
     )
 
 
@@ -83,9 +83,9 @@ def merge_files(
     """Merge prediction files, and print what each gave and what came out.
 
     Args:
-        inputs: (file, data set whose classes it has or None for those of `dataset`, class map file
+        inputs: (file, dataset whose classes it has or None for those of `dataset`, class map file
             or None for names and synsets).
-        dataset: name or annotation file of the pictures and of the result's classes.
+        dataset: name or annotation file of the images and of the result's classes.
         output: file to write, atomically; it must be new.
         method, iou, max_dets: see `Ensemble`.
 
@@ -93,7 +93,7 @@ def merge_files(
         Number of detections written.
 
     Raises:
-        ValueError: files that do not fit the data set, an expert without shared classes, or an
+        ValueError: files that do not fit the dataset, an expert without shared classes, or an
             argument out of range.
         FileExistsError: the output is there.
     """
@@ -108,7 +108,7 @@ def merge_files(
     members = [_member(truth, *source) for source in inputs]
     ensemble = Ensemble(members, method, iou, max_dets)
     written = _write(ensemble, len(truth.data["images"]), output)
-    print(f"{output}: {written:,} detections on {len(truth.data['images']):,} pictures, {method}")
+    print(f"{output}: {written:,} detections on {len(truth.data['images']):,} images, {method}")
     return written
 
 
@@ -149,7 +149,7 @@ def _write(ensemble: Ensemble, images: int, output: str) -> int:
         merged = tqdm(ensemble.merge(images), "merging", images, delay=2, disable=None)
         for found in merged:
             if found:
-                # a line for each picture
+                # a line for each image
                 file.write(("," if count else "") + "\n" + ", ".join(ensemble.texts(found, texts)))
                 count += len(found)
         file.write("\n]\n")

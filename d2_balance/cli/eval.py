@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write the table of classes to this file")
     parser.add_argument(
         "--report",
-        metavar="FOLDER",
+        metavar="DIRECTORY",
         help="write a page with precision-recall curves, calibration, error types and confusion",
     )
     parser.add_argument("--max-dets", type=int, help="detections that count (LVIS 300, COCO 100)")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def write_diagnosis(
     args: argparse.Namespace, truth: Annotations, detections: Detections, found: Evaluation
 ) -> None:
-    """Write the page, its figures and the plots into the folder --report."""
+    """Write the page, its figures and the plots into the directory --report."""
     from d2_balance.evaluation.diagnosis import diagnose
     from d2_balance.evaluation.diagnosis_plots import write_report
 

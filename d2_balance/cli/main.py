@@ -11,9 +11,9 @@ from collections.abc import Sequence
 # `run(args) -> int`, the exit status; its docstring is the sub-command's description. Only the
 # module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
 COMMANDS = {
-    "analyze": ("analyze", "show which imbalance a data set has, and what to set"),
+    "analyze": ("analyze", "show which imbalance a dataset has, and what to set"),
     "challenge": ("challenge", "run a recipe of stages, with resume"),
-    "classmap": ("classmap", "say which classes of two data sets are the same"),
+    "classmap": ("classmap", "say which classes of two datasets are the same"),
     "compare": (
         "compare",
         "put evaluations side by side: groups and classes that gain",
@@ -23,14 +23,14 @@ COMMANDS = {
     "methods": ("methods", "list every method, and which go together"),
     "doctor": (
         "doctor",
-        "print versions, data sets, and what to do about the missing",
+        "print versions, datasets, and what to do about the missing",
     ),
     "rescore": ("rescore", "raise scores of rare classes before the cap of 300"),
     "show": ("show", "draw objects and detections, rare classes first"),
     "replay": ("replay", "run the batch again whose loss was not finite"),
     "prior": (
         "prior",
-        "count the start bias that foreground needs in a training set",
+        "count the initial bias that foreground needs in a training set",
     ),
 }
 
@@ -55,7 +55,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status; argparse exits by itself on bad usage.
 
-    A file that cannot be read or written (a full disk, a folder without permission) ends in one
+    A file that cannot be read or written (a full disk, a directory without permission) ends in one
     line and status 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -12,7 +12,8 @@ from tabulate import tabulate
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.methods import METHODS, Method
 from d2_balance.modeling import compatibility as rules
-from d2_balance.reweight import REWEIGHTERS, Selector
+from d2_balance.reweight import REWEIGHTERS
+from d2_balance.sampling import PROPOSAL_SAMPLERS
 from d2_balance.utils.blocks import with_blocks
 
 ARXIV = "https://arxiv.org/abs/"
@@ -26,7 +27,7 @@ HEAD_COLUMNS = {
 
 
 def method_table(links: bool) -> str:
-    """The list of methods as a Markdown table; with links relative to the project's folder."""
+    """The list of methods as a Markdown table; with links relative to the project's directory."""
     rows = []
     for m in METHODS:
         papers = [f"[{p}]({ARXIV}{p})" if links else p for p in m.papers]
@@ -43,9 +44,9 @@ def method_table(links: bool) -> str:
 
 
 def source_file(method: Method) -> str:
-    """File of a method, relative to the project's folder; "" if it is Detectron2's."""
+    """File of a method, relative to the project's directory; "" if it is Detectron2's."""
     root = Path(__file__).parents[2]
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS):
+    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS):
         if method.names[0] in registry:
             path = inspect.getsourcefile(registry.get(method.names[0]))
             return Path(path).relative_to(root).as_posix()
@@ -62,8 +63,9 @@ def goes_together(cls_name: str) -> dict[str, bool]:
     asked = {column: {**roi, "head": head} for column, head in HEAD_COLUMNS.items()}
     asked["GHMR"] = {**roi, "box_loss": BOX_LOSSES.get("GHMR")}
     for name, cls in sorted(REWEIGHTERS):
-        key = {"selector": cls} if issubclass(cls, Selector) else {"reweighters": [cls]}
-        asked[name] = {**roi, **key}
+        asked[name] = {**roi, "reweighters": [cls]}
+    for name, cls in sorted(PROPOSAL_SAMPLERS):
+        asked[name] = {**roi, "proposal_sampler": cls}
     asked["GUIDED_SCALE"] = {**roi, "guided": True}
     asked["NORCAL"] = {**roi, "norcal": True}
     return {column: _works(loss, **parts) for column, parts in asked.items()}

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images",
         type=_count,
         default=5000,
-        help="of more pictures than this a random sample is counted; 0 takes all (default 5000)",
+        help="of more images than this a random sample is counted; 0 takes all (default 5000)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
     return value
 
 
@@ -79,9 +79,9 @@ def report(prior) -> str:
         rows.append([name, *counts, f"{part.prior:.3e}", f"{part.bias:.3f}", *losses])
     headers = ["part", "N_f", "N", "C", "prior", "bias"]
     headers += ["loss there", *(f"at {value:g}" for value in COMMON_PRIORS)]
-    pictures = f"{prior.num_images:,} pictures"
+    images = f"{prior.num_images:,} images"
     if prior.num_images < prior.total_images:
-        pictures += f" of {prior.total_images:,}, drawn with seed 0 (--max-images 0 counts all)"
+        images += f" of {prior.total_images:,}, drawn with seed 0 (--max-images 0 counts all)"
     notes = ["The loss is sigmoid cross-entropy at the start, over all rows, per positive."]
     if "ROIHeads" in prior.parts:
         notes.append(
@@ -89,4 +89,4 @@ def report(prior) -> str:
             "a lower bound."
         )
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    return "\n".join([pictures, "", table, "", *notes])
+    return "\n".join([images, "", table, "", *notes])

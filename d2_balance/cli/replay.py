@@ -2,7 +2,7 @@
 
 A run whose loss becomes infinite or NaN writes OUTPUT_DIR/replay_<iteration>_rank<rank>.pt: the
 batch, the weights before the step, the config and the random numbers. This command runs that batch
-in training mode, without a step, and says which losses, pictures and classes are not finite.
+in training mode, without a step, and says which losses, images and classes are not finite.
 
 Exit status: 0 where the loss is not finite again, 1 where it is finite, 2 for a bad file.
 """
@@ -18,7 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from d2_balance.config import add_balance_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.engine.amp import PRECISIONS
-from d2_balance.engine.hooks.nonfinite import picture_name
+from d2_balance.engine.hooks.nonfinite import image_name
 from d2_balance.engine.replay.saved_batch import load_saved_batch
 from d2_balance.engine.replay.search import Replay, first_non_finite
 from d2_balance.engine.setup.run import CONFIG_ERROR
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     )
     found = replay.run()
     finite = not found.bad_input and replay.is_finite()
-    print(f"iteration {saved['iteration']}, {len(saved['batch'])} pictures, {precision or 'fp32'}")
+    print(f"iteration {saved['iteration']}, {len(saved['batch'])} images, {precision or 'fp32'}")
     for name, value in replay.losses.items():
         print(f"  {name} = {value:g}")
     if parameter := first_non_finite(model.named_parameters()):
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
     names = saved["class_names"] or []
     print("The loss is not finite:")
-    for index, what in sorted(found.pictures.items()):
+    for index, what in sorted(found.images.items()):
         classes = sorted(found.classes[index])
         called = [names[c] if c < len(names) else f"class {c}" for c in classes]
-        print(f"  {picture_name(saved['batch'][index])}: {what}", *called, sep=", ")
+        print(f"  {image_name(saved['batch'][index])}: {what}", *called, sep=", ")
     return 0
 
 
@@ -88,7 +88,7 @@ def saved_config(text: str, device: str | None) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
     except KeyError as error:
         raise ValueError(f"the saved config has a key that is unknown here: {error}") from error
-    cfg.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+    cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
     if device is None and cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE

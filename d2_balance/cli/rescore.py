@@ -1,7 +1,7 @@
-"""Raise the scores of rare classes before the cap on detections of a picture.
+"""Raise the scores of rare classes before the cap on detections of an image.
 
-`fit` chooses factors by frequency group, or NorCal's gamma, on held-out training pictures; `apply`
-writes the predictions of other pictures with them."""
+`fit` chooses factors by frequency group, or NorCal's gamma, on held-out training images; `apply`
+writes the predictions of other images with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = ("AP", "APr", "APc", "APf")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance rescore`."""
     actions = parser.add_subparsers(dest="action", metavar="fit | apply", required=True)
-    fit = actions.add_parser("fit", help="choose factors on held-out training pictures")
+    fit = actions.add_parser("fit", help="choose factors on held-out training images")
     apply = actions.add_parser("apply", help="write predictions with new scores, then cut")
     for action in (fit, apply):
         action.add_argument("predictions", help="prediction file, with more than --max-dets each")
@@ -31,22 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--max-dets",
             type=int,
             default=300,
-            help="best detections of a picture that count (default 300)",
+            help="best detections of an image that count (default 300)",
         )
-    fit.add_argument("--dataset", required=True, help="the held-out pictures")
-    apply.add_argument("--dataset", required=True, help="the pictures of the predictions")
+    fit.add_argument("--dataset", required=True, help="the held-out images")
+    apply.add_argument("--dataset", required=True, help="the images of the predictions")
     fit.add_argument(
         "--test",
         nargs="+",
         default=[],
         metavar="DATASET",
-        help="what is evaluated on; fitting on one of these pictures is refused",
+        help="what is evaluated on; fitting on one of these images is refused",
     )
     fit.add_argument(
         "--run",
-        dest="run_folder",  # `run` is the function of the command
-        metavar="FOLDER",
-        help="output folder of the model: its DATASETS.TEST joins --test, and pictures of its "
+        dest="run_directory",  # `run` is the function of the command
+        metavar="DIRECTORY",
+        help="output directory of the model: its DATASETS.TEST joins --test, and images of its "
         "DATASETS.TRAIN are reported",
     )
     fit.add_argument("--train", help="training set that gives groups and image counts")
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
             )
         else:
             tests, train = list(args.test), []
-            if args.run_folder:
-                found = _sets_of_run(args.run_folder)
+            if args.run_directory:
+                found = _sets_of_run(args.run_directory)
                 tests += found[0]
                 train = found[1]
             fit_factors(
@@ -100,10 +100,10 @@ def fit_factors(
     metric: str = "AP",
     max_dets: int = 300,
 ) -> None:
-    """Fit on held-out pictures, print what changes, write the factors; see `add_arguments`.
+    """Fit on held-out images, print what changes, write the factors; see `add_arguments`.
 
     Raises:
-        ValueError: no test set is named, the pictures are among those of one, or the classes have
+        ValueError: no test set is named, the images are among those of one, or the classes have
             no frequency groups.
         FileExistsError: the output is there.
     """
@@ -157,7 +157,7 @@ def fit_factors(
     print(_changes(rows, max_dets))
     if not _cuts(columns, max_dets):
         print(
-            f"- no picture has more than {max_dets} detections: the cap cuts nothing, and factors "
+            f"- no image has more than {max_dets} detections: the cap cuts nothing, and factors "
             "change nothing. Predict with a larger TEST.DETECTIONS_PER_IMAGE and a smaller score "
             "threshold"
         )
@@ -166,7 +166,7 @@ def fit_factors(
 def apply_factors(
     predictions: str, factors: str, dataset: str, output: str, *, max_dets: int = 300
 ) -> None:
-    """Write predictions with new scores, the best `max_dets` of each picture (0: all).
+    """Write predictions with new scores, the best `max_dets` of each image (0: all).
 
     Raises:
         ValueError: files that do not fit each other.
@@ -227,13 +227,13 @@ def _groups(truth: Annotations, train: Annotations) -> tuple[dict[str, str], dic
     return {n: letter for n, letter, _ in found}, {n: count for n, _, count in found}
 
 
-def _sets_of_run(folder: str) -> tuple[list[str], list[str]]:
+def _sets_of_run(directory: str) -> tuple[list[str], list[str]]:
     """DATASETS.TEST and DATASETS.TRAIN of a run; registers what its config registers."""
     import d2_balance  # noqa: F401
     from d2_balance.data import register_from_config
     from d2_balance.engine import read_config
 
-    path = os.path.join(folder, "config.yaml")
+    path = os.path.join(directory, "config.yaml")
     if not os.path.isfile(path):
         raise ValueError(f"--run: {path} does not exist; name the OUTPUT_DIR of a run")
     cfg = read_config(path)
@@ -246,8 +246,8 @@ def _report_trained(truth: Annotations, train: Annotations) -> None:
     seen = sum(image["id"] in ids for image in truth.data["images"])
     if seen:
         print(
-            f"- {seen} of {len(truth.data['images'])} pictures have ids of {train.name}, which the "
-            "model was trained on: its scores are higher there than on new pictures"
+            f"- {seen} of {len(truth.data['images'])} images have ids of {train.name}, which the "
+            "model was trained on: its scores are higher there than on new images"
         )
 
 
@@ -270,6 +270,6 @@ def _metrics(before: dict, after: dict) -> str:
 
 
 def _changes(rows: list[list], max_dets: int) -> str:
-    cap = f"of {max_dets} a picture" if max_dets else "(no cap)"
+    cap = f"of {max_dets} an image" if max_dets else "(no cap)"
     head = ["group", "classes", "detections", f"kept {cap}, before", "after"]
     return tabulate(rows, head, tablefmt="github")

@@ -1,5 +1,5 @@
-"""Draw the pictures of a data set with their objects, and with detections if a file of them is
-given: rare classes first, coloured by frequency group, as PNG files in a folder."""
+"""Draw the images of a dataset with their objects, and with detections if a file of them is
+given: rare classes first, coloured by frequency group, as PNG files in a directory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance show`."""
-    parser.add_argument("dataset", help="a registered data set, or an annotation file")
+    parser.add_argument("dataset", help="a registered dataset, or an annotation file")
     parser.add_argument(
-        "--images", help="folder of the pictures, where an annotation file is given"
+        "--images", help="directory of the images, where an annotation file is given"
     )
     parser.add_argument(
         "--predictions", metavar="FILE", help="JSON list of detections to draw beside the objects"
     )
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
-    parser.add_argument("--count", type=int, default=20, help="pictures to draw (default 20)")
+    parser.add_argument("--output", metavar="DIRECTORY", required=True, help="where the files go")
+    parser.add_argument("--count", type=int, default=20, help="images to draw (default 20)")
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="only pictures that show one of these classes"
+        "--classes", nargs="+", metavar="NAME", help="only images that show one of these classes"
     )
     parser.add_argument(
         "--min-score", type=float, default=0.3, help="detections to draw (default 0.3)"
@@ -49,18 +49,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw_all(args: argparse.Namespace) -> list[str]:
-    """Draw the pictures that the command line asks for.
+    """Draw the images that the command line asks for.
 
     Returns:
         Paths of the PNG files.
 
     Raises:
-        ValueError: a data set, a class, a number or a file that cannot be used.
+        ValueError: a dataset, a class, a number or a file that cannot be used.
         FileExistsError: a file of that name is there already.
     """
     from tqdm import tqdm
 
-    from d2_balance.data.checks.images import check_picture_sizes
+    from d2_balance.data.checks.images import check_image_sizes
     from d2_balance.evaluation.draw import draw, rarest_first
     from d2_balance.evaluation.predictions import read_predictions
     from d2_balance.evaluation.sources import Annotations
@@ -80,7 +80,7 @@ def draw_all(args: argparse.Namespace) -> list[str]:
             raise FileExistsError(
                 f"{path} exists, and show replaces no file; give another --output"
             )
-    check_picture_sizes(chosen, args.dataset)
+    check_image_sizes(chosen, args.dataset)
     found = None
     if args.predictions:
         truth = Annotations.load(args.dataset, "dataset")
@@ -93,7 +93,7 @@ def draw_all(args: argparse.Namespace) -> list[str]:
 
 
 def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """Name in the catalogs and records of a registered data set, or of a file."""
+    """Name in the catalogs and records of a registered dataset, or of a file."""
     from detectron2.data import DatasetCatalog
 
     from d2_balance import add_balance_config  # noqa: F401  registers the built-in sets
@@ -102,18 +102,18 @@ def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
 
     if source not in DatasetCatalog and not os.path.isfile(source):
         raise ValueError(
-            f"{source!r} is neither a registered data set nor an annotation file "
+            f"{source!r} is neither a registered dataset nor an annotation file "
             "(`d2-balance doctor` lists what is found)"
         )
     if os.path.isfile(source):
         if not images:
-            raise ValueError(f"{source}: --images must name the folder of its pictures")
+            raise ValueError(f"{source}: --images must name the directory of its images")
         register_json(source, source, images, "--images")
     elif images:
         raise ValueError(f"--images is for annotation files; {source!r} is registered with its own")
     dataset_dicts = load_dataset(source)
     if not isinstance(dataset_dicts, list) or not dataset_dicts:
-        raise ValueError(f"{source!r} has no pictures to draw")
+        raise ValueError(f"{source!r} has no images to draw")
     return source, dataset_dicts
 
 
@@ -152,7 +152,7 @@ def _of_classes(
         from d2_balance.engine.setup.validate import closest
 
         hint = closest(unknown[0], classes.names)
-        raise ValueError(f"--classes: the data set has no class {unknown[0]!r}; {hint}")
+        raise ValueError(f"--classes: the dataset has no class {unknown[0]!r}; {hint}")
     wanted = {list(classes.names).index(n) for n in names}
     found = [
         record
@@ -160,10 +160,10 @@ def _of_classes(
         if any(a["category_id"] in wanted for a in record.get("annotations", ()))
     ]
     if not found:
-        raise ValueError(f"--classes: no picture shows {', '.join(names)}; name other classes")
+        raise ValueError(f"--classes: no image shows {', '.join(names)}; name other classes")
     return found
 
 
-def _path(folder: str, number: int, record: dict[str, Any]) -> str:
+def _path(directory: str, number: int, record: dict[str, Any]) -> str:
     stem = os.path.splitext(os.path.basename(record["file_name"]))[0]
-    return os.path.join(folder, f"{number:03d}_{stem}.png")
+    return os.path.join(directory, f"{number:03d}_{stem}.png")

@@ -1,4 +1,4 @@
-"""Data sets from any annotation file, their checks, class statistics and image-level labels."""
+"""Datasets from any annotation file, their checks, class statistics and image-level labels."""
 
 from .annotations import annotation_style, load_json, read_json
 from .catalog.metadata import category_names, id_map, loaded_metadata
@@ -10,7 +10,7 @@ from .checks.structure import (
     check_num_classes,
     check_structure,
 )
-from .class_counts import ClassStatistics
+from .class_counts import ClassCounts
 from .image_labels import ImageLabels, require_image_labels
 from .mini_lvis.dataset import register_mini_lvis
 from .samplers import ClassAwareTrainingSampler
@@ -18,7 +18,7 @@ from .samplers import ClassAwareTrainingSampler
 __all__ = [
     "BadAnnotations",
     "ClassAwareTrainingSampler",
-    "ClassStatistics",
+    "ClassCounts",
     "ImageLabels",
     "annotation_style",
     "bad_annotations",

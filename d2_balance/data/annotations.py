@@ -40,25 +40,25 @@ def annotation_style(json_file: str) -> str:
 def load_json(json_file: str, image_root: str, name: str | None = None) -> list[dict[str, Any]]:
     """Load a COCO- or LVIS-style file as Detectron2's standard dicts.
 
-    Works without ``segmentation``, ``coco_url``, ``frequency`` and contiguous ids. Pictures are
+    Works without ``segmentation``, ``coco_url``, ``frequency`` and contiguous ids. Images are
     found by ``file_name``, else by the last two parts of ``coco_url``, else by its last part,
     whichever exists below ``image_root``. Objects with ``ignore: 1`` are treated as crowds.
 
     Args:
         json_file: the annotation file.
-        image_root: the folder of the pictures.
+        image_root: the directory of the images.
         name: a registered name. If given, the metadata of that name get thing_classes,
             thing_dataset_id_to_contiguous_id, class_image_count and, where the file has them,
             class_group (K letters of "rcf") and class_synset (K texts or None).
 
     Returns:
-        One dict per picture, by ascending image id: file_name, height, width, image_id,
+        One dict per image, by ascending image id: file_name, height, width, image_id,
         annotations (bbox XYWH_ABS in pixels, category_id in [0, K), segmentation and iscrowd where
         the file has them), and neg_category_ids / not_exhaustive_category_ids (raw ids) where the
         file has them.
 
     Raises:
-        ValueError: for a file that cannot be trained on, or missing pictures. Single bad
+        ValueError: for a file that cannot be trained on, or missing images. Single bad
             annotations are left out and reported, see `bad_annotations`.
     """
     state, content = file_state(json_file), read_content(json_file)
@@ -66,7 +66,7 @@ def load_json(json_file: str, image_root: str, name: str | None = None) -> list[
     del content
     check_structure(data, json_file)
     images, annotations = data["images"], data["annotations"]
-    file_names = find_pictures(images, image_root, json_file)
+    file_names = find_images(images, image_root, json_file)
     sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
     findings = find_bad_annotations(annotations, sizes, json_file)
     # class statistics will be asked for: counted here, the file is not read for them again
@@ -95,16 +95,16 @@ def load_json(json_file: str, image_root: str, name: str | None = None) -> list[
     return dataset_dicts
 
 
-def find_pictures(images: list[dict[str, Any]], image_root: str, json_file: str) -> list[str]:
-    """Path of every picture; each folder is listed once, which is faster than asking per file.
+def find_images(images: list[dict[str, Any]], image_root: str, json_file: str) -> list[str]:
+    """Path of every image; each directory is listed once, which is faster than asking per file.
 
     Raises:
-        ValueError: with the number of missing pictures and the first names.
+        ValueError: with the number of missing images and the first names.
     """
-    folders: dict[str, frozenset[str]] = {}
+    directories: dict[str, frozenset[str]] = {}
     paths, missing = [], []
     for image in images:
-        candidates = picture_places(image)
+        candidates = image_places(image)
         if not candidates:
             raise ValueError(
                 f"{json_file}: image {image['id']} has neither 'file_name' nor 'coco_url'; one of "
@@ -112,11 +112,11 @@ def find_pictures(images: list[dict[str, Any]], image_root: str, json_file: str)
             )
         for candidate in candidates:
             path = os.path.join(image_root, candidate)
-            folder, base = os.path.split(path)
-            if folder not in folders:
-                exists = PathManager.isdir(folder)
-                folders[folder] = frozenset(PathManager.ls(folder) if exists else ())
-            if base in folders[folder]:
+            directory, base = os.path.split(path)
+            if directory not in directories:
+                exists = PathManager.isdir(directory)
+                directories[directory] = frozenset(PathManager.ls(directory) if exists else ())
+            if base in directories[directory]:
                 paths.append(path)
                 break
         else:
@@ -124,15 +124,15 @@ def find_pictures(images: list[dict[str, Any]], image_root: str, json_file: str)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
-            f"{json_file}: {len(missing)} of {len(images)} pictures are missing below "
-            f"{image_root}: {shown}; the picture folder must hold every file_name (or the last "
+            f"{json_file}: {len(missing)} of {len(images)} images are missing below "
+            f"{image_root}: {shown}; the image directory must hold every file_name (or the last "
             "one or two parts of coco_url)"
         )
     return paths
 
 
-def picture_places(image: dict[str, Any]) -> list[str]:
-    """Places below the picture folder where a picture may lie, the likeliest first."""
+def image_places(image: dict[str, Any]) -> list[str]:
+    """Places below the image directory where an image may lie, the likeliest first."""
     candidates = [image["file_name"]] if image.get("file_name") else []
     if image.get("coco_url"):
         parts = image["coco_url"].split("/")

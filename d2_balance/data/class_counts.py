@@ -31,28 +31,28 @@ from .groups import GROUPS, LVIS_CUTS, groups_from_counts
 from .json_files import read_json
 
 FROM_CHECKPOINT = "checkpoint"
-_KEY = "MODEL.BALANCE.CLASS_STATISTICS"
-_GIVE = "give MODEL.BALANCE.CLASS_STATISTICS (a file written by ClassStatistics.save) or the data"
+_KEY = "MODEL.BALANCE.CLASS_COUNTS_FILE"
+_GIVE = "give MODEL.BALANCE.CLASS_COUNTS_FILE (a file written by ClassCounts.save) or the data"
 
 
-def statistics_file(cfg: CfgNode) -> str:
-    """The file that MODEL.BALANCE.CLASS_STATISTICS names, "" where it names none.
+def counts_file(cfg: CfgNode) -> str:
+    """The file that MODEL.BALANCE.CLASS_COUNTS_FILE names, "" where it names none.
 
     Raises:
         ValueError: there is none, neither there nor below $DETECTRON2_DATASETS.
     """
-    path = cfg.MODEL.BALANCE.CLASS_STATISTICS
+    path = cfg.MODEL.BALANCE.CLASS_COUNTS_FILE
     if path in ("", FROM_CHECKPOINT):
         return ""
     return resolve_path(path, PathManager.isfile, f"{_KEY}: the file")
 
 
 @dataclass(frozen=True, eq=False)
-class ClassStatistics:
+class ClassCounts:
     """Counts over a training set.
 
     What is counted: objects that are trained on. Crowd annotations (iscrowd 1) are left out, as
-    Detectron2's DatasetMapper leaves them out. The number of images is that of the data set which
+    Detectron2's DatasetMapper leaves them out. The number of images is that of the dataset which
     the sampler sees: after DATALOADER.FILTER_EMPTY_ANNOTATIONS, the denominator of
     RepeatFactorTrainingSampler. That sampler also counts a class where an image shows it only as a
     crowd; with LVIS, which has no crowds, the frequencies are equal.
@@ -117,7 +117,7 @@ class ClassStatistics:
         num_classes: int,
         class_names: Sequence[str] | None = None,
         file_groups: Sequence[str] | None = None,
-    ) -> "ClassStatistics":
+    ) -> "ClassCounts":
         """Count over Detectron2's standard dicts; every dict counts as an image.
 
         Raises:
@@ -144,10 +144,10 @@ class ClassStatistics:
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> "ClassStatistics":
+    def from_config(cls, cfg: CfgNode) -> "ClassCounts":
         """Statistics of the training set of a configuration.
 
-        Reads MODEL.BALANCE.CLASS_STATISTICS if that names a file; else counts over DATASETS.TRAIN
+        Reads MODEL.BALANCE.CLASS_COUNTS_FILE if that names a file; else counts over DATASETS.TRAIN
         as the training loader sees it. Files of DATASETS.REGISTER are counted once for each content
         (see `file_counts`), other sets once per process. "checkpoint" counts too: it speaks of the
         losses' values only.
@@ -155,7 +155,7 @@ class ClassStatistics:
         Raises:
             ValueError: if the number of classes is not the model's, or if the data cannot be read.
         """
-        if path := statistics_file(cfg):
+        if path := counts_file(cfg):
             statistics = cls.load(path)
             if statistics.num_classes != configured_num_classes(cfg):
                 raise ValueError(
@@ -205,7 +205,7 @@ class ClassStatistics:
             json.dump({"num_images": self.num_images, "classes": classes}, file, indent=1)
 
     @classmethod
-    def load(cls, path: str) -> "ClassStatistics":
+    def load(cls, path: str) -> "ClassCounts":
         """Read a file written by `save`; class k is the k-th entry of ``classes``.
 
         Raises:
@@ -215,14 +215,14 @@ class ClassStatistics:
         classes = data.get("classes") if isinstance(data, dict) else None
         if not isinstance(classes, list) or not _is_count(data.get("num_images")):
             raise ValueError(
-                f"{path}: class statistics need 'num_images' (a whole number) and 'classes' (a "
+                f"{path}: class statistics need 'num_images' (an integer) and 'classes' (a "
                 "list of name, image_count, instance_count)"
             )
         for number, entry in enumerate(classes):
             for field in ("image_count", "instance_count"):
                 if not isinstance(entry, dict) or not _is_count(entry.get(field)):
                     raise ValueError(
-                        f"{path}: classes[{number}]: {field!r} must be a whole number from 0 on"
+                        f"{path}: classes[{number}]: {field!r} must be an integer from 0 on"
                     )
         groups = tuple(entry.get("frequency") for entry in classes)
         try:
@@ -237,7 +237,7 @@ class ClassStatistics:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _count_files(files: Sequence[str], filter_empty: bool) -> ClassStatistics:
+def _count_files(files: Sequence[str], filter_empty: bool) -> ClassCounts:
     """Counts of one or several annotation files together.
 
     Raises:
@@ -257,7 +257,7 @@ def _count_files(files: Sequence[str], filter_empty: bool) -> ClassStatistics:
         what = "an object to train on" if filter_empty else "an image"
         raise ValueError(f"{', '.join(files)}: class statistics need {what}, and there is none")
     groups = {found.file_groups for found in counts}
-    return ClassStatistics(
+    return ClassCounts(
         torch.tensor([c.image_count for c in counts], dtype=torch.int64).sum(dim=0),
         torch.tensor([c.instance_count for c in counts], dtype=torch.int64).sum(dim=0),
         images,
@@ -269,7 +269,7 @@ def _count_files(files: Sequence[str], filter_empty: bool) -> ClassStatistics:
 @functools.cache
 def _count(
     names: tuple[str, ...], loaders: tuple[Callable, ...], filter_empty: bool, num_classes: int
-) -> ClassStatistics:
+) -> ClassCounts:
     """Count over registered sets; ``num_classes`` serves sets without class names only."""
     del loaders  # only part of the key
     try:
@@ -281,7 +281,7 @@ def _count(
             f"class statistics need DATASETS.TRAIN, but {', '.join(names)} cannot be loaded "
             f"({type(error).__name__}: {error}): {_GIVE}"
         ) from error
-    if not isinstance(dataset_dicts, list):  # a torch data set, whose items hold what they like
+    if not isinstance(dataset_dicts, list):  # a torch dataset, whose items hold what they like
         raise ValueError(
             f"class statistics need DATASETS.TRAIN, but {', '.join(names)} is a "
             f"{type(dataset_dicts).__name__} and no list of dicts: {_GIVE}"
@@ -289,7 +289,7 @@ def _count(
     metadata = [MetadataCatalog.get(name) for name in names]
     class_names = metadata[0].get("thing_classes")
     groups = [m.get("class_group") for m in metadata]
-    return ClassStatistics.from_dataset_dicts(
+    return ClassCounts.from_dataset_dicts(
         dataset_dicts,
         len(class_names) if class_names else num_classes,
         class_names,

@@ -1,6 +1,6 @@
 """Class counts of an annotation file, kept in a cache by the file's content.
 
-Two kinds of entries lie in the cache folder ($D2_BALANCE_CACHE, else ~/.cache/d2_balance):
+Two kinds of entries lie in the cache directory ($D2_BALANCE_CACHE, else ~/.cache/d2_balance):
 
     counts/<hash of the content>.json    what was counted; true for ever
     places/<hash of the path>.json       size and times of a file, and the hash of its content
@@ -8,7 +8,7 @@ Two kinds of entries lie in the cache folder ($D2_BALANCE_CACHE, else ~/.cache/d
 A file whose size, times and inode are those of its place is not read again. Any other file is read
 and hashed, which finds the counts of a file that was moved, copied or touched; what is not found is
 counted. An entry of another version is another name. Entries are written whole, so that processes
-may share the folder; one that cannot be written or read costs time and nothing else.
+may share the directory; one that cannot be written or read costs time and nothing else.
 
 Shapes: K classes.
 """
@@ -162,7 +162,7 @@ def keep(path: str, state: list[int] | None, key: str, found: FileCounts) -> Non
         _write(_place_file(path), {"path": os.path.abspath(path), "state": state, "content": key})
 
 
-def cache_folder() -> str:
+def cache_directory() -> str:
     """Where counts are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.environ.get("D2_BALANCE_CACHE") or os.path.join(root, "d2_balance")
@@ -170,11 +170,11 @@ def cache_folder() -> str:
 
 def _place_file(path: str) -> str:
     name = content_key(os.path.abspath(path).encode("utf-8", "surrogateescape"))
-    return os.path.join(cache_folder(), f"places-{VERSION}", f"{name}.json")
+    return os.path.join(cache_directory(), f"places-{VERSION}", f"{name}.json")
 
 
 def _counts_file(key: str) -> str:
-    return os.path.join(cache_folder(), f"counts-{VERSION}", f"{key}.json")
+    return os.path.join(cache_directory(), f"counts-{VERSION}", f"{key}.json")
 
 
 def _read(path: str) -> dict[str, Any] | None:
@@ -191,4 +191,4 @@ def _write(path: str, entry: dict[str, Any]) -> None:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(entry, file)
     except OSError:
-        pass  # a folder without room or rights: counted again next time
+        pass  # a directory without room or rights: counted again next time

@@ -1,7 +1,7 @@
-"""Boxes of a second annotation file on the pictures of a training set, as regions to ignore.
+"""Boxes of a second annotation file on the images of a training set, as regions to ignore.
 
-LVIS leaves out objects of classes that it did not look for in a picture; COCO has boxes of 80
-classes on the same pictures. A record of the training set gets `ignore_boxes`; what the heads do
+LVIS leaves out objects of classes that it did not look for in an image; COCO has boxes of 80
+classes on the same images. A record of the training set gets `ignore_boxes`; what the heads do
 with them stands in `modeling/ignore_regions.py`.
 """
 
@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
-from .annotations import picture_places, read_json
+from .annotations import image_places, read_json
 from .catalog.class_map import load_class_map
 from .catalog.metadata import id_map, target_categories
 from .catalog.register import resolve_path
@@ -28,7 +28,7 @@ from .checks.structure import check_structure
 KEY = "DATASETS.IGNORE_REGIONS"
 FIELD = "ignore_boxes"
 SAME_OBJECT = 0.5  # IoU from which a box of the second file is an object of the training set
-_FORM = "[data set, annotation file] or [data set, annotation file, class map], each a text"
+_FORM = "[dataset, annotation file] or [dataset, annotation file, class map], each a text"
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class RegionFile:
     """One entry of DATASETS.IGNORE_REGIONS.
 
     Attributes:
-        dataset: training set whose pictures get regions.
-        json_file: COCO- or LVIS-style file with boxes on the same pictures.
+        dataset: training set whose images get regions.
+        json_file: COCO- or LVIS-style file with boxes on the same images.
         class_map: file that says which of its classes are classes of the training set; "" goes by
             name and synset.
     """
@@ -64,7 +64,7 @@ def region_files(cfg: CfgNode) -> list[RegionFile]:
         key = f"{KEY}[{number}]"
         texts = isinstance(entry, list | tuple) and all(isinstance(text, str) for text in entry)
         if not texts or len(entry) not in (2, 3) or not all(entry[:2]):
-            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+            raise ValueError(f"{key} is {entry!r}; must be {_FORM}")
         name, json_file, class_map = (*entry, "")[:3]
         if name not in cfg.DATASETS.TRAIN:
             raise ValueError(
@@ -80,7 +80,7 @@ def region_files(cfg: CfgNode) -> list[RegionFile]:
 def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[dict[str, Any]]:
     """Records of a training set with `ignore_boxes`, an (M, 4) float32 array of corners in pixels.
 
-    Pictures of the two files are the same where the last part of their path is. A box is no region
+    Images of the two files are the same where the last part of their path is. A box is no region
     where it is an object of the training set: mapped to its class and with an IoU of 0.5 with it.
     Boxes of classes without a match in the training set are regions, as are crowds.
 
@@ -89,7 +89,7 @@ def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[
         regions: what to read.
 
     Raises:
-        ValueError: naming file and id: no picture in common, one picture under two ids, or with
+        ValueError: naming file and id: no image in common, one image under two ids, or with
             another size; or the class map has names that do not exist.
     """
     data = read_json(regions.json_file)
@@ -101,16 +101,16 @@ def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[
         (regions.json_file, regions.dataset),
     )
     logger.info(f"Ignore regions: {classes.report()}")
-    by_picture = _annotations_by_picture(data, regions.json_file)
+    by_image = _annotations_by_image(data, regions.json_file)
     mapping = id_map(regions.dataset)
     same = {raw: mapping[i] if mapping else i - 1 for raw, i in classes.ids.items()}
     result, known, kept, matched = [], 0, 0, 0
     for record in records:
         name = _base(record["file_name"])
-        if name not in by_picture:
+        if name not in by_image:
             result.append(record)
             continue
-        image, annotations = by_picture[name]
+        image, annotations = by_image[name]
         _check_size(record, image, regions.json_file)
         boxes, dropped = _regions(record, annotations, same)
         earlier = record.get(FIELD)
@@ -120,18 +120,18 @@ def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[
         known, kept, matched = known + 1, kept + len(boxes), matched + dropped
     if not known:
         raise ValueError(
-            f"{regions.json_file}: none of its {len(data['images'])} pictures is one of the "
+            f"{regions.json_file}: none of its {len(data['images'])} images is one of the "
             f"{len(records)} of {regions.dataset!r}; the last parts of file_name must agree"
         )
     logger.info(
-        f"{kept} ignore regions from {regions.json_file} on {known} of {len(records)} pictures of "
+        f"{kept} ignore regions from {regions.json_file} on {known} of {len(records)} images of "
         f"{regions.dataset}; {matched} boxes are objects there and no regions."
     )
     return result
 
 
-def _annotations_by_picture(data: dict, json_file: str) -> dict[str, tuple[dict, list[dict]]]:
-    """Image and annotations with sound boxes (XYXY_ABS) by the last part of the picture's path."""
+def _annotations_by_image(data: dict, json_file: str) -> dict[str, tuple[dict, list[dict]]]:
+    """Image and annotations with sound boxes (XYXY_ABS) by the last part of the image's path."""
     images = {image["id"]: image for image in data["images"]}
     sizes = {i: (int(image["height"]), int(image["width"])) for i, image in images.items()}
     boxed = [{k: v for k, v in a.items() if k != "segmentation"} for a in data["annotations"]]
@@ -146,7 +146,7 @@ def _annotations_by_picture(data: dict, json_file: str) -> dict[str, tuple[dict,
             by_id[annotation["image_id"]].append(annotation | {"bbox": box})
     found: dict[str, tuple[dict, list[dict]]] = {}
     for i, image in images.items():
-        names = picture_places(image)
+        names = image_places(image)
         if not names:
             raise ValueError(f"{json_file}: image {i} has neither 'file_name' nor 'coco_url'")
         name = _base(names[0])
@@ -164,7 +164,7 @@ def _check_size(record: Mapping[str, Any], image: Mapping[str, Any], json_file: 
     if size != own:
         raise ValueError(
             f"{json_file}: image {image['id']} is {size[0]} x {size[1]} pixels and the training "
-            f"set's {record['file_name']} is {own[0]} x {own[1]}; they must be the same picture"
+            f"set's {record['file_name']} is {own[0]} x {own[1]}; they must be the same image"
         )
 
 

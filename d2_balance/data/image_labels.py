@@ -36,7 +36,7 @@ class ImageLabels:
         # Detectron2's own sets write their map when they are loaded, so it is read at first use.
         self._id_map: Any = _UNRESOLVED
 
-    def listed(
+    def verified(
         self, batched_inputs: Sequence[dict[str, Any]], device: torch.device | str
     ) -> Tensor | None:
         """Classes with a verified statement, per image.
@@ -54,19 +54,19 @@ class ImageLabels:
             (N, K) bool, or None if no image has one of the two keys.
 
         Raises:
-            ValueError: for an id outside the training set's categories, naming the picture; for
+            ValueError: for an id outside the training set's categories, naming the image; for
                 training sets that map ids differently, naming both.
         """
         if not any(key in record for record in batched_inputs for key in IMAGE_LABEL_KEYS):
             return None
         return self._mask([self._classes(record) for record in batched_inputs], device)
 
-    def partial(
+    def not_exhaustive(
         self, batched_inputs: Sequence[dict[str, Any]], device: torch.device | str
     ) -> Tensor | None:
         """Classes that are not annotated exhaustively, per image.
 
-        Arguments and errors as `listed`.
+        Arguments and errors as `verified`.
 
         Returns:
             (N, K) bool, or None if no image has such a class.
@@ -99,7 +99,7 @@ class ImageLabels:
         ]
         if wrong:
             raise ValueError(
-                f"{record.get('file_name', 'a picture')}: {' / '.join(IMAGE_LABEL_KEYS)} hold "
+                f"{record.get('file_name', 'an image')}: {' / '.join(IMAGE_LABEL_KEYS)} hold "
                 f"{wrong[:5]}; allowed are the category ids of the {self.num_classes} classes of "
                 f"{', '.join(self.dataset_names)}"
             )
@@ -111,8 +111,8 @@ class ImageLabels:
         annotated = record["instances"].gt_classes.tolist() if "instances" in record else []
         if annotated and not 0 <= min(annotated) <= max(annotated) < self.num_classes:
             raise ValueError(
-                f"{record.get('file_name', 'a picture')}: the classes of the annotations run from "
-                f"{min(annotated)} to {max(annotated)}; allowed is [0, {self.num_classes})"
+                f"{record.get('file_name', 'an image')}: the classes of the annotations run from "
+                f"{min(annotated)} to {max(annotated)}; must be [0, {self.num_classes})"
             )
         return classes + annotated
 
@@ -134,22 +134,22 @@ class ImageLabels:
 def require_image_labels(
     dataset_dicts: Iterable[dict[str, Any]],
     name: str,
-    key: str = "MODEL.BALANCE.EQL.IMAGE_LABELS",
+    key: str = "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS",
 ) -> None:
-    """Check that a data set has image-level labels at all.
+    """Check that a dataset has image-level labels at all.
 
     Detectron2's LVIS loader writes empty lists where a file has none, so empty lists do not count.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
-        name: of the data set, for the message.
+        name: of the dataset, for the message.
         key: what switches off the need for the labels, for the message.
 
     Raises:
-        ValueError: naming the data set and what to do.
+        ValueError: naming the dataset and what to do.
     """
     if not any(record.get(key) for record in dataset_dicts for key in IMAGE_LABEL_KEYS):
         raise ValueError(
-            f"the data set {name!r} has no image-level labels: set {key} False or add "
+            f"the dataset {name!r} has no image-level labels: set {key} False or add "
             "neg_category_ids to the images of its annotation file"
         )

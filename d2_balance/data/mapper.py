@@ -13,13 +13,13 @@ from detectron2.structures import BoxMode, Instances
 from .ignore_regions import FIELD
 
 MASKED = "gt_has_mask"
-"""Field of the objects of a picture of which some have no mask: (M,) bool."""
+"""Field of the objects of an image of which some have no mask: (M,) bool."""
 
 
 class BalancedMapper(DatasetMapper):
     """DatasetMapper for training sets with ignore regions or with boxes that have no mask.
 
-    - `ignore_boxes` of a record, (M, 4) corners in pixels, are moved with the picture and cut at
+    - `ignore_boxes` of a record, (M, 4) corners in pixels, are moved with the image and cut at
       its border; regions outside are dropped. The result is a float32 tensor.
     - Objects without `segmentation`, in a model with masks, get their box in place of a mask and
       `gt_has_mask` False, by which the mask head leaves them out.
@@ -54,11 +54,11 @@ class BalancedMapper(DatasetMapper):
 def moved_boxes(
     boxes: Any, transforms: TransformList, image_shape: tuple[int, int]
 ) -> torch.Tensor:
-    """Boxes that went through the transforms of their picture.
+    """Boxes that went through the transforms of their image.
 
     Args:
         boxes: (M, 4) corners in pixels.
-        transforms: those of the picture.
+        transforms: those of the image.
         image_shape: (height, width) after them.
 
     Returns:

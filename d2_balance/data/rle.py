@@ -1,7 +1,7 @@
 """Run lengths of masks in COCO's RLE, read without pycocotools.
 
 pycocotools reads memory past the end, or never returns, where the runs of a mask do not fill its
-picture, so that masks are looked at before it gets them.
+image, so that masks are looked at before it gets them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run_lengths(counts: str | Sequence[int]) -> np.ndarray:
     """
     if not isinstance(counts, str):
         if not all(type(count) is int for count in counts):
-            raise ValueError("its counts are not whole numbers")
+            raise ValueError("its counts are not integers")
         return np.array(counts, dtype=np.int64)
     numbers, _ = _numbers(counts.encode("utf-8"))
     _add_up(numbers)

@@ -1,14 +1,14 @@
-"""Samplers of training pictures that Detectron2 does not have.
+"""Samplers of training images that Detectron2 does not have.
 
-Weighted repeat-factor sampling gives picture I of data set d the factor w_d max_{c in I} r(c), with
+Weighted repeat-factor sampling gives image I of dataset d the factor w_d max_{c in I} r(c), with
 r(c) = max(1, sqrt(t / f_c)) of Gupta et al., LVIS, arXiv:1908.03195, appendix B.2. f_c is the share
-of pictures with class c among those of all sets together. (WeightedCategoryTrainingSampler, which
+of images with class c among those of all sets together. (WeightedCategoryTrainingSampler, which
 Detectron2 has, counts f in each set by itself: a class that is rare in one of them counts as rare.)
 
-Class-aware sampling draws a class, then a picture that contains it: each class is met equally
+Class-aware sampling draws a class, then an image that contains it: each class is met equally
 often, whatever its frequency. Source: Shen et al., Relay Backpropagation for Effective Learning of
 Deep Convolutional Neural Networks, arXiv:1512.05830. Here draws are independent, where
-the paper walks through shuffled lists; the expected share of each picture is the same.
+the paper walks through shuffled lists; the expected share of each image is the same.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 4096  # pictures drawn at once
+_CHUNK = 4096  # images drawn at once
 
 
 def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Lists, for each class that occurs, the pictures that contain it.
+    """Lists, for each class that occurs, the images that contain it.
 
     Crowd annotations do not count.
 
@@ -37,8 +37,8 @@ def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
         dataset_dicts: Detectron2's standard dicts.
 
     Returns:
-        starts (C + 1,) and pictures, both int64: class c of the C classes that occur has the
-        ascending picture indices `pictures[starts[c]:starts[c + 1]]`, each of them once.
+        starts (C + 1,) and images, both int64: class c of the C classes that occur has the
+        ascending image indices `images[starts[c]:starts[c + 1]]`, each of them once.
     """
     size = len(dataset_dicts)
     found = (
@@ -48,16 +48,16 @@ def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
         if not annotation.get("iscrowd", 0)
     )
     pairs = np.unique(np.fromiter(found, dtype=np.int64))  # ascending: class by class
-    classes, pictures = np.divmod(pairs, max(size, 1))
+    classes, images = np.divmod(pairs, max(size, 1))
     first = np.flatnonzero(np.diff(classes, prepend=-1))
     starts = np.append(first, len(pairs))
-    return torch.from_numpy(starts), torch.from_numpy(pictures)
+    return torch.from_numpy(starts), torch.from_numpy(images)
 
 
 class ClassAwareTrainingSampler(TrainingSampler):
-    """Endless picture indices: a class drawn uniformly, then one of its pictures, uniformly.
+    """Endless image indices: a class drawn uniformly, then one of its images, uniformly.
 
-    Only classes that occur are drawn. A picture without annotation, or with crowds only, is never
+    Only classes that occur are drawn. An image without annotation, or with crowds only, is never
     drawn. All ranks generate the same stream, of which rank r of n takes the indices r, r + n and
     so on, as with Detectron2's TrainingSampler.
 
@@ -70,17 +70,17 @@ class ClassAwareTrainingSampler(TrainingSampler):
     """
 
     def __init__(self, dataset_dicts: Sequence[dict[str, Any]], *, seed: int | None = None) -> None:
-        self._starts, self._pictures = images_by_class(dataset_dicts)
-        if not len(self._pictures):
+        self._starts, self._images = images_by_class(dataset_dicts)
+        if not len(self._images):
             raise ValueError(
                 "DATALOADER.SAMPLER_TRAIN ClassAwareTrainingSampler needs annotations, and the "
                 "training set has none besides crowds."
             )
         super().__init__(len(dataset_dicts), seed=seed)
-        unused = len(dataset_dicts) - len(self._pictures.unique())
+        unused = len(dataset_dicts) - len(self._images.unique())
         logger.info(
             f"Class-aware sampling over {len(self._starts) - 1} classes; {unused} of "
-            f"{len(dataset_dicts)} pictures have no annotation and are never drawn."
+            f"{len(dataset_dicts)} images have no annotation and are never drawn."
         )
 
     def _infinite_indices(self) -> Iterator[int]:
@@ -91,7 +91,7 @@ class ClassAwareTrainingSampler(TrainingSampler):
             # in float64, where u < 1 keeps u * count below count after rounding
             u = torch.rand(_CHUNK, generator=generator, dtype=torch.float64)
             place = self._starts[drawn] + (u * counts[drawn]).long()
-            yield from self._pictures[place].tolist()
+            yield from self._images[place].tolist()
 
 
 def weighted_repeat_factors(
@@ -100,16 +100,16 @@ def weighted_repeat_factors(
     weights: Mapping[str, float],
     threshold: float,
 ) -> Tensor:
-    """Factors of repeat-factor sampling over all pictures, times the weight of their data set.
+    """Factors of repeat-factor sampling over all images, times the weight of their dataset.
 
     Args:
         dataset_dicts: D standard dicts.
-        sources: D names of the data sets that they come from.
-        weights: factor of a data set, above 0; 1 where it has none.
+        sources: D names of the datasets that they come from.
+        weights: factor of a dataset, above 0; 1 where it has none.
         threshold: t, above 0.
 
     Returns:
-        (D,) above 0: how often each picture is shown in an epoch, on average.
+        (D,) above 0: how often each image is shown in an epoch, on average.
     """
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
         dataset_dicts, threshold

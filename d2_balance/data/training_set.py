@@ -10,7 +10,7 @@ from detectron2.data import get_detection_dataset_dicts
 from .ignore_regions import add_regions, region_files
 
 SOURCE = "dataset"
-"""Key of a record: the data set that it comes from."""
+"""Key of a record: the dataset that it comes from."""
 
 
 def training_records(cfg: CfgNode) -> list[dict[str, Any]] | None:

@@ -12,7 +12,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_step(cfg: CfgNode) -> None:
-    """Checks SOLVER.AMP and SOLVER.ACCUMULATE.
+    """Checks SOLVER.AMP and SOLVER.GRAD_ACCUM_STEPS.
 
     Raises:
         ValueError: naming the key and what is allowed.
@@ -20,21 +20,21 @@ def check_step(cfg: CfgNode) -> None:
     amp, ranks = cfg.SOLVER.AMP, comm.get_world_size()
     if amp.PRECISION not in PRECISIONS:
         raise ValueError(
-            f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}; allowed is one of {', '.join(PRECISIONS)}."
+            f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}; must be one of {', '.join(PRECISIONS)}."
         )
     if not 0 < amp.INIT_SCALE < float("inf") or amp.MAX_SKIPPED < 1:
         raise ValueError(
             f"SOLVER.AMP.INIT_SCALE is {amp.INIT_SCALE} and MAX_SKIPPED {amp.MAX_SKIPPED}; allowed "
-            "are a number above 0 and a whole number of at least 1."
+            "are a number above 0 and an integer of at least 1."
         )
     cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
     if amp.ENABLED and amp.PRECISION == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise ValueError("SOLVER.AMP.PRECISION bf16 is beyond this GPU; set fp16.")
-    count, batch = cfg.SOLVER.ACCUMULATE, cfg.SOLVER.IMS_PER_BATCH
+    count, batch = cfg.SOLVER.GRAD_ACCUM_STEPS, cfg.SOLVER.IMS_PER_BATCH
     if count < 1 or batch % (ranks * count):
         raise ValueError(
-            f"SOLVER.ACCUMULATE is {count}; allowed is a whole number of at least 1 that divides "
-            f"the pictures of a rank, SOLVER.IMS_PER_BATCH {batch} over {ranks} processes."
+            f"SOLVER.GRAD_ACCUM_STEPS is {count}; must be an integer of at least 1 that divides "
+            f"the images of a rank, SOLVER.IMS_PER_BATCH {batch} over {ranks} processes."
         )
 
 
@@ -61,7 +61,7 @@ def widen_inputs_of_strided_convs(model: nn.Module) -> None:
     """Keeps oneDNN from the case in which its gradients are memory that was never written.
 
     That is the weight gradient of a 3 x 3 convolution with stride 2, in bfloat16 on a CPU, whose
-    input is one column wide (torch 2.14): P7 of a small picture. A second column of zeros is what
+    input is one column wide (torch 2.14): P7 of a small image. A second column of zeros is what
     the padding would have put there, and the output is the same.
     """
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .setup.validate import closest
 
-KEY = "MODEL.BALANCE.TRAIN_ONLY"
+KEY = "MODEL.BALANCE.TRAINABLE"
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import MicroBatches
 
 from .amp import PRECISIONS, RanksGradScaler, widen_inputs_of_strided_convs
-from .hooks.nonfinite import NonFiniteLossError, picture_name
+from .hooks.nonfinite import NonFiniteLossError, image_name
 from .replay.search import first_non_finite
 from .resume.random_state import seed_everything
 
@@ -97,7 +97,7 @@ class StepTrainer(SimpleTrainer):
             *parts,
             precision=precision,
             scaler=scaler,
-            micro_batches=cfg.SOLVER.ACCUMULATE,
+            micro_batches=cfg.SOLVER.GRAD_ACCUM_STEPS,
             seed=cfg.SEED,
             max_skipped=amp.MAX_SKIPPED,
         )
@@ -146,7 +146,7 @@ class StepTrainer(SimpleTrainer):
         """Adds the gradients of the micro-batches; returns the means of their losses."""
         size, rest = divmod(len(data), self.micro_batches)
         if rest:
-            raise ValueError(f"{len(data)} pictures cannot be split into {self.micro_batches}.")
+            raise ValueError(f"{len(data)} images cannot be split into {self.micro_batches}.")
         parts = [data[i * size : (i + 1) * size] for i in range(self.micro_batches)]
         seed = self._seed if self._seed >= 0 else int(torch.randint(2**31, ()))
         keys = [(seed, comm.get_rank(), self.iter, i) for i in range(len(parts))]
@@ -228,7 +228,7 @@ class StepTrainer(SimpleTrainer):
             f"gradient at iteration {self.iter} is that of {name}. Set SOLVER.AMP.PRECISION bf16 "
             "or SOLVER.AMP.ENABLED False.",
             iteration=self.iter,
-            pictures=[picture_name(record) for record in data],
+            images=[image_name(record) for record in data],
         )
 
     def state_dict(self) -> dict[str, Any]:

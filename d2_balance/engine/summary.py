@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from d2_balance import __version__
-from d2_balance.data import ClassStatistics, bad_annotations
+from d2_balance.data import ClassCounts, bad_annotations
 from d2_balance.data.catalog.register import registered_file
 from d2_balance.data.groups import GROUPS
 from d2_balance.evaluation import read_per_class
@@ -42,7 +42,7 @@ def write_summary(
 
     Args:
         cfg: config of the run.
-        results: as `BalancedTrainer.test` returns them: task to metric to percent, by data set
+        results: as `BalancedTrainer.test` returns them: task to metric to percent, by dataset
             where DATASETS.TEST has several.
         config_file: what the user gave, for the heading.
         eval_only: True where nothing was trained.
@@ -50,22 +50,22 @@ def write_summary(
     Returns:
         Path of summary.md.
     """
-    folder = cfg.OUTPUT_DIR
+    directory = cfg.OUTPUT_DIR
     by_set = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
-    per_class = {name: _per_class(folder, name) for name in by_set}
+    per_class = {name: _per_class(directory, name) for name in by_set}
     stem = os.path.splitext(os.path.basename(config_file))[0]
-    title = stem or os.path.basename(os.path.normpath(folder))
-    metrics = [] if eval_only else read_metrics(os.path.join(folder, "metrics.json"))
+    title = stem or os.path.basename(os.path.normpath(directory))
+    metrics = [] if eval_only else read_metrics(os.path.join(directory, "metrics.json"))
 
     parts = [f"# {title}" + (" (evaluation only)" if eval_only else "")]
     for name, found in by_set.items():
         parts += [f"## Results on {name}", results_table(found, per_class[name], name)]
     parts += ["## Run", _run_table(cfg, config_file, metrics, eval_only)]
     parts += ["## Data", _data(cfg, eval_only)]
-    plots = _draw_plots(folder, title, metrics, per_class, eval_only)
+    plots = _draw_plots(directory, title, metrics, per_class, eval_only)
     if plots:
         parts += ["## Plots", *(f"![{caption}]({file})" for file, caption in plots.items())]
-    path = os.path.join(folder, "summary.md")
+    path = os.path.join(directory, "summary.md")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\n\n".join(parts) + "\n")
     logger.info(f"Summary: {path}")
@@ -97,7 +97,7 @@ def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: 
     Args:
         results: task to metric to percent.
         records: AP by class, as the evaluator writes it; {} where it writes none.
-        name: the data set.
+        name: the dataset.
     """
     tasks = [task for task in TASKS if task in results]
     if not tasks:
@@ -148,7 +148,9 @@ def _run_table(
         ("classification loss", _loss(cfg, balance.CLS_LOSS)),
         ("box loss", _loss(cfg, balance.BOX_LOSS)),
     ]
-    rows += [("reweighting", _loss(cfg, name)) for name in balance.REWEIGHT]
+    rows += [("reweighting", _loss(cfg, name)) for name in balance.REWEIGHTERS]
+    if balance.PROPOSAL_SAMPLER:
+        rows.append(("proposal sampler", _loss(cfg, balance.PROPOSAL_SAMPLER)))
     if balance.BETA_DECAY.ENABLED:
         rows.append(("beta decay", _arguments(balance.BETA_DECAY, skip=("ENABLED",))))
     if not eval_only:
@@ -214,16 +216,16 @@ def _data(cfg: CfgNode, eval_only: bool) -> str:
     if not eval_only:
         counting = cfg.clone()
         counting.defrost()
-        counting.MODEL.BALANCE.CLASS_STATISTICS = ""  # what was trained on, not a file's counts
+        counting.MODEL.BALANCE.CLASS_COUNTS_FILE = ""  # what was trained on, not a file's counts
         try:
-            counts = ClassStatistics.from_config(counting)
+            counts = ClassCounts.from_config(counting)
             parts.append(
-                f"Training: {counts.num_images:,} pictures, "
+                f"Training: {counts.num_images:,} images, "
                 f"{int(counts.instance_count.sum()):,} annotations of {counts.num_classes:,} "
                 "classes, as the loader sees them (crowds not counted)."
             )
         except (ValueError, KeyError, TypeError) as error:
-            # for example a torch data set in place of dicts; the results must not be lost for it
+            # for example a torch dataset in place of dicts; the results must not be lost for it
             parts.append(f"Training: not counted ({error}).")
     train = () if eval_only else cfg.DATASETS.TRAIN
     for name in dict.fromkeys((*train, *cfg.DATASETS.TEST)):
@@ -245,7 +247,7 @@ def _is_file(name: str) -> bool:
 
 
 def _draw_plots(
-    folder: str,
+    directory: str,
     title: str,
     metrics: list[dict[str, float]],
     per_class: Mapping[str, Mapping[str, Any]],
@@ -254,7 +256,7 @@ def _draw_plots(
     """Draws what the run has data for; returns file name to caption."""
     plots = {}
     if any("total_loss" in record for record in metrics):
-        plot_losses(metrics, os.path.join(folder, "losses.png"), f"{title}: training losses")
+        plot_losses(metrics, os.path.join(directory, "losses.png"), f"{title}: training losses")
         plots["losses.png"] = "Training losses"
     for name, records in per_class.items():
         for metric, task in (("AP", "box"), ("AP_segm", "mask")):
@@ -266,21 +268,21 @@ def _draw_plots(
             if drawn:
                 file = f"ap_by_count_{file_name_of(name)}_{task}.png"
                 caption = f"{task} AP of each class of {name} by training images"
-                plot_ap_by_count(records, os.path.join(folder, file), metric, caption)
+                plot_ap_by_count(records, os.path.join(directory, file), metric, caption)
                 plots[file] = caption
-    stats = os.path.join(folder, LOSS_STATS_FILE)
+    stats = os.path.join(directory, LOSS_STATS_FILE)
     if not eval_only and os.path.isfile(stats):
         with open(stats, encoding="utf-8") as file:
             records = json.load(file)
         for source, vectors in records[-1]["stats"].items():
             if {"density", "weight"} <= vectors.keys():
-                plot_density(records, source, os.path.join(folder, f"density_{source}.png"))
+                plot_density(records, source, os.path.join(directory, f"density_{source}.png"))
                 plots[f"density_{source}.png"] = f"Gradient density of {source}"
     return plots
 
 
-def _per_class(folder: str, name: str) -> dict[str, dict]:
-    path = os.path.join(folder, "inference", f"per_class_ap_{file_name_of(name)}.json")
+def _per_class(directory: str, name: str) -> dict[str, dict]:
+    path = os.path.join(directory, "inference", f"per_class_ap_{file_name_of(name)}.json")
     return read_per_class(path) if os.path.isfile(path) else {}
 
 

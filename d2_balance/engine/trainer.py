@@ -55,14 +55,14 @@ logger = logging.getLogger(__name__)
 class BalancedTrainer(DefaultTrainer):
     """DefaultTrainer for the models of this package.
 
-    - The evaluator is chosen by data set, see `build_evaluator`.
-    - A resumed run sees the same pictures, augmentations, random numbers and beta as an
+    - The evaluator is chosen by dataset, see `build_evaluator`.
+    - A resumed run sees the same images, augmentations, random numbers and beta as an
       uninterrupted one, and continues with the buffers of the losses.
     - A run that starts from the weights of another one takes over what was learned, and no
       densities, counters or class counts: those belong to the other run and its data.
     - Several ranks work without a GPU, over gloo.
     - A loss that is not finite ends the run before it reaches the weights, with a
-      `NonFiniteLossError` that names the loss, the pictures and the classes.
+      `NonFiniteLossError` that names the loss, the images and the classes.
 
     Args:
         cfg: config with MODEL.BALANCE. With SEED below 0 a resumed run is not exact; `train_net.py`
@@ -73,7 +73,9 @@ class BalancedTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        if cfg.SOLVER.REFERENCE_BATCH:  # train_net.py has scaled it, other callers may not have
+        if (
+            cfg.SOLVER.REFERENCE_IMS_PER_BATCH
+        ):  # train_net.py has scaled it, other callers may not have
             cfg = cfg.clone()
             cfg.defrost()
             scale_to_batch(cfg)
@@ -134,8 +136,10 @@ class BalancedTrainer(DefaultTrainer):
     def _class_ap(self) -> ClassAP | None:
         if not self.cfg.TEST.CLASS_AP:
             return None
-        folder = os.path.join(self.cfg.OUTPUT_DIR, "inference")
-        return ClassAP(self._tensorboard, folder, self.cfg.DATASETS.TEST, self.cfg.TEST.EVAL_PERIOD)
+        directory = os.path.join(self.cfg.OUTPUT_DIR, "inference")
+        return ClassAP(
+            self._tensorboard, directory, self.cfg.DATASETS.TEST, self.cfg.TEST.EVAL_PERIOD
+        )
 
     def _measured_weights(self) -> AbstractContextManager[None]:
         """A block in which the model has the weights that are evaluated."""
@@ -183,7 +187,7 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model, with all but MODEL.BALANCE.TRAIN_ONLY frozen; see `train_only`."""
+        """The model, with all but MODEL.BALANCE.TRAINABLE frozen; see `train_only`."""
         return finished_model(super().build_model(cfg), cfg)
 
     @classmethod
@@ -199,7 +203,7 @@ class BalancedTrainer(DefaultTrainer):
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
             raise ValueError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; allowed is one of "
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; must be one of "
                 f"{', '.join(CLIP_TYPES)}."
             )
         if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
@@ -221,7 +225,7 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def test_finished(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """As `test`, at several sizes and mirrored where TEST.AUG.ENABLED asks for it."""
+        """As `test`, at several sizes and flipped where TEST.AUG.ENABLED asks for it."""
         if not cfg.TEST.AUG.ENABLED:
             return cls.test(cfg, model)
         return cls.test(augmentation_config(cfg), AugmentedRCNN(cfg, model))
@@ -264,8 +268,8 @@ class BalancedTrainer(DefaultTrainer):
 
 
 def finished_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """A new model with all but MODEL.BALANCE.TRAIN_ONLY frozen, and losses compiled."""
-    train_only(model, cfg.MODEL.BALANCE.TRAIN_ONLY)
+    """A new model with all but MODEL.BALANCE.TRAINABLE frozen, and losses compiled."""
+    train_only(model, cfg.MODEL.BALANCE.TRAINABLE)
     if cfg.MODEL.BALANCE.COMPILE:
         compile_losses(model)
     return model

@@ -52,7 +52,7 @@ class GroundTruth:
 
     Args:
         dataset: content of the JSON file.
-        source: name of the file or data set, for messages.
+        source: name of the file or dataset, for messages.
         federated: True for LVIS rules: detections of classes that are neither annotated nor
             listed as absent in their image are dropped, unmatched detections of classes listed as
             not exhaustive are ignored, and `iscrowd` means nothing.

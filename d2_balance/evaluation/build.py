@@ -1,4 +1,4 @@
-"""The evaluator of a data set, chosen by its metadata."""
+"""The evaluator of a dataset, chosen by its metadata."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from d2_balance.data import ClassStatistics
+from d2_balance.data import ClassCounts
 
 from .evaluators import COCOGroupEvaluator, LVISGroupEvaluator
 
@@ -25,15 +25,15 @@ _BY_GROUP = {"coco": COCOGroupEvaluator, "lvis": LVISGroupEvaluator}
 _DETECTRON2: dict[str, Callable[[str, str], DatasetEvaluator]] = {
     "cityscapes_instance": lambda name, _: CityscapesInstanceEvaluator(name),
     "cityscapes_sem_seg": lambda name, _: CityscapesSemSegEvaluator(name),
-    "coco_panoptic_seg": lambda name, folder: DatasetEvaluators(
+    "coco_panoptic_seg": lambda name, directory: DatasetEvaluators(
         [
-            SemSegEvaluator(name, output_dir=folder),
-            COCOEvaluator(name, output_dir=folder),
-            COCOPanopticEvaluator(name, folder),
+            SemSegEvaluator(name, output_dir=directory),
+            COCOEvaluator(name, output_dir=directory),
+            COCOPanopticEvaluator(name, directory),
         ]
     ),
     "pascal_voc": lambda name, _: PascalVOCDetectionEvaluator(name),
-    "sem_seg": lambda name, folder: SemSegEvaluator(name, output_dir=folder),
+    "sem_seg": lambda name, directory: SemSegEvaluator(name, output_dir=directory),
 }
 
 logger = logging.getLogger(__name__)
@@ -42,16 +42,16 @@ logger = logging.getLogger(__name__)
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_dir: str | None = None
 ) -> DatasetEvaluator:
-    """Evaluator for a registered data set, by the `evaluator_type` of its metadata.
+    """Evaluator for a registered dataset, by the `evaluator_type` of its metadata.
 
     "lvis" and "coco" give the evaluators with AP by frequency group; the groups, where the file
     does not have them, are counted on cfg.DATASETS.TRAIN. Models with keypoints and other types of
-    data sets get Detectron2's own evaluators.
+    datasets get Detectron2's own evaluators.
 
     Args:
         cfg: config with DATASETS.TRAIN, MODEL.KEYPOINT_ON and OUTPUT_DIR.
         dataset_name: name in the MetadataCatalog.
-        output_dir: folder for predictions and tables; None: OUTPUT_DIR/inference.
+        output_dir: directory for predictions and tables; None: OUTPUT_DIR/inference.
 
     Raises:
         ValueError: a type without evaluator, or TEST.EVAL_MAX_DETS below 0.
@@ -72,7 +72,7 @@ def build_evaluator(
     if kind in _DETECTRON2:
         return _DETECTRON2[kind](dataset_name, output_dir)
     raise ValueError(
-        f"data set {dataset_name!r} has evaluator_type {kind!r} in its metadata; allowed are "
+        f"dataset {dataset_name!r} has evaluator_type {kind!r} in its metadata; allowed are "
         + ", ".join(sorted([*_BY_GROUP, *_DETECTRON2]))
     )
 
@@ -93,7 +93,7 @@ def _train_counts(cfg: CfgNode) -> dict[str, int] | None:
         logger.warning("no class counts: the config lacks MODEL.BALANCE (add_balance_config)")
         return None
     try:
-        statistics = ClassStatistics.from_config(cfg)
+        statistics = ClassCounts.from_config(cfg)
     except (OSError, KeyError, ValueError) as error:
         # Evaluating a checkpoint must be possible where the training set is not.
         logger.warning(f"no class counts of {tuple(cfg.DATASETS.TRAIN)}: {error}")

@@ -27,7 +27,7 @@ class PredictionColumns:
 
     Attributes:
         path: the file.
-        image: (D,) index in the images of the data set, int32.
+        image: (D,) index in the images of the dataset, int32.
         category: (D,) category id, int64.
         score: (D,) float64.
         box: (D, 4) x, y, width, height in pixels, float64; NaN where the file has masks only.
@@ -58,9 +58,9 @@ def read_columns(
 
     Args:
         path: JSON list of detections in the result format of COCO and LVIS.
-        images: `images` of the data set the detections are for.
-        categories: `categories` of the data set whose classes they have.
-        source: name of the data set, for messages.
+        images: `images` of the dataset the detections are for.
+        categories: `categories` of the dataset whose classes they have.
+        source: name of the dataset, for messages.
         class_source: name of the one with the categories, if another.
 
     Raises:

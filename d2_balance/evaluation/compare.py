@@ -38,12 +38,12 @@ class Run:
 
 
 def read_run(path: str, name: str = "", dataset: str = "") -> Run:
-    """A run from the output folder of a training, or from the file of `d2-balance eval --json`.
+    """A run from the output directory of a training, or from the file of `d2-balance eval --json`.
 
     Args:
-        path: folder or JSON file.
-        name: how to call it; "": the folder's or file's name.
-        dataset: which one, where a folder has evaluations of several data sets.
+        path: directory or JSON file.
+        name: how to call it; "": the directory's or file's name.
+        dataset: which one, where a directory has evaluations of several datasets.
 
     Raises:
         ValueError: naming the path, without an evaluation, or with several of which none is chosen.
@@ -52,7 +52,9 @@ def read_run(path: str, name: str = "", dataset: str = "") -> Run:
     if os.path.isfile(path):
         return Run(name, Evaluation.read(path))
     if not os.path.isdir(path):
-        raise ValueError(f"{path} does not exist; a run is an output folder or an evaluation file")
+        raise ValueError(
+            f"{path} does not exist; a run is an output directory or an evaluation file"
+        )
     pattern = os.path.join(glob.escape(path), "**", "evaluation_*.json")
     runs = [Run(name, Evaluation.read(file)) for file in sorted(glob.glob(pattern, recursive=True))]
     if not runs:
@@ -85,7 +87,7 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
             if _identity(run)[what] != value:
                 raise ValueError(
                     f"{first.name} ({first.found.dataset}) and {run.name} ({run.found.dataset}) "
-                    f"differ in their {what}; only evaluations of one data set can be compared"
+                    f"differ in their {what}; only evaluations of one dataset can be compared"
                 )
     tasks = [t for t in TASKS if all(t in run.found.results for run in runs)]
     if not tasks:
@@ -234,15 +236,15 @@ def gain_rows(runs: Sequence[Run], task: str, count: int) -> list[list[str]]:
     return rows
 
 
-def write_comparison(runs: Sequence[Run], tasks: Sequence[str], folder: str) -> list[str]:
-    """Write compare.md, compare.html and a PNG per task into `folder`; returns their paths."""
+def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) -> list[str]:
+    """Write compare.md, compare.html and a PNG per task into `directory`; returns their paths."""
     from tabulate import tabulate
 
     paths = []
     lines = [f"# {' and '.join(run.name for run in runs)} on {runs[0].found.dataset}"]
     for task in tasks:
         file = f"compare_{TASKS[task]}.png"
-        paths.append(os.path.join(folder, file))
+        paths.append(os.path.join(directory, file))
         with atomic_path(paths[-1]) as temporary:
             plot_comparison(runs, task).savefig(temporary, format="png")
         table = {"tablefmt": "github", "disable_numparse": True}
@@ -252,9 +254,9 @@ def write_comparison(runs: Sequence[Run], tasks: Sequence[str], folder: str) -> 
             f"![AP of each class and by group]({file})",
             tabulate(gain_rows(runs, task, 10), gain_headers(runs), **table),
         ]
-    paths.insert(0, os.path.join(folder, "compare.html"))
+    paths.insert(0, os.path.join(directory, "compare.html"))
     comparison_page(runs, tasks).write(paths[0])
-    paths.insert(0, os.path.join(folder, "compare.md"))
+    paths.insert(0, os.path.join(directory, "compare.md"))
     with atomic_path(paths[0]) as temporary, open(temporary, "w", encoding="utf-8") as out:
         out.write("\n\n".join(lines) + "\n")
     return paths

@@ -1,7 +1,7 @@
 """What an AP hides: curves, calibration, confusion of classes, and the kinds of errors.
 
 Counted by hotcoco, under the same rules as the AP: with LVIS rules detections of classes that are
-neither annotated nor verified in their picture do not count, nor unmatched ones of classes that are
+neither annotated nor verified in their image do not count, nor unmatched ones of classes that are
 not marked completely. A detection is right at IoU 0.5.
 
     ECE = sum_b n_b / n |accuracy_b - confidence_b|        over ten bins b of confidence

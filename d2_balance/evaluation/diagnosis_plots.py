@@ -1,4 +1,4 @@
-"""Pictures and the page of a diagnosis."""
+"""Images and the page of a diagnosis."""
 
 import json
 import math
@@ -163,11 +163,11 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
 
 
 def write_report(
-    folder: str, found: Evaluation, parts: list[Diagnosis], predictions: str
+    directory: str, found: Evaluation, parts: list[Diagnosis], predictions: str
 ) -> list[str]:
     """Write report.html, diagnosis.json and the plots as PNG; returns their paths."""
-    os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, "report.html"), os.path.join(folder, "diagnosis.json")]
+    os.makedirs(directory, exist_ok=True)
+    paths = [os.path.join(directory, "report.html"), os.path.join(directory, "diagnosis.json")]
     diagnosis_page(found, parts, predictions).write(paths[0])
     content = {"evaluation": found.as_json(), "diagnosis": [part.as_json() for part in parts]}
     with atomic_path(paths[1]) as path, open(path, "w", encoding="utf-8") as file:
@@ -180,7 +180,7 @@ def write_report(
     }
     for part in parts:
         for name, draw in drawings.items():
-            paths.append(os.path.join(folder, f"{name}_{TASKS[part.task]}.png"))
+            paths.append(os.path.join(directory, f"{name}_{TASKS[part.task]}.png"))
             with atomic_path(paths[-1]) as temporary:
                 draw(part).savefig(temporary, format="png")
     return paths

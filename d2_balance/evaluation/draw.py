@@ -1,6 +1,6 @@
-"""Ground truth and detections on their pictures, drawn by Detectron2's Visualizer.
+"""Ground truth and detections on their images, drawn by Detectron2's Visualizer.
 
-Objects have the colour of their class's frequency group. Pictures come by their rarest class.
+Objects have the colour of their class's frequency group. Images come by their rarest class.
 """
 
 import os
@@ -22,9 +22,9 @@ from d2_balance.data.groups import GROUPS
 
 from .plots import GROUP_COLOURS
 
-_WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small pictures
+_WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small images
 _DPI = 100
-_NAMES = 12  # image-level labels written out below a picture
+_NAMES = 12  # image-level labels written out below an image
 _LABELS = dict(
     zip(IMAGE_LABEL_KEYS, ("verified absent", "present, not marked completely"), strict=True)
 )
@@ -56,12 +56,12 @@ def image_counts(dataset_dicts: Sequence[Mapping[str, Any]], num_classes: int) -
 def rarest_first(
     dataset_dicts: Sequence[Mapping[str, Any]], image_count: Sequence[int], limit: int
 ) -> list[Mapping[str, Any]]:
-    """Pictures, one for each class in turn, the rarest class first, then a second one, and so on.
+    """Images, one for each class in turn, the rarest class first, then a second one, and so on.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
         image_count: K counts that say how rare a class is.
-        limit: how many; pictures without object come last.
+        limit: how many; images without object come last.
     """
     by_class: dict[int, list[int]] = {}
     for position, record in enumerate(dataset_dicts):
@@ -93,16 +93,16 @@ def draw(
     detections: Sequence[Mapping[str, Any]] | None = None,
     min_score: float = 0.3,
 ) -> Figure:
-    """One picture: its objects, and beside it the detections where there are any to draw.
+    """One image: its objects, and beside it the detections where there are any to draw.
 
     Args:
         record: Detectron2's standard dict.
-        classes: of the data set.
-        detections: COCO results of this picture (`category_id` of the file, `bbox` in XYWH,
+        classes: of the dataset.
+        detections: COCO results of this image (`category_id` of the file, `bbox` in XYWH,
             `segmentation` as RLE), or None for the ground truth alone.
         min_score: detections below it are not drawn.
     """
-    picture = read_image(record["file_name"], format="RGB")
+    image = read_image(record["file_name"], format="RGB")
     objects = [_object(a, classes) for a in record.get("annotations", ())]
     panels = [(f"ground truth: {_number(objects, 'object')}", objects)]
     if detections is not None:
@@ -110,7 +110,7 @@ def draw(
         found = [_detection(d, classes) for d in sorted(strong, key=lambda d: d["score"])]
         text = f"{_number(found, 'detection')} of score {min_score:g} and more"
         panels.append((f"{text} ({len(detections) - len(strong)} below)", found))
-    drawn = [(title, _overlay(picture, items)) for title, items in panels]
+    drawn = [(title, _overlay(image, items)) for title, items in panels]
     return _compose(record, drawn, classes)
 
 
@@ -140,10 +140,10 @@ def _detection(detection: Mapping[str, Any], classes: Classes) -> dict[str, Any]
     }
 
 
-def _overlay(picture: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(H, W, 3) the picture with its items, enlarged where it is small."""
-    scale = max(1.0, _WIDTH / picture.shape[1])
-    visualizer = Visualizer(picture, scale=scale)
+def _overlay(image: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(H, W, 3) the image with its items, enlarged where it is small."""
+    scale = max(1.0, _WIDTH / image.shape[1])
+    visualizer = Visualizer(image, scale=scale)
     if items:
         # masks and boxes are for all objects or for none
         masks = [item["mask"] for item in items]
@@ -161,7 +161,7 @@ def _overlay(picture: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndar
 def _compose(
     record: Mapping[str, Any], drawn: Sequence[tuple[str, np.ndarray]], classes: Classes
 ) -> Figure:
-    """Panels side by side, with the picture's name above and image-level labels below."""
+    """Panels side by side, with the image's name above and image-level labels below."""
     height, width = drawn[0][1].shape[:2]
     notes = _notes(record, classes)
     extra = 0.75 + 0.22 * len(notes)  # inches for the text
@@ -169,8 +169,8 @@ def _compose(
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (title, picture) in zip(panels, drawn, strict=True):
-        axes.imshow(picture)
+    for axes, (title, image) in zip(panels, drawn, strict=True):
+        axes.imshow(image)
         axes.set_title(title, fontsize=11, loc="left")
         axes.axis("off")
     name = os.path.basename(record["file_name"])

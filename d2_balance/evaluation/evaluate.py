@@ -75,7 +75,7 @@ def evaluate_predictions(
     if any(kept.values()) and not any(metrics["AP50"] > 0 for metrics in results.values()):
         notes.append(
             f"not one detection fits an object of {truth.name} at IoU 0.5; see whether the "
-            "predictions are for another data set with the same ids, or their boxes are x0, y0, "
+            "predictions are for another dataset with the same ids, or their boxes are x0, y0, "
             "x1, y1 or relative, not x, y, width, height in pixels"
         )
     instances = [ground.instance_count(c) for c in ground.class_ids]

@@ -47,15 +47,15 @@ class COCOGroupEvaluator(COCOEvaluator):
 
     After `evaluate()` on rank 0, `per_class` holds one record per class (see `class_records`). With
     an `output_dir` these files are written there: `predictions_<dataset>.json` (COCO results with
-    the data set's own category ids), `per_class_ap_<dataset>.json` and `.csv`, and
+    the dataset's own category ids), `per_class_ap_<dataset>.json` and `.csv`, and
     `evaluation_<dataset>.json` with every figure (see `Evaluation`).
 
     Args:
-        dataset_name: a registered data set with COCO-style JSON, or any of Detectron2's standard
+        dataset_name: a registered dataset with COCO-style JSON, or any of Detectron2's standard
             format, which is converted.
         tasks: of "bbox", "segm"; None: bbox, and segm where the model gives masks.
         distributed: False: evaluate this process's predictions only.
-        output_dir: folder for the files; with several processes one that all of them share.
+        output_dir: directory for the files; with several processes one that all of them share.
         max_dets: detections that count, per image and class (COCO's rule).
         groups: class name to "r", "c" or "f"; replaces the file's groups and the counts.
         train_image_count: class name to the number of training images that hold the class, or a
@@ -89,13 +89,13 @@ class COCOGroupEvaluator(COCOEvaluator):
         check_groups(groups)
         if self.federated and not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
             raise ValueError(
-                f"data set {dataset_name}: LVIS evaluation reads the image-level labels from its "
+                f"dataset {dataset_name}: LVIS evaluation reads the image-level labels from its "
                 "file; the metadata must name it as json_file"
             )
         try:
             super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
         except json.JSONDecodeError as error:
-            raise ValueError(f"data set {dataset_name}: json_file is no JSON: {error}") from error
+            raise ValueError(f"dataset {dataset_name}: json_file is no JSON: {error}") from error
         self.per_class: dict[str, dict] = {}
         self._dataset_name = dataset_name
         self._max_dets = max_dets
@@ -106,7 +106,7 @@ class COCOGroupEvaluator(COCOEvaluator):
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._files = RankPredictions(self._folder(), comm.get_rank())
+        self._files = RankPredictions(self._directory(), comm.get_rank())
         self._category_ids = self._category_ids_by_class_index()
         self._skipped = 0
 
@@ -119,7 +119,7 @@ class COCOGroupEvaluator(COCOEvaluator):
                 `pred_masks` (R, H, W) where the model has masks.
 
         Raises:
-            ValueError: no instances, or a class index that the data set does not have.
+            ValueError: no instances, or a class index that the dataset does not have.
         """
         if self._files is None:
             self.reset()
@@ -155,7 +155,7 @@ class COCOGroupEvaluator(COCOEvaluator):
             detections, has_masks = self._merge(truth)
         finally:
             self._files = None
-            # No rank may start its next evaluation in the same folder before the merge is done.
+            # No rank may start its next evaluation in the same directory before the merge is done.
             if self._distributed:
                 comm.synchronize()
         if not self._do_evaluation:
@@ -245,13 +245,13 @@ class COCOGroupEvaluator(COCOEvaluator):
             return [t for t in tasks if t != "segm"]
         return list(tasks)
 
-    def _folder(self) -> str:
+    def _directory(self) -> str:
         if self._output_dir:
             return os.path.join(self._output_dir, f".{file_name_of(self._dataset_name)}")
         if not self._distributed:
             return tempfile.mkdtemp(prefix="d2_balance_")
-        folder = tempfile.mkdtemp(prefix="d2_balance_") if comm.is_main_process() else None
-        return comm.all_gather(folder)[0]
+        directory = tempfile.mkdtemp(prefix="d2_balance_") if comm.is_main_process() else None
+        return comm.all_gather(directory)[0]
 
     def _category_ids_by_class_index(self) -> dict[int, int]:
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
@@ -292,7 +292,7 @@ class LVISGroupEvaluator(COCOGroupEvaluator):
     classes and comes first, so detections of unlisted classes use it up. Classes are grouped by
     the file's `frequency`; where it is missing by training counts. Equal to lvis 0.5.3.
 
-    Args: as in `COCOGroupEvaluator`, but `max_dets` is per image over all classes, and the data set
+    Args: as in `COCOGroupEvaluator`, but `max_dets` is per image over all classes, and the dataset
         must be a file (`json_file` in its metadata). `image_count` of the file's categories is
         taken for the training set's, as LVIS has it.
     """

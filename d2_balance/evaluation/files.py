@@ -11,31 +11,31 @@ from d2_balance.utils.files import atomic_path
 
 
 def file_name_of(dataset_name: str) -> str:
-    """The data set's name with every character that a file name cannot carry as `_`."""
+    """The dataset's name with every character that a file name cannot carry as `_`."""
     return re.sub(r"[^\w.+-]", "_", dataset_name)
 
 
 class RankPredictions:
-    """Detections of one data set, one file per rank, one line per picture.
+    """Detections of one dataset, one file per rank, one line per image.
 
-    Memory does not grow with the data set, and rank 0 reads the files instead of gathering
+    Memory does not grow with the dataset, and rank 0 reads the files instead of gathering
     pickled objects. A line is a JSON head and the JSON list of detections, parted by a tab
     (JSON text never holds a bare tab), so that merging moves text without parsing it.
 
     Args:
-        folder: folder that all ranks share; made where it is missing.
+        directory: directory that all ranks share; made where it is missing.
         rank: rank whose file this object writes. A file left there by a killed run is emptied.
     """
 
-    def __init__(self, folder: str, rank: int):
-        self.folder = folder
+    def __init__(self, directory: str, rank: int):
+        self.directory = directory
         self._own = self._path(rank)
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(directory, exist_ok=True)
         with open(self._own, "w"):
             pass
 
     def append(self, image_id: int | str, detections: list[dict], has_masks: bool) -> None:
-        """Add one picture. `detections` are COCO results; `has_masks` is kept for empty lists."""
+        """Add one image. `detections` are COCO results; `has_masks` is kept for empty lists."""
         head = json.dumps({"image_id": image_id, "masks": has_masks})
         with open(self._own, "a") as f:
             f.write(f"{head}\t{json.dumps(detections)}\n")
@@ -60,15 +60,15 @@ class RankPredictions:
             f.write("\n]\n")
 
     def remove(self, ranks: list[int]) -> None:
-        """Delete the files of the given ranks, and the folder when nothing else is in it."""
+        """Delete the files of the given ranks, and the directory when nothing else is in it."""
         for rank in ranks:
             if os.path.exists(self._path(rank)):
                 os.remove(self._path(rank))
-        if os.path.isdir(self.folder) and not os.listdir(self.folder):
-            os.rmdir(self.folder)
+        if os.path.isdir(self.directory) and not os.listdir(self.directory):
+            os.rmdir(self.directory)
 
     def _path(self, rank: int) -> str:
-        return os.path.join(self.folder, f"predictions_rank{rank}")
+        return os.path.join(self.directory, f"predictions_rank{rank}")
 
     def _lines(self, ranks: list[int]) -> Iterator[tuple[str, str]]:
         for rank in ranks:

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Images of an evaluation."""
 
 import math
 from collections.abc import Sequence

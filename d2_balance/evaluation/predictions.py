@@ -21,7 +21,7 @@ def read_predictions(path: str, truth: Mapping[str, Any], source: str) -> Detect
     """Detections of a JSON file by image id; an empty list of them is valid.
 
     A detection has `image_id`, `category_id`, `score`, and `bbox` (x, y, width, height in pixels)
-    or `segmentation` (RLE of the picture's size), or both.
+    or `segmentation` (RLE of the image's size), or both.
 
     Args:
         path: the file, a JSON list.
@@ -31,7 +31,7 @@ def read_predictions(path: str, truth: Mapping[str, Any], source: str) -> Detect
     Raises:
         ValueError: with file, number of the detection and remedy: a file that is empty, cut off or
             no list; a field that is missing; a score or box that is not finite; a box of negative
-            size; a mask of another size than its picture; images or classes that `truth` lacks.
+            size; a mask of another size than its image; images or classes that `truth` lacks.
     """
     found = read_json(path)
     if not isinstance(found, list):
@@ -118,7 +118,7 @@ class PredictionChecks:
             raise ValueError(
                 f"{self.path}: {len(self._foreign):,} of {self.count:,} detections are of "
                 f"{len(set(self._foreign)):,} images that {self.source} does not have, ids "
-                f"{_some(self._foreign)}; give the data set that these predictions were made for"
+                f"{_some(self._foreign)}; give the dataset that these predictions were made for"
             )
         if self._unknown:
             raise ValueError(
@@ -163,7 +163,7 @@ def _problem(detection: Any, sizes: Mapping) -> str:
         if size is not None and None not in size and tuple(mask["size"]) != size:
             return (
                 f"the mask is {mask['size']} pixels (height, width), but image "
-                f"{detection['image_id']!r} is {list(size)}; masks must have the picture's size"
+                f"{detection['image_id']!r} is {list(size)}; masks must have the image's size"
             )
     return ""
 

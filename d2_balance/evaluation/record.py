@@ -14,11 +14,11 @@ class Evaluation:
     """Figures of one prediction file; AP in percent, NaN where nothing can be measured.
 
     Attributes:
-        dataset: the data set, as the user named it.
+        dataset: the dataset, as the user named it.
         train: the training set that classes are grouped by, "" where the file says it itself.
         rules: "lvis" (federated) or "coco".
         max_dets: detections that count, per image (lvis) or per image and class (coco).
-        images: images of the data set.
+        images: images of the dataset.
         detections: detections in the prediction file.
         results: task ("bbox", "segm") to AP, AP50, AP75, APs, APm, APl, APr, APc, APf.
         classes: class name to record, see `class_records`.

@@ -1,4 +1,4 @@
-"""Where ground truth comes from: a registered data set, or an annotation file."""
+"""Where ground truth comes from: a registered dataset, or an annotation file."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Annotations:
 
     @classmethod
     def load(cls, source: str, key: str = "--dataset", style: str | None = None) -> "Annotations":
-        """Read a registered data set's file, or a file.
+        """Read a registered dataset's file, or a file.
 
         Args:
             source: a name in Detectron2's catalog, or the path of a COCO- or LVIS-style file.
@@ -48,7 +48,7 @@ class Annotations:
                 DatasetCatalog.get(source)  # rendered on first use
             if not metadata.get("json_file"):
                 raise ValueError(
-                    f"{key}: the data set {source!r} has no annotation file; give a COCO- or "
+                    f"{key}: the dataset {source!r} has no annotation file; give a COCO- or "
                     "LVIS-style file"
                 )
             path = metadata.json_file
@@ -57,7 +57,7 @@ class Annotations:
             what = "is no file" if path == source else f"needs {path}, which does not exist"
             raise ValueError(
                 f"{key}: {source!r} {what}; give an annotation file or the name of a registered "
-                f"data set{_registered_hint(path == source)}"
+                f"dataset{_registered_hint(path == source)}"
             )
         data = read_json(path)
         check_structure(data, path)

@@ -39,17 +39,17 @@ class _Loss(nn.Module):
 
     joins_ranks: bool = True
     """False: each rank works on its own rows (it ranks or draws them), and k ranks differ from one
-    process on the joined batch; state that is kept is summed over ranks all the same."""
+    process on the joined batch; state that is kept is summed across ranks all the same."""
 
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 
     def statistics(self, *inputs) -> Tensor | None:
-        """What `update` needs from this rank's batch, to be summed over ranks; None: nothing."""
+        """What `update` needs from this rank's batch, to be summed across ranks; None: nothing."""
         return None
 
     def update(self, total: Tensor) -> None:
-        """Updates the buffers from statistics summed over all ranks (float64)."""
+        """Updates the buffers from statistics summed across all ranks (float64)."""
 
     def compute(self, *inputs) -> Tensor:
         """The loss for the present state."""

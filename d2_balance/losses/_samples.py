@@ -29,14 +29,14 @@ class Samples:
         labels: (R,) int64 in [0, K]; K is background. No ignored rows.
         num_classes: K.
         image: (R,) int64, index of the row's image in [0, N). None: all rows from one image.
-        num_images: N. None: read from `listed` or `image` (the latter waits for the device).
+        num_images: N. None: read from `verified` or `image` (the latter waits for the device).
         level: (R,) int64, index of the row's feature level. None: one level.
         num_levels: number of feature levels.
         row_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
-        listed: (N, K) bool, True where the presence or the absence of the class in the image was
+        verified: (N, K) bool, True where the presence or the absence of the class in the image was
             verified by annotators (LVIS image-level labels). None: unknown.
-        partial: (N, K) bool, True where not every object of the class in the image is annotated
-            (`not_exhaustive_category_ids`); part of `listed`. None: unknown.
+        not_exhaustive: (N, K) bool, True where not every object of the class in the image is annotated
+            (`not_exhaustive_category_ids`); part of `verified`. None: unknown.
         pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
         boxes: (P, 4) their anchors or proposals, x0 y0 x1 y1 in pixels.
         gt_boxes: (P, 4) their matched ground truth boxes, x0 y0 x1 y1 in pixels.
@@ -56,8 +56,8 @@ class Samples:
     level: Tensor | None = None
     num_levels: int = 1
     row_weight: Tensor | None = None
-    listed: Tensor | None = None
-    partial: Tensor | None = None
+    verified: Tensor | None = None
+    not_exhaustive: Tensor | None = None
     pred_deltas: Tensor | None = None
     boxes: Tensor | None = None
     gt_boxes: Tensor | None = None
@@ -75,7 +75,7 @@ class Samples:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != rows:
                 raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")
-        for name in ("listed", "partial"):
+        for name in ("verified", "not_exhaustive"):
             value = getattr(self, name)
             if value is not None and value.shape[-1] != self.num_classes:
                 raise ValueError(
@@ -130,18 +130,18 @@ class Samples:
         """N, the number of images."""
         if self.num_images is not None:
             return self.num_images
-        if self.listed is not None:
-            return len(self.listed)
+        if self.verified is not None:
+            return len(self.verified)
         return 1 if self.image is None or not len(self.image) else int(self.image.max()) + 1
 
     @cached_property
-    def row_listed(self) -> Tensor | None:
-        """(R, K) bool, `listed` of each row's image, or None."""
-        if self.listed is None:
+    def sample_verified(self) -> Tensor | None:
+        """(R, K) bool, `verified` of each row's image, or None."""
+        if self.verified is None:
             return None
         if self.image is None:
-            return self.listed[:1].expand(len(self.labels), -1)
-        return self.listed[self.image]
+            return self.verified[:1].expand(len(self.labels), -1)
+        return self.verified[self.image]
 
     @cached_property
     def target_deltas(self) -> Tensor:

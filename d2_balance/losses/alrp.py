@@ -98,7 +98,7 @@ class ALRP(ClassificationLoss):
     def __init__(self, *, delta: float = 1.0, period: int = 7330) -> None:
         super().__init__()
         check(self, "delta", delta, delta > 0, "a number above 0")
-        check(self, "period", period, period >= 1, "a whole number of at least 1")
+        check(self, "period", period, period >= 1, "an integer of at least 1")
         self.delta, self.period = delta, period
         self.register_buffer("balance", torch.tensor(START_WEIGHT, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))

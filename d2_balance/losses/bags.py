@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import row_pieces, with_slope
+from ._kernels.entries import sample_chunks, with_grad
 from ._samples import Samples
 
 
@@ -96,7 +96,7 @@ class BAGS(ClassificationLoss):
     """Balanced group softmax (arXiv:2006.10408) for softmax RoI heads.
 
     The release trains only the last classifier layer of a trained model; see
-    MODEL.BALANCE.TRAIN_ONLY.
+    MODEL.BALANCE.TRAINABLE.
 
     Args:
         instance_count: (K,) training objects of each class.
@@ -156,22 +156,22 @@ class BAGS(ClassificationLoss):
         target = group_targets(samples.labels, self.group, self.num_groups)
         used = draw_rows(target[:, :-1] < samples.num_classes, self.beta)
         used = torch.cat([used, torch.ones_like(target[:, -1:], dtype=torch.bool)], dim=1)
-        return with_slope(samples.logits, *self._value_and_slope(samples.logits, target, used))
+        return with_grad(samples.logits, *self._value_and_grad(samples.logits, target, used))
 
     @torch.no_grad()
-    def _value_and_slope(self, logits: Tensor, target: Tensor, used: Tensor) -> tuple:
+    def _value_and_grad(self, logits: Tensor, target: Tensor, used: Tensor) -> tuple:
         """`group_softmax_loss` and its (R, C) derivative, in pieces that stay in the cache."""
         share = used.to(logits.dtype) / used.sum(dim=0).clamp(min=1)  # (R, G + 1)
-        slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         value, back = logits.new_zeros((), dtype=torch.float64), self.order.argsort()
-        for rows in row_pieces(logits):
+        for rows in sample_chunks(logits):
             ordered, parts, log_sum = self._by_group(logits[rows])
             weights = share[rows].split(1, dim=1)
             for part, total, weight in zip(parts, log_sum.split(1, dim=1), weights, strict=True):
                 part.sub_(total).exp_().mul_(weight)
-            torch.index_select(ordered, 1, back, out=slope[rows])
+            torch.index_select(ordered, 1, back, out=grad[rows])
             value += ((log_sum - logits[rows].gather(1, target[rows])) * share[rows]).sum()
-        return value.to(logits.dtype), slope.scatter_add_(1, target, -share)
+        return value.to(logits.dtype), grad.scatter_add_(1, target, -share)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         _, _, log_sum = self._by_group(logits)

@@ -5,7 +5,7 @@
     b    = e^(gamma / alpha) - 1
 
 The gradient is alpha ln(b |x| + 1) below 1 and gamma above. For beta other than 1 the form is
-applied to x / beta and multiplied by beta: the slope is then continuous at beta and 0 at 0, which
+applied to x / beta and multiplied by beta: the gradient is then continuous at beta and 0 at 0, which
 published code misses.
 
 Source: Pang et al., Libra R-CNN, arXiv:1904.02701, equations 6 to 9.

@@ -60,10 +60,10 @@ class NegativeCE:
     def __init__(self, weight: Weight = 1.0) -> None:
         self.weight = weight
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor | None) -> None:
+    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
         outputs = [softplus(logits, out=value)]
-        if slope is not None:
-            outputs.append(torch.sigmoid(logits, out=slope))
+        if grad is not None:
+            outputs.append(torch.sigmoid(logits, out=grad))
         weight = self.weight(rows) if callable(self.weight) else self.weight
         if isinstance(weight, Tensor) or weight != 1:
             for out in outputs:

@@ -58,7 +58,7 @@ class DropLoss(EQL):
             class_frequency=class_frequency,
             lambda_=lambda_,
             threshold=threshold,
-            image_labels=False,
+            use_image_level_labels=False,
         )
 
     def compute(self, samples: Samples) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import entry_pass, gradient_sums, with_slope
+from ._kernels.entries import entry_pass, gradient_sums, with_grad
 from ._samples import Samples
 from .focal import NegativeFocal
 
@@ -49,7 +49,7 @@ def equalized_focal_loss(
 class EFL(ClassificationLoss):
     """Equalized focal loss (arXiv:2201.02593) for dense sigmoid heads.
 
-    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed over ranks and batches, and their
+    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed across ranks and batches, and their
     ratio `ratio` (K,). A batch is weighted with the ratio of the batches before it.
 
     Args:
@@ -70,7 +70,7 @@ class EFL(ClassificationLoss):
         self, *, num_classes: int, gamma: float = 2.0, alpha: float = 0.25, scale: float = 8.0
     ) -> None:
         super().__init__()
-        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "num_classes", num_classes, num_classes >= 1, "an integer of at least 1")
         check(self, "gamma", gamma, gamma > 0, "a number above 0")
         check(self, "alpha", alpha, 0 <= alpha <= 1, "a number in [0, 1]")
         check(self, "scale", scale, scale >= 0, "a number of at least 0")
@@ -98,10 +98,10 @@ class EFL(ClassificationLoss):
 
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
-        value, slope = self._pass(samples)
-        self._passed = (samples, value, slope)  # `compute` sees the same exponents
-        count = samples.foreground.sum().expand(slope.shape[1])
-        return torch.stack([*gradient_sums(slope, samples.column), count.double()])
+        value, grad = self._pass(samples)
+        self._passed = (samples, value, grad)  # `compute` sees the same exponents
+        count = samples.foreground.sum().expand(grad.shape[1])
+        return torch.stack([*gradient_sums(grad, samples.column), count.double()])
 
     def update(self, total: Tensor) -> None:
         count = total[2].clamp(min=1)
@@ -114,7 +114,7 @@ class EFL(ClassificationLoss):
         (same, *passed), self._passed = self._passed or (None,), None
         if same is not samples:
             passed = self._pass(samples)
-        return with_slope(samples.logits, *passed)
+        return with_grad(samples.logits, *passed)
 
     def stats(self) -> dict[str, Tensor]:
         return {"gamma": self.class_gamma()}

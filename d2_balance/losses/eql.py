@@ -92,7 +92,7 @@ def eql_loss(
     onehot: Tensor,
     foreground: Tensor,
     tail: Tensor,
-    listed: Tensor | None = None,
+    verified: Tensor | None = None,
 ) -> Tensor:
     """Equalization loss of every class of every row.
 
@@ -101,12 +101,12 @@ def eql_loss(
         onehot: (R, K) in {0, 1}.
         foreground: (R,) bool.
         tail: (K,) T(f) in [0, 1].
-        listed: (R, K) bool, classes verified in the row's image; None: no rule.
+        verified: (R, K) bool, classes verified in the row's image; None: no rule.
 
     Returns:
         (R, K).
     """
-    free = onehot > 0 if listed is None else (onehot > 0) | listed
+    free = onehot > 0 if verified is None else (onehot > 0) | verified
     suppressed = foreground.unsqueeze(1) & ~free
     return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
 
@@ -137,7 +137,7 @@ class EQL(ClassificationLoss):
         lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
             authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
         threshold: "step", "exponential" or "gompertz".
-        image_labels: True keeps weight 1 for classes that are verified in the row's image.
+        use_image_level_labels: True keeps weight 1 for classes that are verified in the row's image.
 
     Raises:
         ValueError: an argument is out of range.
@@ -152,11 +152,15 @@ class EQL(ClassificationLoss):
         class_frequency: Tensor | Sequence[float],
         lambda_: float = 0.00177,
         threshold: Threshold = "step",
-        image_labels: bool = True,
+        use_image_level_labels: bool = True,
     ) -> None:
         super().__init__()
         frequency = checked_frequency(self, class_frequency, lambda_, threshold)
-        self.lambda_, self.threshold, self.image_labels = lambda_, threshold, image_labels
+        self.lambda_, self.threshold, self.use_image_level_labels = (
+            lambda_,
+            threshold,
+            use_image_level_labels,
+        )
         self.register_buffer("class_frequency", frequency)
 
     @property
@@ -175,8 +179,8 @@ class EQL(ClassificationLoss):
         """
         kept = 1 - self.tail.to(samples.logits.dtype).unsqueeze(0)  # (1, K)
         kind = samples.foreground.long()
-        if self.image_labels and samples.listed is not None:
-            kept = torch.where(samples.listed, torch.ones_like(kept), kept)  # (N, K)
+        if self.use_image_level_labels and samples.verified is not None:
+            kept = torch.where(samples.verified, torch.ones_like(kept), kept)  # (N, K)
             if samples.image is not None:
                 kind = kind * (samples.image + 1)
         return torch.cat([torch.ones_like(kept[:1]), kept]), kind

@@ -5,7 +5,7 @@
     L   = (1/R) sum_i sum_j w_ij BCE(z_ij, y_ij)
 
 G+ and G- add up the weighted gradients |p - 1| and p of all batches and ranks. Column K is an
-objectness task of weight 1 whose target is 1 for background; at test p_j is multiplied by
+objectness task of weight 1 whose target is 1 for background; at test time p_j is multiplied by
 1 - p_background.
 
 Source: Tan et al., Equalization Loss v2, arXiv:2012.08548, equations 5 to 9. Mean over rows.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import entry_pass, gradient_sums, with_slope
+from ._kernels.entries import entry_pass, gradient_sums, with_grad
 from ._samples import Samples
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 
@@ -29,7 +29,7 @@ BALANCED = 100.0  # ratio g before the first batch: all weights are 1
 class EQLv2(ClassificationLoss):
     """Equalization loss v2 (arXiv:2012.08548) for sigmoid RoI heads.
 
-    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed over ranks and batches, and their
+    Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed across ranks and batches, and their
     ratio `pos_neg` (K,). A batch is weighted with the ratio of the batches before it.
 
     Args:
@@ -50,7 +50,7 @@ class EQLv2(ClassificationLoss):
         self, *, num_classes: int, gamma: float = 12.0, mu: float = 0.8, alpha: float = 4.0
     ) -> None:
         super().__init__()
-        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "num_classes", num_classes, num_classes >= 1, "an integer of at least 1")
         check(self, "gamma", gamma, gamma > 0, "a number above 0")
         check(self, "alpha", alpha, alpha >= 0, "a number of at least 0")
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
@@ -82,9 +82,9 @@ class EQLv2(ClassificationLoss):
 
     @torch.no_grad()
     def statistics(self, samples: Samples) -> Tensor:
-        value, slope = self._pass(samples)
-        self._passed = (samples, value, slope)  # `compute` sees the same weights
-        sums = gradient_sums(slope, samples.labels.unsqueeze(1))
+        value, grad = self._pass(samples)
+        self._passed = (samples, value, grad)  # `compute` sees the same weights
+        sums = gradient_sums(grad, samples.labels.unsqueeze(1))
         return torch.stack([total[:-1] for total in sums])  # (2, K)
 
     def update(self, total: Tensor) -> None:
@@ -96,7 +96,7 @@ class EQLv2(ClassificationLoss):
         (same, *passed), self._passed = self._passed or (None,), None
         if same is not samples:
             passed = self._pass(samples)
-        return with_slope(samples.logits, *passed)
+        return with_grad(samples.logits, *passed)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         prob = logits.sigmoid()

@@ -52,7 +52,7 @@ class Federated(ClassificationLoss):
         class_count: (K,) training images of each class.
         num_sampled: foreground classes that take part per image, at least 1.
         power: exponent of the image count, at least 0.
-        image_labels: True always takes the classes that are verified in the image, and no negatives
+        use_image_level_labels: True always takes the classes that are verified in the image, and no negatives
             of those that are not annotated exhaustively there.
 
     Raises:
@@ -69,23 +69,23 @@ class Federated(ClassificationLoss):
         class_count: Tensor | Sequence[float],
         num_sampled: int = 50,
         power: float = 0.5,
-        image_labels: bool = True,
+        use_image_level_labels: bool = True,
     ) -> None:
         super().__init__()
         count = torch.as_tensor(class_count, dtype=torch.float64)
         check(self, "class_count", class_count, bool((count >= 0).all()), "K counts of at least 0")
-        check(self, "num_sampled", num_sampled, num_sampled >= 1, "a whole number of at least 1")
+        check(self, "num_sampled", num_sampled, num_sampled >= 1, "an integer of at least 1")
         check(self, "power", power, power >= 0, "a number of at least 0")
-        self.num_sampled, self.image_labels = num_sampled, image_labels
+        self.num_sampled, self.use_image_level_labels = num_sampled, use_image_level_labels
         self.register_buffer("weight", count.pow(power) * (count > 0))
 
     def compute(self, samples: Samples) -> Tensor:
         required = samples.class_counts.unsqueeze(0) > 0  # (1, K)
-        if self.image_labels and samples.listed is not None:
-            required = required | samples.listed
+        if self.use_image_level_labels and samples.verified is not None:
+            required = required | samples.verified
         chosen = federated_classes(required, self.weight, self.num_sampled)  # (1 or N, K)
-        if self.image_labels and samples.partial is not None:
-            chosen = chosen & ~samples.partial
+        if self.use_image_level_labels and samples.not_exhaustive is not None:
+            chosen = chosen & ~samples.not_exhaustive
         chosen = chosen.to(samples.logits.dtype)  # whose negatives train
         if len(chosen) == 1 or samples.image is None:
             own = chosen[0][samples.column]

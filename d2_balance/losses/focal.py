@@ -52,16 +52,16 @@ class NegativeFocal:
     def __init__(self, weight: float | Tensor, gamma: float | Tensor) -> None:
         self.weight, self.gamma = weight, gamma
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor | None) -> None:
+    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
         ce, prob = softplus(logits, out=value), logits.sigmoid()
         factor = self._modulation(logits, ce, prob)
-        if slope is not None:
-            torch.addcmul(ce, ce, prob, value=-1, out=slope)  # (1 - p) ce
+        if grad is not None:
+            torch.addcmul(ce, ce, prob, value=-1, out=grad)  # (1 - p) ce
             if isinstance(self.gamma, Tensor):
-                slope.mul_(self.gamma).add_(prob)
+                grad.mul_(self.gamma).add_(prob)
             else:
-                torch.add(prob, slope, alpha=self.gamma, out=slope)
-            slope.mul_(factor)
+                torch.add(prob, grad, alpha=self.gamma, out=grad)
+            grad.mul_(factor)
         ce.mul_(factor)
 
     def _modulation(self, logits: Tensor, ce: Tensor, prob: Tensor) -> Tensor:

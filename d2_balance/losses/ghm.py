@@ -77,15 +77,15 @@ def _asl1_norm(pred: Tensor, target: Tensor, mu: float) -> Tensor:
 
 
 class _NegativeGHMC:
-    """Cross-entropy times the weight (T,) of an index (R, C); slopes come in as probabilities."""
+    """Cross-entropy times the weight (T,) of an index (R, C); gradients come in as probabilities."""
 
     def __init__(self, weight: Tensor, index: Tensor) -> None:
         self.weight, self.index, self.scratch = weight, index, Scratch()
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor) -> None:
+    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor) -> None:
         weight = look_up(self.weight, self.index[rows], self.scratch)
         softplus(logits, out=value).mul_(weight)
-        slope.mul_(weight)
+        grad.mul_(weight)
 
 
 @CLS_LOSSES.register()
@@ -159,7 +159,7 @@ class GHMC(ClassificationLoss):
 class GHMR(BoxLoss):
     """GHM-R (arXiv:1811.05181, equation 11) on box deltas with unit weights.
 
-    The released configurations multiply it by 10: set MODEL.BALANCE.BOX_WEIGHT.
+    The released configurations multiply it by 10: set MODEL.BALANCE.BOX_LOSS_WEIGHT.
 
     Args:
         mu: width of the smooth part of the authentic smooth L1, above 0.

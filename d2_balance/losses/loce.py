@@ -7,7 +7,7 @@ others down, a weak one is pushed less. With m objects of class c in a batch of 
 
     s_c <- a^m s_c + (1 - a^m) * mean over these objects of the mean score of the object's rows
 
-before the loss of the batch; s of background is fixed. Scores at test are softmax(z).
+before the loss of the batch; s of background is fixed. Scores at test time are softmax(z).
 
 Source: Feng et al., Exploring Classification Equilibrium in Long-Tailed Object Detection,
 arXiv:2108.07507, section 3.3. Mean over rows. Its feature memory is
@@ -70,7 +70,7 @@ def object_score_sums(
 class LOCE(ClassificationLoss):
     """Equilibrium loss of LOCE (arXiv:2108.07507) for softmax RoI heads.
 
-    Buffer `mean_score` (K + 1,) float64, from 0.01 on; counted over all ranks.
+    Buffer `mean_score` (K + 1,) float64, from 0.01 on; counted across all ranks.
 
     Args:
         num_classes: K.
@@ -88,7 +88,7 @@ class LOCE(ClassificationLoss):
         self, *, num_classes: int, momentum: float = 0.9, background_score: float = 0.01
     ) -> None:
         super().__init__()
-        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "num_classes", num_classes, num_classes >= 1, "an integer of at least 1")
         check(self, "momentum", momentum, 0 <= momentum <= 1, "a number in [0, 1]")
         rule = "a number in (0, 1]"
         check(self, "background_score", background_score, 0 < background_score <= 1, rule)

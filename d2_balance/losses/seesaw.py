@@ -61,7 +61,7 @@ def seesaw_logits(
 class Seesaw(ClassificationLoss):
     """Seesaw loss (arXiv:2008.10032) for RoI heads; K class outputs and two of objectness.
 
-    Buffer `counts` (K,) float64: foreground rows of each class so far, summed over ranks; a batch
+    Buffer `counts` (K,) float64: foreground rows of each class so far, summed across ranks; a batch
     is counted before its loss.
 
     Args:
@@ -81,7 +81,7 @@ class Seesaw(ClassificationLoss):
         self, *, num_classes: int, p: float = 0.8, q: float = 2.0, eps: float = 0.01
     ) -> None:
         super().__init__()
-        check(self, "num_classes", num_classes, num_classes >= 1, "a whole number of at least 1")
+        check(self, "num_classes", num_classes, num_classes >= 1, "an integer of at least 1")
         check(self, "p", p, p >= 0, "a number of at least 0")
         check(self, "q", q, q >= 0, "a number of at least 0")
         check(self, "eps", eps, 0 < eps < 1, "a number in (0, 1)")

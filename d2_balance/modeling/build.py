@@ -11,11 +11,12 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassStatistics
+from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassCounts
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
-from d2_balance.reweight import REWEIGHTERS, GuidedScale, Selector
+from d2_balance.reweight import REWEIGHTERS, GuidedScale
+from d2_balance.sampling import PROPOSAL_SAMPLERS, ProposalSampler
 
-from .compatibility import HEADS, check_pairing, check_selector
+from .compatibility import HEADS, check_pairing, check_proposal_sampler
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -26,11 +27,16 @@ DATA_ARGUMENTS = {
 NUM_CLASSES = "num_classes"  # the one argument without a default that the model knows itself
 
 
+def argument_key(argument: str) -> str:
+    """The config key of a constructor argument: `lambda_` is LAMBDA."""
+    return argument.rstrip("_").upper()
+
+
 def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
     """A quantity of the training set for each class.
 
     Args:
-        cfg: full config; MODEL.BALANCE.CLASS_STATISTICS names a file, or is empty (count on
+        cfg: full config; MODEL.BALANCE.CLASS_COUNTS_FILE names a file, or is empty (count on
             DATASETS.TRAIN), or "checkpoint" (the values come with the weights: inference only).
         name: one of `DATA_ARGUMENTS`.
         num_classes: K.
@@ -41,14 +47,14 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
     Raises:
         ValueError: the statistics have another number of classes, or cannot be had.
     """
-    if cfg.MODEL.BALANCE.CLASS_STATISTICS == FROM_CHECKPOINT:
+    if cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
         return torch.zeros(num_classes, dtype=torch.float64)
-    values = torch.as_tensor(DATA_ARGUMENTS[name](ClassStatistics.from_config(cfg)))
+    values = torch.as_tensor(DATA_ARGUMENTS[name](ClassCounts.from_config(cfg)))
     if len(values) != num_classes:
         raise ValueError(
             f"{name} has {len(values)} entries, one for each class of the training set, but the "
             f"model has {num_classes} classes; set MODEL.ROI_HEADS.NUM_CLASSES or "
-            f"MODEL.RETINANET.NUM_CLASSES, or give a fitting MODEL.BALANCE.CLASS_STATISTICS."
+            f"MODEL.RETINANET.NUM_CLASSES, or give a fitting MODEL.BALANCE.CLASS_COUNTS_FILE."
         )
     return values.double()
 
@@ -63,7 +69,7 @@ def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> No
         values = getattr(cls_loss, name, None)
         if values is not None and len(values) != num_classes:
             raise ValueError(
-                f"{type(cls_loss).__name__}: {name} has {len(values)} entries; allowed is one for "
+                f"{type(cls_loss).__name__}: {name} has {len(values)} entries; must be one for "
                 f"each of the model's {num_classes} classes."
             )
 
@@ -107,7 +113,7 @@ def _construct(
         elif parameter.default is parameter.empty:
             arguments[parameter.name] = class_quantity(cfg, parameter.name, num_classes)
         else:
-            arguments[parameter.name] = node[parameter.name.upper()]
+            arguments[parameter.name] = node[argument_key(parameter.name)]
     try:
         return cls(**arguments)
     except ValueError as error:
@@ -146,46 +152,46 @@ def build_box_loss(cfg: CfgNode, num_classes: int, part: str = "") -> BoxLoss | 
     return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, part) if name else None
 
 
-def build_reweighters(cfg: CfgNode, num_classes: int, head: str = "RoI heads") -> nn.ModuleList:
-    """The reweighters that MODEL.BALANCE.REWEIGHT lists, in order, without the selectors.
+def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
+    """The reweighters that MODEL.BALANCE.REWEIGHTERS lists, in order.
 
     Args:
         cfg: full config.
         num_classes: K.
-        head: entry of `compatibility.HEADS`; one without proposals has no use for selectors.
 
     Raises:
-        ValueError: a name is unknown, an argument out of range, or there is a selector and the head
-            has no proposals; the message names the key.
+        ValueError: a name is unknown or an argument out of range; the message names the key.
     """
-    found = {name: _lookup(REWEIGHTERS, "REWEIGHT", name) for name in cfg.MODEL.BALANCE.REWEIGHT}
-    for cls in found.values():
-        if issubclass(cls, Selector):
-            check_selector(head, cls)
+    for name in cfg.MODEL.BALANCE.REWEIGHTERS:
+        if name in PROPOSAL_SAMPLERS:
+            raise ValueError(
+                f"MODEL.BALANCE.REWEIGHTERS: {name} samples proposals; set "
+                f"MODEL.BALANCE.PROPOSAL_SAMPLER {name} instead."
+            )
     return nn.ModuleList(
-        _construct(cfg, "REWEIGHT", REWEIGHTERS, name, num_classes)
-        for name, cls in found.items()
-        if not issubclass(cls, Selector)
+        _construct(cfg, "REWEIGHTERS", REWEIGHTERS, name, num_classes)
+        for name in cfg.MODEL.BALANCE.REWEIGHTERS
     )
 
 
-def build_selector(cfg: CfgNode, num_classes: int) -> Selector | None:
-    """The selector among the names of MODEL.BALANCE.REWEIGHT, None where there is none.
+def build_proposal_sampler(
+    cfg: CfgNode, num_classes: int, head: str = "RoI heads"
+) -> ProposalSampler | None:
+    """The sampler that MODEL.BALANCE.PROPOSAL_SAMPLER names, None if it is empty.
+
+    Args:
+        cfg: full config.
+        num_classes: K.
+        head: entry of `compatibility.HEADS`; one without proposals has no use for a sampler.
 
     Raises:
-        ValueError: there are two, a name is unknown or an argument out of range.
+        ValueError: the name is unknown, an argument out of range, or the head has no proposals.
     """
-    names = [
-        name
-        for name in cfg.MODEL.BALANCE.REWEIGHT
-        if issubclass(_lookup(REWEIGHTERS, "REWEIGHT", name), Selector)
-    ]
-    if len(names) > 1:
-        raise ValueError(
-            f"MODEL.BALANCE.REWEIGHT has {' and '.join(names)}, and each of them chooses the "
-            "proposals; allowed is one."
-        )
-    return _construct(cfg, "REWEIGHT", REWEIGHTERS, names[0], num_classes) if names else None
+    name = cfg.MODEL.BALANCE.PROPOSAL_SAMPLER
+    if not name:
+        return None
+    check_proposal_sampler(head, _lookup(PROPOSAL_SAMPLERS, "PROPOSAL_SAMPLER", name))
+    return _construct(cfg, "PROPOSAL_SAMPLER", PROPOSAL_SAMPLERS, name, num_classes)
 
 
 def build_guided(cfg: CfgNode, part: str = "") -> GuidedScale | None:
@@ -199,7 +205,7 @@ def build_guided(cfg: CfgNode, part: str = "") -> GuidedScale | None:
         place = f"{part}." if part else ""
         raise ValueError(
             f"MODEL.BALANCE.{place}GUIDED_SCALE is {scale} and MODEL.BALANCE.GUIDED_MAX_RATIO "
-            f"{bound}; allowed is at least 0, and above 0."
+            f"{bound}; must be at least 0, and above 0."
         )
     return GuidedScale(scale, bound) if scale else None
 

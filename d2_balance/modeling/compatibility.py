@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, ClassificationLoss
-from d2_balance.reweight import REWEIGHTERS, Selector
+from d2_balance.sampling import PROPOSAL_SAMPLERS
 
 # Constructor arguments that are quantities of the training set, one entry per class.
 CLASS_QUANTITIES = ("class_frequency", "class_count", "instance_count")
@@ -71,18 +71,18 @@ class Parts:
         head: entry of `HEADS`.
         cls_loss, box_loss: losses.
         reweighters: what weights rows.
-        selector: what chooses proposals, or None.
-        sample_proposals: False: all proposals train.
+        proposal_sampler: what chooses proposals, or None.
+        sampling_free: True: all proposals train.
         guided: whether the classification loss is scaled to the box loss.
-        norcal: whether scores are calibrated at test.
+        norcal: whether scores are calibrated at test time.
     """
 
     head: Head
     cls_loss: Any
     box_loss: Any
     reweighters: Sequence[Any] = ()
-    selector: Any = None
-    sample_proposals: bool = True
+    proposal_sampler: Any = None
+    sampling_free: bool = False
     guided: bool = False
     norcal: bool = False
 
@@ -144,8 +144,8 @@ def _coupled_boxes(parts: Parts) -> str | None:
 
 def _rows(parts: Parts) -> str | None:
     users = [*parts.reweighters]
-    if parts.selector is not None and parts.selector.needs_predictions:
-        users.append(parts.selector)
+    if parts.proposal_sampler is not None and parts.proposal_sampler.needs_predictions:
+        users.append(parts.proposal_sampler)
     for user in users:
         for loss, key, registry in (
             (parts.cls_loss, "CLS_LOSS", CLS_LOSSES),
@@ -153,7 +153,7 @@ def _rows(parts: Parts) -> str | None:
         ):
             if not loss.elementwise:
                 return (
-                    f"MODEL.BALANCE.REWEIGHT {_name(user)} weights single rows and {key} "
+                    f"MODEL.BALANCE.{_key(user)} {_name(user)} weights single rows and {key} "
                     f"{_name(loss)} has no loss per row; {key} that work: "
                     + _names(cls for _, cls in registry if cls.elementwise)
                 )
@@ -164,7 +164,7 @@ def _scores(parts: Parts) -> str | None:
     for reweighter in parts.reweighters:
         if reweighter.needs_scores and not has_plain_scores(parts.cls_loss):
             return (
-                f"MODEL.BALANCE.REWEIGHT {_name(reweighter)} reads class scores off the logits "
+                f"MODEL.BALANCE.REWEIGHTERS {_name(reweighter)} reads class scores off the logits "
                 f"and CLS_LOSS {_name(parts.cls_loss)} has outputs of its own; CLS_LOSS that work: "
                 + _names(cls for _, cls in CLS_LOSSES if cls.elementwise and has_plain_scores(cls))
             )
@@ -172,19 +172,18 @@ def _scores(parts: Parts) -> str | None:
 
 
 def _proposals(parts: Parts) -> str | None:
-    if parts.selector is None:
+    if parts.proposal_sampler is None:
         return None
-    name = _name(parts.selector)
+    name = _name(parts.proposal_sampler)
     if not parts.head.proposals:
-        works = (cls for _, cls in REWEIGHTERS if not issubclass(cls, Selector))
         return (
-            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and {parts.head.name} has none; "
-            f"REWEIGHT that work: {_names(works)}"
+            f"MODEL.BALANCE.PROPOSAL_SAMPLER {name} samples proposals and {parts.head.name} has "
+            'none; set it to "".'
         )
-    if not parts.sample_proposals:
+    if parts.sampling_free:
         return (
-            f"MODEL.BALANCE.REWEIGHT {name} chooses proposals and SAMPLE_PROPOSALS False keeps "
-            "all of them; set SAMPLE_PROPOSALS True or take it off the list."
+            f"MODEL.BALANCE.PROPOSAL_SAMPLER {name} samples proposals and SAMPLING_FREE True "
+            'keeps all of them; set SAMPLING_FREE False or PROPOSAL_SAMPLER "".'
         )
     return None
 
@@ -241,6 +240,11 @@ def _class(part: Any) -> type:
     return part if isinstance(part, type) else type(part)
 
 
+def _key(part: Any) -> str:
+    samples = any(cls is _class(part) for _, cls in PROPOSAL_SAMPLERS)
+    return "PROPOSAL_SAMPLER" if samples else "REWEIGHTERS"
+
+
 def _name(part: Any) -> str:
     return _class(part).__name__
 
@@ -260,12 +264,12 @@ def check_pairing(
     check_parts(Parts(HEADS[head], cls_loss, box_loss, tuple(reweighters), **others))
 
 
-def check_selector(head: str, selector: Any) -> None:
-    """Refuses a selector where there are no proposals to choose from.
+def check_proposal_sampler(head: str, proposal_sampler: Any) -> None:
+    """Refuses a proposal sampler where there are no proposals to choose from.
 
     Raises:
         ValueError: names both and says what works.
     """
-    message = _proposals(Parts(HEADS[head], None, None, selector=selector))
+    message = _proposals(Parts(HEADS[head], None, None, proposal_sampler=proposal_sampler))
     if message is not None:
         raise ValueError(message)

@@ -6,7 +6,7 @@
 and with guided loss scaling, last of all, loss_cls = guided(loss_cls, loss_box_reg).
 
 A loss that ranks or normalises over a set is used as it is, times its weight. Normalisers count
-over all ranks and are divided by the number of ranks: Detectron2 averages gradients over ranks,
+across all ranks and are divided by the number of ranks: Detectron2 averages gradients across ranks,
 and the average then equals one process on the joined batch.
 """
 
@@ -41,7 +41,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 class Normalizer(nn.Module):
-    """Denominator of elementwise losses, counted over all ranks.
+    """Denominator of elementwise losses, counted across all ranks.
 
     Subclasses say what a batch adds in `statistics` and keep the sum of all ranks in `update`;
     `value` is the denominator for one rank.
@@ -52,7 +52,7 @@ class Normalizer(nn.Module):
         raise NotImplementedError
 
     def update(self, total: Tensor) -> None:
-        """Takes the count summed over ranks."""
+        """Takes the count summed across ranks."""
         raise NotImplementedError
 
     def value(self) -> Tensor:
@@ -88,7 +88,7 @@ class PositiveEMA(Normalizer):
     """Moving average of the number of positives: RetinaNet's denominator.
 
     Detectron2 keeps it as a float of each rank that a resumed run forgets; here it is a buffer,
-    counted over all ranks.
+    counted across all ranks.
 
     Args:
         initial: value before the first batch.

@@ -4,7 +4,7 @@ Detectron2's own needs its compiled operators (`detectron2._C`), which many inst
 GPU. The classes here compute the same by torchvision, whose operator reads the same channels of
 offsets. `use_in_resnets` hands them to Detectron2's ResNets, in place of names that raise.
 
-Shapes: N pictures, C and D channels in and out, G deformable groups, kernel h x w, maps H x W.
+Shapes: N images, C and D channels in and out, G deformable groups, kernel h x w, maps H x W.
 
 Sources: Dai et al., Deformable Convolutional Networks, arXiv:1703.06211; Zhu et al., Deformable
 ConvNets v2, arXiv:1811.11168.
@@ -82,7 +82,7 @@ class _Deformable(nn.Module):
         for name, divisor in (("groups", groups), ("deformable_groups", deformable_groups)):
             if divisor < 1 or in_channels % divisor or (name == "groups" and out_channels % groups):
                 raise ValueError(
-                    f"{name} is {divisor}; allowed is a divisor of {in_channels} channels in"
+                    f"{name} is {divisor}; must be a divisor of {in_channels} channels in"
                     + (f" and {out_channels} channels out" if name == "groups" else "")
                 )
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -121,7 +121,7 @@ class DeformConv(_Deformable):
 
     def __init__(self, *args, bias: bool = False, **kwargs) -> None:
         if bias:
-            raise ValueError("DeformConv has no bias; allowed is bias=False")
+            raise ValueError("DeformConv has no bias; must be bias=False")
         super().__init__(*args, bias=False, **kwargs)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:

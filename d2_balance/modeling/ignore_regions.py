@@ -1,6 +1,6 @@
-"""Regions of a picture in which background does not count.
+"""Regions of an image in which background does not count.
 
-An object that is not annotated, because the data set leaves its class out, would train as
+An object that is not annotated, because the dataset leaves its class out, would train as
 background. Where it is known from a second annotation file that something is there, background
 anchors and proposals inside that box are left alone. Positives keep priority: only rows that match
 no object are looked at.
@@ -9,7 +9,7 @@ Covered is a box of which one region holds at least a share of the area,
 max over regions of area(region and box) / area(box) >= threshold. The LVIS challenge report of the
 EQL authors (arXiv:2003.05176, appendix) has the idea and gives no threshold; 0.5 is ours.
 
-Shapes: N pictures, A boxes and M regions of a picture.
+Shapes: N images, A boxes and M regions of an image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_ioa(ioa: float) -> None:
         ValueError: it is not in (0, 1].
     """
     if not 0 < ioa <= 1:
-        raise ValueError(f"{KEY} is {ioa}; allowed is a share of a box's area in (0, 1].")
+        raise ValueError(f"{KEY} is {ioa}; must be a share of a box's area in (0, 1].")
 
 
 def regions_of(
@@ -43,11 +43,11 @@ def regions_of(
     """The regions of a batch.
 
     Args:
-        batched_inputs: N outputs of a mapper; a picture without the field has no region.
+        batched_inputs: N outputs of a mapper; an image without the field has no region.
         device: where the boxes go.
 
     Returns:
-        N tensors (M, 4), corners in pixels of the network's input; None where no picture has any.
+        N tensors (M, 4), corners in pixels of the network's input; None where no image has any.
     """
     boxes = [torch.as_tensor(record.get(FIELD, ())).reshape(-1, 4) for record in batched_inputs]
     if not any(len(b) for b in boxes):
@@ -79,7 +79,7 @@ def ignore_background(
 
     Args:
         labels: N vectors (A,).
-        anchors: A anchors, the same of every picture.
+        anchors: A anchors, the same of every image.
         regions: N tensors (M, 4); None: no region.
         background: its label.
         ioa: in (0, 1].
@@ -102,8 +102,8 @@ def without_covered_background(
     """Proposals without those that are background and inside a region.
 
     Args:
-        proposals: of N pictures, with `proposal_boxes`.
-        targets: of N pictures, with `gt_boxes`.
+        proposals: of N images, with `proposal_boxes`.
+        targets: of N images, with `gt_boxes`.
         regions: N tensors (M, 4); None: no region.
         matcher: says which proposals are background (0); it looks at each proposal by itself.
         ioa: in (0, 1].

@@ -1,4 +1,4 @@
-"""What is known of a picture beside its objects, and rides on the ImageList to the heads."""
+"""What is known of an image beside its objects, and rides on the ImageList to the heads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from d2_balance.data.image_labels import ImageLabels
 from .ignore_regions import regions_of
 
 
-class LabelledPictures:
+class LabelledImages:
     """Base of models whose heads look at ignore regions and image-level labels in training.
 
     Stands before Detectron2's class. An ImageList gets `ignore_boxes` (see `regions_of`), and, with
-    `image_labels`, `listed` and `partial`, (N, K) bool or None.
+    `image_labels`, `verified` and `not_exhaustive`, (N, K) bool or None.
     """
 
     image_labels: ImageLabels | None
@@ -23,6 +23,8 @@ class LabelledPictures:
         if self.training:
             images.ignore_boxes = regions_of(batched_inputs, self.device)
             if self.image_labels is not None:
-                images.listed = self.image_labels.listed(batched_inputs, self.device)
-                images.partial = self.image_labels.partial(batched_inputs, self.device)
+                images.verified = self.image_labels.verified(batched_inputs, self.device)
+                images.not_exhaustive = self.image_labels.not_exhaustive(
+                    batched_inputs, self.device
+                )
         return images

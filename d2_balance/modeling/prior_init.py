@@ -1,4 +1,4 @@
-"""What a counted prior (`d2-balance prior`) sets in a model: start bias and score thresholds."""
+"""What a counted prior (`d2-balance prior`) sets in a model: initial bias and score thresholds."""
 
 from __future__ import annotations
 
@@ -101,6 +101,6 @@ def _count(prior: ForegroundPrior, part: str, num_classes: int) -> PartCount:
 
 def _no_file() -> ValueError:
     return ValueError(
-        f"{_THRESHOLDS} True needs {_FILE}, which is empty; allowed is a file that `d2-balance "
+        f"{_THRESHOLDS} True needs {_FILE}, which is empty; must be a file that `d2-balance "
         "prior --output FILE` wrote."
     )

@@ -1,6 +1,6 @@
-"""Testing at several sizes and mirrored, for boxes and masks, in bounded memory.
+"""Testing at several sizes and flipped, for boxes and masks, in bounded memory.
 
-Detectron2's GeneralizedRCNNWithTTA does the work: every variant of a picture is detected, the
+Detectron2's GeneralizedRCNNWithTTA does the work: every variant of an image is detected, the
 boxes of all are joined by non-maximum suppression, and the masks of the joined boxes are averaged
 over the variants. Scores come from the heads' own `predict_probs`, so that NorCal, BAGS and
 thresholds by class hold here as well.
@@ -46,7 +46,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
 
 
 def augmentation_config(cfg: CfgNode) -> CfgNode:
-    """The config for the test loader: pictures as they are, which TEST.AUG resizes once."""
+    """The config for the test loader: images as they are, which TEST.AUG resizes once."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = 0  # Detectron2's word for no resizing
@@ -55,7 +55,7 @@ def augmentation_config(cfg: CfgNode) -> CfgNode:
 
 
 class AugmentedRCNN(GeneralizedRCNNWithTTA):
-    """GeneralizedRCNNWithTTA whose masks never are N full pictures at once.
+    """GeneralizedRCNNWithTTA whose masks never are N full images at once.
 
     Args:
         cfg: config with TEST.AUG; IMS_PER_BATCH variants go through the model at once.
@@ -70,9 +70,9 @@ class AugmentedRCNN(GeneralizedRCNNWithTTA):
 
 
 class SoftMasks(ROIMasks):
-    """ROIMasks (N, M, M) that are pasted into the picture one by one, when they are read.
+    """ROIMasks (N, M, M) that are pasted into the image one by one, when they are read.
 
-    A picture of 12 megapixels with 300 detections takes 3.6 GB as (N, H, W) of bool.
+    An image of 12 megapixels with 300 detections takes 3.6 GB as (N, H, W) of bool.
     """
 
     def __getitem__(self, item) -> SoftMasks:
@@ -85,12 +85,12 @@ class SoftMasks(ROIMasks):
 
 
 class PastedMasks:
-    """Masks of one picture, a sequence of N (H, W) bool tensors, each made when it is asked for.
+    """Masks of one image, a sequence of N (H, W) bool tensors, each made when it is asked for.
 
     Args:
         masks: (N, M, M) in [0, 1].
         boxes: (N, 4) where they belong, x0 y0 x1 y1 in pixels.
-        size: height and width of the picture.
+        size: height and width of the image.
         threshold: soft values from here on are in the mask.
     """
 

@@ -1,6 +1,6 @@
 """Class maps of a recipe, checked before the first stage runs where both class lists are known.
 
-Known are the classes of annotation files that exist, and of the data sets that `split` and
+Known are the classes of annotation files that exist, and of the datasets that `split` and
 `classes` stages make of them. The others are checked by the stage that needs them.
 """
 
@@ -28,10 +28,10 @@ Side = tuple[str, Callable[[], Categories]]
 
 
 class ClassLists:
-    """The `categories` of annotation files and data sets, each file read once.
+    """The `categories` of annotation files and datasets, each file read once.
 
     Args:
-        recipe, datasets: where data sets come from.
+        recipe, datasets: where datasets come from.
     """
 
     def __init__(self, recipe: Recipe, datasets: DataSets) -> None:
@@ -52,7 +52,7 @@ class ClassLists:
         return self._files[path]
 
     def of_set(self, name: str, trains: bool = False) -> Categories:
-        """Those of a data set; None where they are not known yet.
+        """Those of a dataset; None where they are not known yet.
 
         Args:
             name: of a stage, of the recipe, or registered.
@@ -99,7 +99,7 @@ def _uses(stage: Stage, recipe: Recipe, lists: ClassLists) -> Iterator[tuple[str
         for number, entry in enumerate(stage["inputs"]):
             source, path = entry.get("classes"), entry.get("map")
             if source and path:
-                path = os.path.normpath(os.path.join(recipe.folder, path))
+                path = os.path.normpath(os.path.join(recipe.directory, path))
                 sides = [(name, partial(lists.of_set, name)) for name in (source, target)]
                 yield f"inputs[{number}]", path, *sides
     if stage.kind == "train":

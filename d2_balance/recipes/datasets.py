@@ -1,4 +1,4 @@
-"""Data sets of a recipe: those it names, and those that its stages derive from them."""
+"""Datasets of a recipe: those it names, and those that its stages derive from them."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from d2_balance.data.annotations import find_pictures
+from d2_balance.data.annotations import find_images
 from d2_balance.data.catalog.register import resolve_path
 from d2_balance.evaluation.sources import Annotations
 from d2_balance.utils.files import atomic_path
 
 
 class DataSets:
-    """Annotation file and picture folder by name.
+    """Annotation file and image directory by name.
 
     Args:
-        entries: [name, file, folder], relative to here or to $DETECTRON2_DATASETS.
+        entries: [name, file, directory], relative to here or to $DETECTRON2_DATASETS.
 
     Raises:
-        ValueError: a file or folder does not exist.
+        ValueError: a file or directory does not exist.
     """
 
     def __init__(self, entries: Iterable[list[str]]):
         from detectron2.utils.file_io import PathManager
 
         self._known: dict[str, tuple[str, str]] = {}
-        for name, file, folder in entries:
-            key = f"data set {name}"
+        for name, file, directory in entries:
+            key = f"dataset {name}"
             self._known[name] = (
                 resolve_path(file, PathManager.isfile, f"{key}: the annotation file"),
-                resolve_path(folder, PathManager.isdir, f"{key}: the picture folder"),
+                resolve_path(directory, PathManager.isdir, f"{key}: the image directory"),
             )
 
-    def add(self, name: str, file: str, folder: str) -> None:
-        """A data set that a stage has made."""
-        self._known[name] = (file, folder)
+    def add(self, name: str, file: str, directory: str) -> None:
+        """A dataset that a stage has made."""
+        self._known[name] = (file, directory)
 
     def __contains__(self, name: str) -> bool:
         from detectron2.data import DatasetCatalog
@@ -60,10 +60,10 @@ class DataSets:
 
     def load(self, name: str) -> Annotations:
         """Its annotations."""
-        return replace(Annotations.load(self.source(name), f"data set {name}"), name=name)
+        return replace(Annotations.load(self.source(name), f"dataset {name}"), name=name)
 
-    def folder(self, name: str) -> str:
-        """Its picture folder.
+    def directory(self, name: str) -> str:
+        """Its image directory.
 
         Raises:
             ValueError: a registered set does not say.
@@ -75,7 +75,7 @@ class DataSets:
         self.load(name)  # mini_lvis is rendered when it is first asked for
         root = MetadataCatalog.get(name).get("image_root")
         if not root:
-            raise ValueError(f"the data set {name!r} does not say where its pictures are")
+            raise ValueError(f"the dataset {name!r} does not say where its images are")
         return root
 
     def entries(self) -> list[list[str]]:
@@ -86,13 +86,13 @@ class DataSets:
 def keep_classes(
     data: Mapping[str, Any], keep: list[str] | None, every: list[int] | None, name: str
 ) -> dict[str, Any]:
-    """The annotations of some classes; pictures without any stay out.
+    """The annotations of some classes; images without any stay out.
 
     Args:
         data: content of an annotation file.
         keep: class names.
         every: (n, k): each n-th class from the k-th on, in the order of their ids.
-        name: of the data set, for messages.
+        name: of the dataset, for messages.
 
     Raises:
         ValueError: a name that it does not have, or no class left.
@@ -125,7 +125,7 @@ def chosen_classes(
     """Ids of the classes that `keep_classes` keeps.
 
     Raises:
-        ValueError: a name that the data set does not have, or neither rule is given.
+        ValueError: a name that the dataset does not have, or neither rule is given.
     """
     from d2_balance.data.catalog.class_map import resolve_class_map
 
@@ -142,15 +142,15 @@ _LABELS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]:
-    """Two parts of a data set by picture: the rest, and the held-out share.
+    """Two parts of a dataset by image: the rest, and the held-out share.
 
-    A picture's side depends on its id and the seed alone, so that adding pictures moves none.
+    An image's side depends on its id and the seed alone, so that adding images moves none.
 
     Raises:
         ValueError: share is not in (0, 1), or a part is empty.
     """
     if not 0 < share < 1:
-        raise ValueError(f"share is {share}; allowed is a number in (0, 1)")
+        raise ValueError(f"share is {share}; must be a number in (0, 1)")
 
     def place(image: Mapping[str, Any]) -> str:
         return hashlib.sha256(f"{seed}/{image['id']}".encode()).hexdigest()
@@ -158,7 +158,7 @@ def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]
     ordered = sorted(data["images"], key=place)
     count = round(share * len(ordered))
     if not 0 < count < len(ordered):
-        raise ValueError(f"a share of {share} of {len(ordered)} pictures leaves a part empty")
+        raise ValueError(f"a share of {share} of {len(ordered)} images leaves a part empty")
     parts = []
     for images in (ordered[count:], ordered[:count]):
         ids = {image["id"] for image in images}
@@ -173,11 +173,11 @@ def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]
     return parts[0], parts[1]
 
 
-def pictures_of(pictures: Annotations, folder: str, classes: Annotations) -> dict[str, Any]:
-    """The pictures of one data set with the classes of another, and no annotations."""
-    find_pictures(pictures.data["images"], folder, pictures.path)
+def images_of(source: Annotations, directory: str, classes: Annotations) -> dict[str, Any]:
+    """The images of one dataset with the classes of another, and no annotations."""
+    find_images(source.data["images"], directory, source.path)
     keys = ("id", "file_name", "coco_url", "height", "width")
-    images = [{k: image[k] for k in keys if k in image} for image in pictures.data["images"]]
+    images = [{k: image[k] for k in keys if k in image} for image in source.data["images"]]
     return {"images": images, "categories": classes.data["categories"], "annotations": []}
 
 

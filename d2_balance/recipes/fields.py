@@ -40,11 +40,11 @@ FIELDS: Mapping[str, Field] = {
     "from": TEXT,
     "keep": NAMES,
     "every": Field(
-        "[n, first], two whole numbers, n at least 1 and first at least 0",
+        "[n, first], two integers, n at least 1 and first at least 0",
         lambda v: isinstance(v, list) and len(v) == 2 and _whole(v[0], 1) and _whole(v[1], 0),
     ),
     "share": Field("a number in (0, 1)", lambda value: _number(value) and 0 < value < 1),
-    "seed": Field("a whole number", lambda value: type(value) is int),
+    "seed": Field("an integer", lambda value: type(value) is int),
     "config": TEXT,
     "train": NAMES,
     "test": NAMES,
@@ -58,7 +58,7 @@ FIELDS: Mapping[str, Field] = {
     "map": TEXT,
     "factors": TEXT,
     "iou": Field("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
-    "max_dets": Field("a whole number of at least 0", lambda value: _whole(value, 0)),
+    "max_dets": Field("an integer of at least 0", lambda value: _whole(value, 0)),
     "metric": _one_of(METRICS),
 }
 """The fields by name; where kinds of stages differ, `OWN` comes first."""
@@ -79,4 +79,4 @@ def check_fields(settings: Mapping[str, Any], kind: str, where: str) -> None:
     for key, value in settings.items():
         field = OWN.get((kind, key)) or FIELDS[key]
         if value is not None and not field.fits(value):
-            raise ValueError(f"{where}: {key} is {value!r}; allowed is {field.allowed}")
+            raise ValueError(f"{where}: {key} is {value!r}; must be {field.allowed}")

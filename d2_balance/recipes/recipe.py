@@ -1,4 +1,4 @@
-"""Recipes: a YAML file of data sets and stages, checked before the first stage runs.
+"""Recipes: a YAML file of datasets and stages, checked before the first stage runs.
 
     output: output/challenge
     datasets:                       # as DATASETS.REGISTER
@@ -6,7 +6,7 @@
     stages:
       - {name: coco, kind: train, config: ../mask_rcnn.yaml, train: [my_train]}
 
-Paths of configs and class maps are relative to the recipe's folder.
+Paths of configs and class maps are relative to the recipe's directory.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ PREDICTIONS = ("predict", "ensemble", "rescore")
 _RESULT = {"predictions": PREDICTIONS}
 
 KINDS = {
-    # a data set with some classes of another: names, or [n, k] for each n-th class from k on
+    # a dataset with some classes of another: names, or [n, k] for each n-th class from k on
     "classes": Kind(("from",), ("keep", "every")),
-    # two data sets, <name>_rest and <name>_held, with a share of the pictures in the second
+    # two datasets, <name>_rest and <name>_held, with a share of the images in the second
     "split": Kind(("from", "share"), ("seed",)),
     # `weights` is a stage, a file, or an address of the model zoo
     "train": Kind(("config", "train"), ("test", "overrides", "weights")),
-    # `classes` is the data set of the model's classes, where `dataset` has others
+    # `classes` is the dataset of the model's classes, where `dataset` has others
     "predict": Kind(("model", "dataset"), ("classes", "overrides"), {"model": ("train",)}),
-    # inputs: {predictions: stage, classes: data set, map: file}
+    # inputs: {predictions: stage, classes: dataset, map: file}
     "ensemble": Kind(("inputs", "dataset"), ("method", "iou", "max_dets")),
     "fit": Kind(("predictions", "dataset", "test"), ("method", "metric", "max_dets"), _RESULT),
     "rescore": Kind(
@@ -65,7 +65,7 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: its folder in the output.
+        name: its directory in the output.
         kind: one of KINDS.
         settings: its fields.
         needs: names of the stages whose outputs it reads.
@@ -82,10 +82,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `folder` is where its relative paths start."""
+    """A checked recipe; `directory` is where its relative paths start."""
 
     path: str
-    folder: str
+    directory: str
     output: str
     datasets: list[list[str]]
     stages: list[Stage]
@@ -106,26 +106,26 @@ class Recipe:
             raise ValueError(f"{path}: a recipe has 'stages', a list")
         _only(content, ("output", "datasets", "stages"), path)
         datasets = [_dataset(entry, path) for entry in content.get("datasets") or []]
-        folder = os.path.dirname(os.path.abspath(path))
+        directory = os.path.dirname(os.path.abspath(path))
         stages: list[Stage] = []
         made: dict[str, str] = {}
         for number, entry in enumerate(content["stages"]):
-            stage = _stage(entry, f"{path}: stage {number}", stages, made, folder)
+            stage = _stage(entry, f"{path}: stage {number}", stages, made, directory)
             stages.append(stage)
             made |= dict.fromkeys(sets_of(stage), stage.name)
         if not stages:
             raise ValueError(f"{path}: 'stages' is empty")
-        return cls(path, folder, content.get("output") or "output/challenge", datasets, stages)
+        return cls(path, directory, content.get("output") or "output/challenge", datasets, stages)
 
 
 def sets_of(stage: Stage) -> list[str]:
-    """Names of the data sets that a stage makes."""
+    """Names of the datasets that a stage makes."""
     names = {"classes": ("",), "split": ("_rest", "_held")}
     return [stage.name + end for end in names.get(stage.kind, ())]
 
 
 def datasets_in(stage: Stage) -> list[str]:
-    """Names of the data sets that a stage reads."""
+    """Names of the datasets that a stage reads."""
     found: list[Any] = []
     for key in ("from", "train", "test", "dataset", "classes"):
         value = stage[key]
@@ -135,7 +135,7 @@ def datasets_in(stage: Stage) -> list[str]:
 
 
 def _stage(
-    entry: Any, where: str, before: list[Stage], made: Mapping[str, str], folder: str
+    entry: Any, where: str, before: list[Stage], made: Mapping[str, str], directory: str
 ) -> Stage:
     if not isinstance(entry, dict) or "name" not in entry or "kind" not in entry:
         raise ValueError(f"{where} needs 'name' and 'kind'")
@@ -156,7 +156,7 @@ def _stage(
     check_fields(settings, kind, where)
     if kind == "fit" and settings["dataset"] in settings["test"]:
         raise ValueError(
-            f"{where}: dataset {settings['dataset']!r} is one of test; allowed are pictures that "
+            f"{where}: dataset {settings['dataset']!r} is one of test; allowed are images that "
             "nothing is evaluated on, as of a stage of kind split"
         )
     if kind == "classes" and bool(settings.get("keep")) == bool(settings.get("every")):
@@ -170,8 +170,8 @@ def _stage(
     needs += [n for n in _inputs(settings, kinds, where)]
     for key in ("config", "map"):
         for holder in (settings, *(settings.get("inputs") or [])):
-            if holder.get(key) and not os.path.isfile(os.path.join(folder, holder[key])):
-                raise ValueError(f"{where}: {key} {holder[key]!r} does not exist in {folder}")
+            if holder.get(key) and not os.path.isfile(os.path.join(directory, holder[key])):
+                raise ValueError(f"{where}: {key} {holder[key]!r} does not exist in {directory}")
     stage = Stage(name, kind, settings, ())
     needs += [made[d] for d in datasets_in(stage) if d in made]
     return Stage(name, kind, settings, tuple(dict.fromkeys(needs)))
@@ -182,7 +182,7 @@ def _inputs(settings: Mapping[str, Any], kinds: Mapping[str, str], where: str) -
     for number, entry in enumerate(settings.get("inputs") or []):
         place = f"{where}: inputs[{number}]"
         if not isinstance(entry, dict) or "predictions" not in entry:
-            raise ValueError(f"{place} is {{predictions: stage, classes: data set, map: file}}")
+            raise ValueError(f"{place} is {{predictions: stage, classes: dataset, map: file}}")
         _only(entry, ("predictions", "classes", "map"), place)
         check_fields(entry, "inputs", place)
         found.append(_reference(entry["predictions"], kinds, PREDICTIONS, place))
@@ -205,7 +205,7 @@ def _dataset(entry: Any, path: str) -> list[str]:
         or len(entry) != 3
         or not all(isinstance(value, str) for value in entry)
     ):
-        raise ValueError(f"{path}: datasets: {entry!r} must be [name, file, folder of pictures]")
+        raise ValueError(f"{path}: datasets: {entry!r} must be [name, file, directory of images]")
     return entry
 
 

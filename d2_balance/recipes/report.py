@@ -98,7 +98,7 @@ def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> l
 
 def _explanation() -> str:
     return (
-        "AP in percent; r, c and f are rare, common and frequent classes by training pictures. A "
+        "AP in percent; r, c and f are rare, common and frequent classes by training images. A "
         "dash: the stage gives no AP, or no class of the group has ground truth there."
     )
 

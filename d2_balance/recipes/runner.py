@@ -1,8 +1,8 @@
 """Runs the stages of a recipe one after another, and goes on where a stopped run was.
 
-A stage that is done has a folder with `done.json` in the output. Others work in a folder of another
+A stage that is done has a directory with `done.json` in the output. Others work in a directory of another
 name, which becomes theirs when they are done, so that a failure touches no finished output. A
-training works in its own folder, whose checkpoints `train_net.py --resume` goes on from; there
+training works in its own directory, whose checkpoints `train_net.py --resume` goes on from; there
 `started.json` says with what settings, and its `done.json` is written last.
 """
 
@@ -31,14 +31,14 @@ DONE, STARTED = "done.json", "started.json"
 
 
 def check_names(recipe: Recipe, known: Container[str]) -> None:
-    """Checks that there is each data set that a stage names; reads no annotation file.
+    """Checks that there is each dataset that a stage names; reads no annotation file.
 
     Args:
         recipe: the recipe.
         known: names that are registered or stand in the recipe's `datasets`.
 
     Raises:
-        ValueError: naming recipe, stage and data set.
+        ValueError: naming recipe, stage and dataset.
     """
     made = {name for stage in recipe.stages for name in sets_of(stage)}
 
@@ -50,25 +50,25 @@ def check_names(recipe: Recipe, known: Container[str]) -> None:
         for name in datasets_in(stage):
             if not exists(name) and name not in external:
                 raise ValueError(
-                    f"{recipe.path}: stage {stage.name}: the data set {name!r} is neither "
+                    f"{recipe.path}: stage {stage.name}: the dataset {name!r} is neither "
                     "registered, nor in 'datasets', nor made by a stage before"
                 )
 
 
 class Runner:
-    """A recipe and its output folder.
+    """A recipe and its output directory.
 
     Args:
         recipe: the recipe.
-        output: folder of all stages.
-        resume: go on in a folder that holds stages.
+        output: directory of all stages.
+        resume: go on in a directory that holds stages.
         gpus: processes of a training.
         say: receives one line for each stage.
 
     Raises:
-        FileExistsError: the folder holds stages, and `resume` is False.
+        FileExistsError: the directory holds stages, and `resume` is False.
         ValueError: stages that are done, or trainings that were begun, do not fit the recipe, or
-            miss files or predecessors; a stage that is not done has a folder; or a data set, a
+            miss files or predecessors; a stage that is not done has a directory; or a dataset, a
             file or a class of a class map does not exist.
     """
 
@@ -112,7 +112,7 @@ class Runner:
 
         Raises:
             StageError: a stage has failed; those before it stay done.
-            ValueError: another run works in the output folder, or has worked there since the
+            ValueError: another run works in the output directory, or has worked there since the
                 recipe was read.
         """
         with output_lock(self.output):
@@ -135,23 +135,23 @@ class Runner:
                 self._run(stage)
                 self.say(f"{label}: {self.done[stage.name]['seconds']:.0f} s")
                 write_report(self.recipe, self.output, self.done)
-            add_sets(stage, self._folder(stage), self.datasets)
+            add_sets(stage, self._directory(stage), self.datasets)
         return write_report(self.recipe, self.output, self.done)
 
     def _run(self, stage: Stage) -> None:
-        folder = self._folder(stage)
+        directory = self._directory(stage)
         trains = stage.kind == "train"
-        place = folder if trains else os.path.join(self.output, f".{stage.name}.partial")
+        place = directory if trains else os.path.join(self.output, f".{stage.name}.partial")
         if not trains and os.path.isdir(place):
             shutil.rmtree(place)  # of a run that was stopped; nothing refers to it
         os.makedirs(place, exist_ok=True)
         if trains:
             self._write(os.path.join(place, STARTED), self._made_with(stage))
         log = os.path.join(self.output, "logs", f"{stage.name}.log")
-        folders = {name: os.path.join(self.output, name) for name in self.done}
+        directories = {name: os.path.join(self.output, name) for name in self.done}
         start = time.time()
         try:
-            run_stage(Work(stage, place, self.recipe, self.datasets, folders, log, self.gpus))
+            run_stage(Work(stage, place, self.recipe, self.datasets, directories, log, self.gpus))
         except (ValueError, OSError) as error:
             raise StageError(f"{error}") from error
         finally:
@@ -160,7 +160,7 @@ class Runner:
                 self._write(os.path.join(place, "seconds.json"), seconds)
         self._finish(stage, place, seconds)
         if not trains:
-            os.rename(place, folder)
+            os.rename(place, directory)
 
     def _finish(self, stage: Stage, place: str, seconds: float) -> None:
         missing = [f for f in outputs_of(stage) if not os.path.exists(os.path.join(place, f))]
@@ -178,11 +178,11 @@ class Runner:
             "settings": stage.settings,
         }
 
-    def _folder(self, stage: Stage) -> str:
+    def _directory(self, stage: Stage) -> str:
         return os.path.join(self.output, stage.name)
 
     def _read(self, stage: Stage, file: str) -> dict[str, Any] | None:
-        path = os.path.join(self._folder(stage), file)
+        path = os.path.join(self._directory(stage), file)
         if not os.path.isfile(path):
             return None
         return read_json(path)
@@ -190,19 +190,19 @@ class Runner:
     def _check_done(self) -> None:
         by_name = {stage.name: stage for stage in self.recipe.stages}
         for name, found in self.done.items():
-            stage, folder = by_name[name], self._folder(by_name[name])
+            stage, directory = by_name[name], self._directory(by_name[name])
             lost = [n for n in stage.needs if n not in self.done]
             if lost:
                 raise ValueError(
                     f"stage {lost[0]} is missing in {self.output}, and stage {name}, which is "
-                    f"done, was made from it: put {lost[0]} back, or remove {folder} as well"
+                    f"done, was made from it: put {lost[0]} back, or remove {directory} as well"
                 )
             self._check_settings(stage, found, "made")
             for file in outputs_of(stage):
-                if not os.path.exists(os.path.join(folder, file)):
+                if not os.path.exists(os.path.join(directory, file)):
                     raise ValueError(
-                        f"stage {name} is done, but its {file} is missing in {folder}: put it "
-                        "back, or remove the folder to make it again"
+                        f"stage {name} is done, but its {file} is missing in {directory}: put it "
+                        "back, or remove the directory to make it again"
                     )
 
     def _check_started(self) -> None:
@@ -216,17 +216,17 @@ class Runner:
             changed = _difference(found["settings"], stage.settings)
             raise ValueError(
                 f"stage {stage.name} in {self.output} was {made} with other settings ({changed}); "
-                f"use another --output, or remove {self._folder(stage)} to make it again"
+                f"use another --output, or remove {self._directory(stage)} to make it again"
             )
 
     def _check_free(self) -> None:
-        """A stage's work would end at a folder that is there, and only trainings go on in one."""
+        """A stage's work would end at a directory that is there, and only trainings go on in one."""
         for stage in self.recipe.stages:
-            folder = self._folder(stage)
-            if stage.kind != "train" and stage.name not in self.done and os.path.lexists(folder):
+            directory = self._directory(stage)
+            if stage.kind != "train" and stage.name not in self.done and os.path.lexists(directory):
                 raise ValueError(
-                    f"stage {stage.name} is not done, for {folder} has no {DONE}; nothing is "
-                    "overwritten: remove the folder to make it again"
+                    f"stage {stage.name} is not done, for {directory} has no {DONE}; nothing is "
+                    "overwritten: remove the directory to make it again"
                 )
 
     def _fingerprints(self) -> dict[str, str]:
@@ -240,7 +240,7 @@ class Runner:
                 content.append(read_training_config(stage, self.recipe).dump())
             for entry in stage["inputs"] or []:
                 if entry.get("map"):
-                    with open(os.path.join(self.recipe.folder, entry["map"]), "rb") as file:
+                    with open(os.path.join(self.recipe.directory, entry["map"]), "rb") as file:
                         content.append(file.read().decode("utf-8", "replace"))
             text = json.dumps(content, sort_keys=True, default=str)
             found[stage.name] = hashlib.sha256(text.encode()).hexdigest()
@@ -263,4 +263,4 @@ class Runner:
 
 def _difference(before: dict, now: dict) -> str:
     keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-    return ", ".join(sorted(keys)) if keys else "its config, a data set or a stage before it"
+    return ", ".join(sorted(keys)) if keys else "its config, a dataset or a stage before it"

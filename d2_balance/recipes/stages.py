@@ -1,4 +1,4 @@
-"""What each kind of stage does in its folder."""
+"""What each kind of stage does in its directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2_balance.evaluation.predictions import read_predictions
 from d2_balance.evaluation.record import Evaluation
 from d2_balance.utils.files import atomic_path
 
-from .datasets import DataSets, keep_classes, pictures_of, split, write_json
+from .datasets import DataSets, images_of, keep_classes, split, write_json
 from .recipe import Recipe, Stage, sets_of
 from .training import copy_node, merged, training_config
 
@@ -42,28 +42,28 @@ class Work:
 
     Attributes:
         stage: its settings.
-        folder: where its output goes; of a stage that is not done yet.
+        directory: where its output goes; of a stage that is not done yet.
         recipe: the recipe.
-        datasets: data sets known so far.
-        folders: stage name to folder, of the stages that are done.
+        datasets: datasets known so far.
+        directories: stage name to directory, of the stages that are done.
         log: its log file.
         gpus: processes of a training.
     """
 
     stage: Stage
-    folder: str
+    directory: str
     recipe: Recipe
     datasets: DataSets
-    folders: Mapping[str, str]
+    directories: Mapping[str, str]
     log: str
     gpus: int
 
     def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+        return os.path.join(self.directory, name)
 
     def of(self, stage: str, name: str) -> str:
         """A file of an earlier stage."""
-        return os.path.join(self.folders[stage], name)
+        return os.path.join(self.directories[stage], name)
 
 
 def run_stage(work: Work) -> None:
@@ -88,10 +88,10 @@ def outputs_of(stage: Stage) -> list[str]:
     }.get(stage.kind, [PREDICTIONS])
 
 
-def add_sets(stage: Stage, folder: str, datasets: DataSets) -> None:
-    """Make the data sets of a finished stage known."""
+def add_sets(stage: Stage, directory: str, datasets: DataSets) -> None:
+    """Make the datasets of a finished stage known."""
     for name, file in zip(sets_of(stage), outputs_of(stage), strict=False):
-        datasets.add(name, os.path.join(folder, file), datasets.folder(stage["from"]))
+        datasets.add(name, os.path.join(directory, file), datasets.directory(stage["from"]))
 
 
 def _classes(work: Work) -> None:
@@ -112,7 +112,7 @@ def _train(work: Work) -> None:
     config = training_config(work.stage, work.recipe)
     if work.stage["weights"] is not None:
         weights = work.stage["weights"]
-        known = weights in work.folders
+        known = weights in work.directories
         config["MODEL"] = config.get("MODEL", {}) | {
             "WEIGHTS": work.of(weights, WEIGHTS) if known else weights
         }
@@ -124,23 +124,23 @@ def _train(work: Work) -> None:
 
 
 def _predict(work: Work) -> None:
-    stage, folder = work.stage, work.folders[work.stage["model"]]
-    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
+    stage, directory = work.stage, work.directories[work.stage["model"]]
+    with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
         config = yaml.safe_load(file)
     config = merged(config, copy_node(stage["overrides"] or {}))
     name, entries = stage["dataset"], work.datasets.entries()
     if stage["classes"]:
-        root = work.datasets.folder(name)
-        pictures = work.datasets.load(name)
+        root = work.datasets.directory(name)
+        images = work.datasets.load(name)
         other = work.datasets.load(stage["classes"])
-        name = f"{stage.name}_pictures"
-        file = work.path("pictures.json")
-        write_json(file, pictures_of(pictures, root, other))
+        name = f"{stage.name}_images"
+        file = work.path("images.json")
+        write_json(file, images_of(images, root, other))
         entries = [*entries, [name, file, root]]
     _register(config, entries)
     config["DATASETS"]["TEST"] = [name]
     config["OUTPUT_DIR"] = work.path("run")
-    config["MODEL"] = config.get("MODEL", {}) | {"WEIGHTS": os.path.join(folder, WEIGHTS)}
+    config["MODEL"] = config.get("MODEL", {}) | {"WEIGHTS": os.path.join(directory, WEIGHTS)}
     path = work.path("config.yaml")
     _write_yaml(path, config)
     _train_net(work, "--eval-only", "--config-file", path)
@@ -159,7 +159,7 @@ def _ensemble(work: Work) -> None:
             (
                 work.of(entry["predictions"], PREDICTIONS),
                 classes and work.datasets.source(classes),
-                map_file and os.path.join(work.recipe.folder, map_file),
+                map_file and os.path.join(work.recipe.directory, map_file),
             )
         )
     dataset = work.datasets.source(stage["dataset"])
@@ -195,11 +195,11 @@ def _rescore(work: Work) -> None:
 
 def _evaluate(work: Work) -> None:
     if _evaluate_file(work, work.of(work.stage["predictions"], PREDICTIONS)) is None:
-        raise ValueError(f"the data set {work.stage['dataset']} has no annotations to compare with")
+        raise ValueError(f"the dataset {work.stage['dataset']} has no annotations to compare with")
 
 
 def _evaluate_file(work: Work, path: str) -> Evaluation | None:
-    """Writes evaluation.json, where the pictures have annotations."""
+    """Writes evaluation.json, where the images have annotations."""
     stage = work.stage
     truth = work.datasets.load(stage["dataset"])
     if not truth.data["annotations"]:
@@ -228,7 +228,7 @@ def _train_net(work: Work, *arguments: str) -> None:
     """Run the training script, and end it when this process is ended.
 
     Where this process is killed outright, Linux ends the script; elsewhere it goes on, and its lock
-    refuses a second one in the same folder.
+    refuses a second one in the same directory.
 
     Raises:
         StageError: it has failed.
@@ -275,7 +275,7 @@ def _write_yaml(path: str, content: Mapping[str, Any]) -> None:
 
 
 def _register(config: dict[str, Any], entries: list[list[str]]) -> None:
-    """Adds data sets; those of the recipe replace the config's of the same name."""
+    """Adds datasets; those of the recipe replace the config's of the same name."""
     taken = {entry[0] for entry in entries}
     own = [e for e in config["DATASETS"]["REGISTER"] if _name_of(e) not in taken]
     config["DATASETS"]["REGISTER"] = own + entries

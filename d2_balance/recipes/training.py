@@ -11,10 +11,10 @@ from .recipe import Recipe, Stage
 
 
 def training_config(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """The configuration of a train stage: its YAML, overrides and data sets."""
+    """The configuration of a train stage: its YAML, overrides and datasets."""
     from d2_balance.engine import read_config
 
-    base = os.path.join(recipe.folder, stage["config"])
+    base = os.path.join(recipe.directory, stage["config"])
     own = [list(e) if not isinstance(e, dict) else e for e in read_config(base).DATASETS.REGISTER]
     config = {"_BASE_": os.path.abspath(base)} | copy_node(stage["overrides"] or {})
     config["DATASETS"] = dict(config.get("DATASETS", {})) | {
@@ -72,11 +72,11 @@ def merged(config: dict, overrides: Mapping) -> dict:
 
 
 def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:
-    """Names of the external data sets of a train stage, which it may train on.
+    """Names of the external datasets of a train stage, which it may train on.
 
     Args:
         stage, recipe: the stage.
-        known: whether a data set is registered, in the recipe, or made by a stage.
+        known: whether a dataset is registered, in the recipe, or made by a stage.
 
     Raises:
         ValueError: naming recipe, stage and entry, if an entry has another form, or a TARGET does
@@ -89,12 +89,12 @@ def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -
         entries = entries_as_given(cfg)
         for key, entry in entries:
             if not known(entry["TARGET"]):
-                raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no data set of the recipe")
+                raise ValueError(f"{key}: TARGET {entry['TARGET']!r} is no dataset of the recipe")
     return [entry["NAME"] for _, entry in entries]
 
 
 def check_second_files(stage: Stage, recipe: Recipe) -> None:
-    """Checks the files of DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_STATISTICS of a train stage.
+    """Checks the files of DATASETS.EXTERNAL, IGNORE_REGIONS and CLASS_COUNTS_FILE of a train stage.
 
     A stage may run for days before the one that needs the file.
 
@@ -102,13 +102,13 @@ def check_second_files(stage: Stage, recipe: Recipe) -> None:
         ValueError: naming recipe, stage and entry, if a file does not exist.
     """
     from d2_balance.data.catalog.external import external_entries
-    from d2_balance.data.class_counts import statistics_file
+    from d2_balance.data.class_counts import counts_file
     from d2_balance.data.ignore_regions import region_files
 
     cfg = read_training_config(stage, recipe)
     with _names(stage, recipe):
         region_files(cfg)
-        statistics_file(cfg)
+        counts_file(cfg)
         external_entries(cfg)
 
 

@@ -1,23 +1,8 @@
-"""Which rows count, and how much: selection, weights, and the scale of the whole loss."""
-
-from d2_balance.sampling.base import Candidates, Selection, Selector
-from d2_balance.sampling.iou_balanced import IoUBalanced
-from d2_balance.sampling.ohem import OHEM
+"""How much a sample counts: weights of samples, and the scale of the whole loss."""
 
 from .base import REWEIGHTERS, Reweighter
+from .carl import CARL
 from .guided import GuidedScale
-from .prime_samples import CARL, ISR, ISRN
+from .isr import ISR
 
-__all__ = [
-    "CARL",
-    "ISR",
-    "ISRN",
-    "OHEM",
-    "REWEIGHTERS",
-    "Candidates",
-    "GuidedScale",
-    "IoUBalanced",
-    "Reweighter",
-    "Selection",
-    "Selector",
-]
+__all__ = ["CARL", "ISR", "REWEIGHTERS", "GuidedScale", "Reweighter"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2_balance.losses import Samples
 
 REWEIGHTERS = Registry("REWEIGHTERS")
-REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHT accepts."
+REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHTERS accepts."
 
 
 class Reweighter(nn.Module):

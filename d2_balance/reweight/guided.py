@@ -6,7 +6,7 @@ The gradient of the second term is w L_box d(log L_cls): a constant factor of L_
 number of anchors it was divided by, changes nothing. Without a bound r grows as L_cls vanishes.
 
 Source: Chen et al., Is Heuristic Sampling Necessary in Training Deep Object Detectors?,
-arXiv:1909.04868, section 3.3. Here r is bounded, and taken over all ranks.
+arXiv:1909.04868, section 3.3. Here r is bounded, and taken across all ranks.
 """
 
 from __future__ import annotations

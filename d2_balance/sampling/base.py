@@ -1,4 +1,4 @@
-"""Selectors: which proposals of a picture train the RoI head."""
+"""Selectors: which proposals of an image train the RoI head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
+
+PROPOSAL_SAMPLERS = Registry("PROPOSAL_SAMPLERS")
+PROPOSAL_SAMPLERS.__doc__ = (
+    "Proposal samplers; the names are what MODEL.BALANCE.PROPOSAL_SAMPLER accepts."
+)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The labelled proposals of one picture, before any is drawn; no ignored ones.
+    """The labelled proposals of one image, before any is drawn; no ignored ones.
 
     Args:
         boxes: (R, 4) proposals, x0 y0 x1 y1 in pixels.
@@ -46,7 +52,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selector keeps of one picture.
+    """What a proposal sampler keeps of one image.
 
     Args:
         keep: (S,) int64, indices into the candidates, each at most once.
@@ -57,7 +63,7 @@ class Selection:
     weight: Tensor | None = None
 
 
-class Selector(nn.Module):
+class ProposalSampler(nn.Module):
     """Base of all selectors. They take the place of Detectron2's random drawing."""
 
     needs_predictions: bool = False
@@ -72,8 +78,8 @@ class Selector(nn.Module):
         """Selects proposals of a batch.
 
         Args:
-            candidates: one for each of N pictures.
-            batch_size: proposals per picture, ROI_HEADS.BATCH_SIZE_PER_IMAGE.
+            candidates: one for each of N images.
+            batch_size: proposals per image, ROI_HEADS.BATCH_SIZE_PER_IMAGE.
             positive_fraction: largest share of positives, ROI_HEADS.POSITIVE_FRACTION.
 
         Returns:
@@ -82,7 +88,7 @@ class Selector(nn.Module):
         return [self.select(c, batch_size, positive_fraction) for c in candidates]
 
     def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
-        """Selects proposals of one picture; arguments as above."""
+        """Selects proposals of one image; arguments as above."""
         raise NotImplementedError
 
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from d2_balance.losses._base import check
-from d2_balance.reweight.base import REWEIGHTERS
-from d2_balance.reweight.prime_samples import rank_within
+from d2_balance.losses._kernels.ranks import rank_within
 
-from .base import Candidates, Selection, Selector, draw_positives
+from .base import PROPOSAL_SAMPLERS, Candidates, ProposalSampler, Selection, draw_positives
 
 
 def draw_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
@@ -42,8 +41,8 @@ def draw_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
     return shuffled[last[shuffled].int().argsort(stable=True)][:count]
 
 
-@REWEIGHTERS.register()
-class IoUBalanced(Selector):
+@PROPOSAL_SAMPLERS.register()
+class IoUBalanced(ProposalSampler):
     """IoU-balanced sampling of background proposals (arXiv:1904.02701); positives stay random.
 
     Args:
@@ -57,7 +56,7 @@ class IoUBalanced(Selector):
 
     def __init__(self, *, bins: int = 3, floor: float = 0.0) -> None:
         super().__init__()
-        check(self, "bins", bins, bins >= 1, "a whole number of at least 1")
+        check(self, "bins", bins, bins >= 1, "an integer of at least 1")
         check(self, "floor", floor, 0 <= floor < 1, "a number in [0, 1)")
         self.bins, self.floor = bins, floor
 

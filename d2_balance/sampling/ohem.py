@@ -1,6 +1,6 @@
 """OHEM: only the hardest proposals train the RoI head.
 
-A pass without gradient gives every proposal i of a picture its loss
+A pass without gradient gives every proposal i of an image its loss
 
     l_i = L_cls,i + [i is positive] L_box,i
 
@@ -9,7 +9,7 @@ one loss; the B / N proposals of highest loss are kept, without a share for posi
 
 Source: Shrivastava et al., Training Region-based Object Detectors with Online Hard Example Mining,
 arXiv:1604.03540, section 4. The authors' code suppresses within each class and keeps the B hardest
-of the whole batch, so that one picture may take them all: `per_class_nms` and `scope="batch"`.
+of the whole batch, so that one image may take them all: `per_class_nms` and `scope="batch"`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from d2_balance.losses._base import check
-from d2_balance.reweight.base import REWEIGHTERS
 
-from .base import Candidates, Selection, Selector
+from .base import PROPOSAL_SAMPLERS, Candidates, ProposalSampler, Selection
 
 
 def hardest_first(
@@ -45,16 +44,16 @@ def hardest_first(
     return keep, loss[keep]
 
 
-@REWEIGHTERS.register()
-class OHEM(Selector):
+@PROPOSAL_SAMPLERS.register()
+class OHEM(ProposalSampler):
     """Online hard example mining (arXiv:1604.03540) in RoI heads, each cascade stage by itself.
 
     Args:
-        rois_per_image: B / N, proposals that are kept per picture, at least 1; the paper's 128 in
-            2 pictures. It takes the place of ROI_HEADS.BATCH_SIZE_PER_IMAGE.
+        rois_per_image: B / N, proposals that are kept per image, at least 1; the paper's 128 in
+            2 images. It takes the place of ROI_HEADS.BATCH_SIZE_PER_IMAGE.
         nms_threshold: IoU of the suppression, in [0, 1]; 1 suppresses nothing.
-        scope: "image" keeps `rois_per_image` of every picture (paper); "batch" keeps N times as
-            many of all N pictures together (authors' code).
+        scope: "image" keeps `rois_per_image` of every image (paper); "batch" keeps N times as
+            many of all N images together (authors' code).
         per_class_nms: whether only proposals of one label suppress each other (authors' code).
 
     Raises:

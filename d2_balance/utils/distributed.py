@@ -40,7 +40,7 @@ def _processes() -> int:
 
 @torch.no_grad()
 def sum_over_ranks(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Sums tensors over all ranks with one all-reduce.
+    """Sums tensors across all ranks with one all-reduce.
 
     Every rank must call this with the same number and shapes of tensors, an empty batch included:
     a rank that returns early leaves the others waiting.

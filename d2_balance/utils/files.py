@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def atomic_path(path: str, *, sync: bool = False) -> Iterator[str]:
-    """Yield a temporary path in the folder of `path`; move it to `path` when the block succeeds.
+    """Yield a temporary path in the directory of `path`; move it to `path` when the block succeeds.
 
-    The folder is made where it is missing. On an exception the temporary file is removed and
+    The directory is made where it is missing. On an exception the temporary file is removed and
     whatever was at `path` stays as it was.
 
     Args:
         path: where the file goes.
-        sync: True waits until the file is on the disk before it is moved, and the folder
+        sync: True waits until the file is on the disk before it is moved, and the directory
             afterwards, so that a power cut leaves the old file or the new one.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
+    directory = os.path.dirname(os.path.abspath(path))
+    os.makedirs(directory, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -26,7 +26,7 @@ def atomic_path(path: str, *, sync: bool = False) -> Iterator[str]:
             _sync(temporary)
         os.replace(temporary, path)
         if sync:
-            _sync(folder)
+            _sync(directory)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -34,7 +34,7 @@ def atomic_path(path: str, *, sync: bool = False) -> Iterator[str]:
 
 def _sync(path: str) -> None:
     if os.path.isdir(path) and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows opens no directories
     handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder."""
+"""One run at a time writes into a directory."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def output_lock(folder: str) -> Iterator[None]:
-    """Keeps other runs from writing into `folder` while the block runs; every rank enters it.
+def output_lock(directory: str) -> Iterator[None]:
+    """Keeps other runs from writing into `directory` while the block runs; every rank enters it.
 
     The operating system takes the lock off when the process ends, a kill included. Where the file
     system has no locks there is none, and a warning.
 
     Args:
-        folder: made where it is missing.
+        directory: made where it is missing.
 
     Raises:
         ValueError: on all ranks, where another run holds the lock.
     """
     handles = []
-    on_main_process(lambda: handles.append(_locked(folder)) if comm.is_main_process() else None)
+    on_main_process(lambda: handles.append(_locked(directory)) if comm.is_main_process() else None)
     try:
         yield
     finally:
@@ -48,15 +48,15 @@ def output_lock(folder: str) -> Iterator[None]:
                 os.close(handle)
 
 
-def _locked(folder: str) -> int | None:
+def _locked(directory: str) -> int | None:
     """The open file that holds the lock; None where there are no locks."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(directory, exist_ok=True)
     if fcntl is None:
         return None
-    path = os.path.join(folder, LOCK_FILE)
+    path = os.path.join(directory, LOCK_FILE)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        # of the process and not of the open file, so that loading processes, which live on for
+        # of the process and not of the open file, so that workers, which live on for
         # some seconds after a kill, do not inherit it
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -66,7 +66,7 @@ def _locked(folder: str) -> int | None:
             logger.warning(f"{path} cannot be locked ({error}): see to it that one run writes.")
             return None
         raise ValueError(
-            f"OUTPUT_DIR {folder} is being written by another run ({owner or 'unknown'}); wait "
+            f"OUTPUT_DIR {directory} is being written by another run ({owner or 'unknown'}); wait "
             "for its end or stop it, or set another OUTPUT_DIR."
         ) from error
     now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")

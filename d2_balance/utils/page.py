@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: text, tables and pictures in one file that opens anywhere."""
+"""Self-contained HTML pages: text, tables and images in one file that opens anywhere."""
 
 import base64
 import html
@@ -63,7 +63,7 @@ class Page:
         self._parts.append(body)
 
     def figure(self, figure: Figure, caption: str) -> None:
-        """Add a picture as PNG within the page; `caption` says what it shows."""
+        """Add an image as PNG within the page; `caption` says what it shows."""
         data = base64.b64encode(png(figure)).decode("ascii")
         text = html.escape(caption)
         self._parts.append(f'<img alt="{text}" src="data:image/png;base64,{data}">')

@@ -1,4 +1,4 @@
-"""Small data sets whose figures can be counted by hand."""
+"""Small datasets whose figures can be counted by hand."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from d2_balance.analysis.table import DataTable
 
 
 def coco(shown, sizes=(100, 100), box=(10, 10, 20, 20)):
-    """COCO content: `shown[n]` lists the classes 0..K-1 of picture n, one box each."""
+    """COCO content: `shown[n]` lists the classes 0..K-1 of image n, one box each."""
     classes = 1 + max(k for labels in shown for k in labels)
     annotations = [
         {"image_id": n, "category_id": k + 1, "bbox": [box[0] + 3 * i, *box[1:]]}
@@ -36,7 +36,7 @@ def table():
 
 @pytest.fixture
 def random_table(table):
-    """200 pictures of up to 4 of 12 classes, of falling frequency."""
+    """200 images of up to 4 of 12 classes, of falling frequency."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 13) ** 1.5
     return table(

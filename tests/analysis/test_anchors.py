@@ -14,7 +14,7 @@ from .conftest import coco
 
 
 def one_level(*overrides):
-    """RetinaNet with one anchor of 32 x 32 pixels every 8 pixels, pictures of 64 x 64."""
+    """RetinaNet with one anchor of 32 x 32 pixels every 8 pixels, images of 64 x 64."""
     cfg = small_cfg("retinanet", "MODEL.RETINANET.IN_FEATURES", ["p3"], *overrides)
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32]]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
@@ -30,11 +30,11 @@ def test_best_prior_by_hand(table):
     assert (level.name, level.positives, level.rows) == ("p3", 5, 64)
     assert report.prior.prior == pytest.approx(5 / (64 * 2))  # two classes
     assert report.missed()[1] == 0 and np.isnan(report.missed()[0])
-    assert report.edge == (64, 64) and report.pictures == 1
+    assert report.edge == (64, 64) and report.images == 1
 
 
-def test_pictures_are_resized_as_in_training(table):
-    # the same picture at half the size
+def test_images_are_resized_as_in_training(table):
+    # the same image at half the size
     small = anchor_report(one_level(), table([[1]], sizes=(32, 32), box=(8, 8, 16, 16)))
     assert small.levels[0].positives == 5
 
@@ -63,7 +63,7 @@ def test_best_iou_equals_that_over_all_anchors(overrides):
 
 
 def two_sizes(count=30):
-    """Class 0 in boxes of 90 pixels, class 1 in boxes of 24 pixels, on pictures of 128 x 128."""
+    """Class 0 in boxes of 90 pixels, class 1 in boxes of 24 pixels, on images of 128 x 128."""
     data = coco([[0, 1]] * count, sizes=(128, 128))
     for number, annotation in enumerate(data["annotations"]):
         side = 90 if annotation["category_id"] == 1 else 24

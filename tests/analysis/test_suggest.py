@@ -23,7 +23,7 @@ LONG_TAIL = [[0]] * 30 + [[0, 1]] * 30 + [[1, 2]] * 2 + [[3]]
 
 
 def small_cfg(*arguments, **options):
-    """A small model on small pictures."""
+    """A small model on small images."""
     cfg = any_cfg(*arguments, **options)
     cfg.INPUT.MIN_SIZE_TRAIN = (96,)
     return cfg
@@ -45,9 +45,9 @@ def test_roi_heads_get_eql_and_repeats(table):
     cfg = small_cfg("faster", balanced=False)
     found, _ = lines_of(table(LONG_TAIL), cfg)
     # TR: 60, 32, 2 and 1 images, 95 in all. 3 / 95 = 3.2 %, with the 32 of class 1 36.8 %
-    assert found["MODEL.BALANCE.EQL.LAMBDA_"] == pytest.approx((2 / 63 + 32 / 63) / 2, abs=1e-3)
+    assert found["MODEL.BALANCE.EQL.LAMBDA"] == pytest.approx((2 / 63 + 32 / 63) / 2, abs=1e-3)
     assert found["MODEL.BALANCE.CLS_LOSS"] == "EQL"
-    assert found["MODEL.BALANCE.EQL.IMAGE_LABELS"] is False
+    assert found["MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS"] is False
     assert found["MODEL.META_ARCHITECTURE"] == "BalancedRCNN"
     assert found["MODEL.ROI_HEADS.NAME"] == "BalancedStandardROIHeads"
     assert found["MODEL.ROI_HEADS.NUM_CLASSES"] == 4
@@ -60,7 +60,7 @@ def test_dense_heads_get_efl(table):
     assert found["MODEL.BALANCE.CLS_LOSS"] == "EFL"
     assert found["MODEL.META_ARCHITECTURE"] == "BalancedRetinaNet"
     assert found["MODEL.RETINANET.NUM_CLASSES"] == 4
-    assert "MODEL.BALANCE.EQL.LAMBDA_" not in found
+    assert "MODEL.BALANCE.EQL.LAMBDA" not in found
 
 
 def test_a_loss_that_the_user_chose_stays(table):
@@ -77,13 +77,13 @@ def test_nothing_against_a_tail_that_is_not_there(table):
     assert any("There is no tail" in line for line in advice(analysis))
 
 
-def test_image_labels_keep_empty_pictures_and_the_limits_of_lvis():
+def test_image_labels_keep_empty_images_and_the_limits_of_lvis():
     found, analysis = lines_of(lvis_table(LONG_TAIL), small_cfg("faster"))
     assert found["DATALOADER.FILTER_EMPTY_ANNOTATIONS"] is False
     assert analysis.statistics.num_images == 64  # and lambda is a share of these
     assert found["TEST.DETECTIONS_PER_IMAGE"] == 300
     assert found["MODEL.ROI_HEADS.SCORE_THRESH_TEST"] == 0.0001
-    assert "MODEL.BALANCE.EQL.IMAGE_LABELS" not in found
+    assert "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS" not in found
 
 
 def test_masks_are_switched_off_where_there_are_none(table):
@@ -120,19 +120,19 @@ def test_yaml_has_a_reason_above_each_line():
     assert "Why" in rows[rows.index("    C:") - 1]
 
 
-def long_tail_set(folder):
-    """Pictures of `LONG_TAIL` with masks and image-level labels, as JSON and PNG."""
+def long_tail_set(directory):
+    """Images of `LONG_TAIL` with masks and image-level labels, as JSON and PNG."""
     from PIL import Image
 
     data = coco(LONG_TAIL, sizes=(96, 120))
     for image in data["images"]:
         image["neg_category_ids"] = [4] if image["id"] < 10 else []
-        Image.new("RGB", (120, 96), (image["id"], 90, 60)).save(folder / image["file_name"])
+        Image.new("RGB", (120, 96), (image["id"], 90, 60)).save(directory / image["file_name"])
     for annotation in data["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
         annotation["area"] = w * h
-    (folder / "train.json").write_text(json.dumps(data))
+    (directory / "train.json").write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Columns of a data set: counts, and what is wrong in it."""
+"""Columns of a dataset: counts, and what is wrong in it."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_problems_are_found_with_their_ids():
     assert found.problems == {
         "left out: box is not finite": [203],
         "left out: box of negative size": [204],
-        "box sticks out of its picture and is clipped": [205],
+        "box sticks out of its image and is clipped": [205],
         DUPLICATE: [200, 201],
         EMPTY: [3],
         EMPTY_VERIFIED: [4],
@@ -55,7 +55,7 @@ def test_a_clean_set_has_no_problems():
 @pytest.mark.parametrize("filter_empty", [True, False])
 def test_statistics_leave_out_crowds(filter_empty):
     data = coco([[0, 0, 1], [1], [1], []])
-    data["annotations"][3]["iscrowd"] = 1  # the only object of picture 1
+    data["annotations"][3]["iscrowd"] = 1  # the only object of image 1
     found = read(data).statistics(filter_empty)
     assert found.image_count.tolist() == [1, 2]
     assert found.instance_count.tolist() == [2, 2]

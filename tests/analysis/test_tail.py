@@ -13,7 +13,7 @@ from d2_balance.analysis.tail import (
     suggested_tail,
     suggested_threshold,
 )
-from d2_balance.data import ClassStatistics
+from d2_balance.data import ClassCounts
 
 
 def suggest(table, cuts):
@@ -24,7 +24,7 @@ def suggest(table, cuts):
 
 def test_repeat_factors_by_hand(table):
     found = repeat_factors(table([[0]] * 9 + [[0, 1]]), 0.4)
-    # f = 1 and 0.1: r = 1 and sqrt(0.4 / 0.1) = 2; the tenth picture comes twice
+    # f = 1 and 0.1: r = 1 and sqrt(0.4 / 0.1) = 2; the tenth image comes twice
     assert found.factor.tolist() == pytest.approx([1, 2])
     assert found.epoch == pytest.approx(11 / 10)
     assert found.shown.tolist() == pytest.approx([11, 2])
@@ -47,7 +47,7 @@ def test_repeat_factors_equal_the_samplers(random_table, threshold):
     assert found.shown.tolist() == pytest.approx(shown.tolist(), rel=1e-5)
 
 
-def test_crowds_count_for_repeating_and_empty_pictures_for_the_denominator(table):
+def test_crowds_count_for_repeating_and_empty_images_for_the_denominator(table):
     found = table([[0], [0], [0], [1, 0], []])
     found.crowd[found.label == 1] = True
     kept = repeat_factors(found, 0.5)
@@ -63,7 +63,7 @@ def test_threshold_is_the_border_of_common_classes(table):
 
 
 def test_threshold_falls_where_an_epoch_would_grow_too_long(table):
-    # pictures: 3 of class 0, 3 of class 1, 1 of class 2, 3 of class 3 in all; border 1:
+    # images: 3 of class 0, 3 of class 1, 1 of class 2, 3 of class 3 in all; border 1:
     # (3 sqrt(1 / .3) * 3 + sqrt(1 / .1)) / 10 = 1.96; next .3: (9 + sqrt(.3 / .1)) / 10 = 1.07
     border, found = suggest(table([[0]] * 3 + [[1]] * 3 + [[2]] + [[3]] * 3), (5, 100))
     assert border == 1
@@ -79,25 +79,25 @@ def test_no_threshold_where_every_class_is_frequent(table):
 
 def test_border_follows_the_groups_of_the_file():
     count = torch.tensor([2, 7, 40])
-    statistics = ClassStatistics(count, count, 50, tuple("abc"), tuple("rcf"))
+    statistics = ClassCounts(count, count, 50, tuple("abc"), tuple("rcf"))
     assert common_border(statistics, statistics.group(), None) == pytest.approx(7 / 50)
     assert common_border(statistics, statistics.group((1, 3)), (1, 3)) == pytest.approx(3 / 50)
 
 
 def test_lambda_by_hand():
     count = torch.tensor([50, 2, 30, 8, 8, 2])  # sum 100
-    found = suggested_tail(ClassStatistics(count, count, 200, tuple("abcdef")))
-    # 4 % for the two of 2 pictures, 20 % with those of 8: half-way between 2 / 200 and 8 / 200
+    found = suggested_tail(ClassCounts(count, count, 200, tuple("abcdef")))
+    # 4 % for the two of 2 images, 20 % with those of 8: half-way between 2 / 200 and 8 / 200
     assert found.lambda_ == pytest.approx(5 / 200)
     assert (found.classes, found.ratio) == (2, pytest.approx(0.04))
 
 
 def test_lambda_takes_up_to_ten_percent_where_six_is_too_little():
     count = torch.tensor([92, 8])
-    found = suggested_tail(ClassStatistics(count, count, 100, ("a", "b")))
+    found = suggested_tail(ClassCounts(count, count, 100, ("a", "b")))
     assert found.lambda_ == pytest.approx((0.08 + 0.92) / 2) and found.ratio == pytest.approx(0.08)
 
 
 def test_no_lambda_without_a_tail():
     count = torch.tensor([60, 40])
-    assert suggested_tail(ClassStatistics(count, count, 100, ("a", "b"))) is None
+    assert suggested_tail(ClassCounts(count, count, 100, ("a", "b"))) is None

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from d2_balance.cli import main as cli
-from d2_balance.data import ClassStatistics
+from d2_balance.data import ClassCounts
 from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
 
 from ..analysis.conftest import coco
@@ -22,7 +22,7 @@ COUNT = torch.tensor([50, 2, 30, 8, 8, 2])  # sorted: 2, 2, 8, 8, 30, 50; sum 10
 @pytest.fixture
 def saved(tmp_path):
     path = str(tmp_path / "counts.json")
-    ClassStatistics(COUNT, COUNT * 3, 200, tuple("abcdef")).save(path)
+    ClassCounts(COUNT, COUNT * 3, 200, tuple("abcdef")).save(path)
     return path
 
 
@@ -46,9 +46,9 @@ def test_lambda_is_the_largest_whose_ratio_fits(ratio, expected):
 def test_the_command_prints_the_ratio_of_a_lambda_and_the_lambda_of_a_ratio(saved, capsys):
     assert cli.main(["analyze", saved, "--lambda", "0.1", "--tail-ratio", "0.05"]) == 0
     out = capsys.readouterr().out
-    assert "200 pictures, 300 objects, 6 classes" in out
+    assert "200 images, 300 objects, 6 classes" in out
     assert "| rare     | 4         | 2 to 8" in out and "| common   | 2         | 30 to 50" in out
-    # below 20 pictures: 4 classes with 20 of 100; 5 % fits the two classes of 2 pictures
+    # below 20 images: 4 classes with 20 of 100; 5 % fits the two classes of 2 images
     assert "| 0.1                         | 4              | 20.0 % |" in out
     assert "| 0.025                       | 2              | 4.0 %  |" in out
 
@@ -65,12 +65,12 @@ def test_registered_sets_are_counted(capsys, monkeypatch, tmp_path):
     finally:
         DatasetCatalog.remove("analyze_me")
         MetadataCatalog.remove("analyze_me")
-    assert "2 pictures, 2 objects, 2 classes" in capsys.readouterr().out
+    assert "2 images, 2 objects, 2 classes" in capsys.readouterr().out
 
 
 def test_unknown_names_are_refused(capsys):
     assert cli.main(["analyze", "nowhere"]) == 2
-    assert "neither a registered data set nor a file; --register" in capsys.readouterr().err
+    assert "neither a registered dataset nor a file; --register" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--lambda", "--tail-ratio"])
@@ -104,16 +104,16 @@ def files(tmp_path):
     return tmp_path
 
 
-def analyze(folder, *arguments, config=True):
-    with_config = ["--config-file", str(folder / "retinanet.yaml")] if config else []
-    return cli.main(["analyze", str(folder / "data.json"), *with_config, *arguments])
+def analyze(directory, *arguments, config=True):
+    with_config = ["--config-file", str(directory / "retinanet.yaml")] if config else []
+    return cli.main(["analyze", str(directory / "data.json"), *with_config, *arguments])
 
 
 def test_the_page_is_one_file_with_all_parts(files, capsys):
     assert analyze(files, "--html", str(files / "page.html")) == 0
     page = (files / "page.html").read_text()
     for part in (
-        "51 pictures, 77 objects, 3 classes",
+        "51 images, 77 objects, 3 classes",
         "Optimal prior pi*",
         "no anchor with an IoU of 0.5",
         "Tail ratio",
@@ -126,14 +126,14 @@ def test_the_page_is_one_file_with_all_parts(files, capsys):
         assert part in page
     assert re.search(r"<td>777 *</td>", page)
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing is fetched
-    pictures = re.findall(r"base64,([^\"]+)", page)
-    assert len(pictures) == 6
-    for data in pictures:
-        picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert picture.format == "PNG" and len(picture.convert("L").getcolors(256)) > 8
+    images = re.findall(r"base64,([^\"]+)", page)
+    assert len(images) == 6
+    for data in images:
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert image.format == "PNG" and len(image.convert("L").getcolors(256)) > 8
     out = capsys.readouterr().out
     assert "WARNING: What looks like a rare or hard class is out of reach" in out
-    assert "duplicate: the same class and box once more in the picture" in out
+    assert "duplicate: the same class and box once more in the image" in out
 
 
 def test_settings_go_to_a_file_that_builds_on_the_config(files, capsys):
@@ -161,7 +161,7 @@ def test_cut_points_of_ones_own(files, capsys):
     assert analyze(files, "--cuts", "1", "30", config=False) == 0
     out = capsys.readouterr().out
     assert "| rare     | 1         | 1 to 1" in out and "| common   | 1         | 25 to 25" in out
-    assert "Rare: up to 1 pictures, common: up to 30." in out
+    assert "Rare: up to 1 images, common: up to 30." in out
 
 
 @pytest.mark.parametrize("option", ["--html", "--yaml"])
@@ -232,23 +232,23 @@ def test_mistaken_arguments_end_with_one_message(arguments, message, files, caps
     assert message in capsys.readouterr().err
 
 
-def test_missing_and_other_pictures_are_named(files, capsys):
+def test_missing_and_other_images_are_named(files, capsys):
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    pictures = files / "pictures"
-    pictures.mkdir()
+    images = files / "images"
+    images.mkdir()
     for number in range(51):
         size = (90, 96) if number == 7 else (96, 96)
         if number != 5:
-            Image.new("RGB", size).save(pictures / f"{number}.png")
-    (pictures / "9.png").write_text("no picture")
+            Image.new("RGB", size).save(images / f"{number}.png")
+    (images / "9.png").write_text("no image")
     try:
-        register = ["--register", str(files / "data.json"), str(pictures)]
-        assert cli.main(["analyze", "analyze_pictures", *register]) == 0
+        register = ["--register", str(files / "data.json"), str(images)]
+        assert cli.main(["analyze", "analyze_images", *register]) == 0
     finally:
-        DatasetCatalog.pop("analyze_pictures", None)
-        MetadataCatalog.pop("analyze_pictures", None)
+        DatasetCatalog.pop("analyze_images", None)
+        MetadataCatalog.pop("analyze_images", None)
     out = capsys.readouterr().out
-    assert re.search(r"picture that does not exist +\| 1 .*5\.png", out)
-    assert re.search(r"picture of another size than the file says +\| 1 .*7\.png", out)
-    assert re.search(r"picture that cannot be read +\| 1 .*9\.png", out)
+    assert re.search(r"image that does not exist +\| 1 .*5\.png", out)
+    assert re.search(r"image of another size than the file says +\| 1 .*7\.png", out)
+    assert re.search(r"image that cannot be read +\| 1 .*9\.png", out)

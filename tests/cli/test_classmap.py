@@ -61,7 +61,7 @@ def test_registered_sets_are_known_by_name(files, capsys):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (["no.json", "{b}"], "'no.json' is neither a file nor a registered data set"),
+        (["no.json", "{b}"], "'no.json' is neither a file nor a registered dataset"),
         (["{a}", "{b}", "--map", "{a}"], "must be two class names"),
         (["{a}", "{b}", "--map", "no.yaml"], "no.yaml: the class map cannot be read"),
         (["{a}", "{b}", "--map", "x", "--output", "y"], "give one of them"),

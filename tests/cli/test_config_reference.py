@@ -86,7 +86,7 @@ def test_quantities_of_the_training_set_are_named(name, counted):
 def test_comments_above_the_keys_are_joined():
     # two lines above PRIOR_PROB in config.py
     text = key_comments()["MODEL.BALANCE.PRIOR_PROB"]
-    assert text.startswith("Start probability") and text.endswith("MODEL.RETINANET.PRIOR_PROB.")
+    assert text.startswith("Initial probability") and text.endswith("MODEL.RETINANET.PRIOR_PROB.")
 
 
 def test_key_without_a_comment_is_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""`d2-balance doctor` with packages hidden and broken, and data sets in part."""
+"""`d2-balance doctor` with packages hidden and broken, and datasets in part."""
 
 import importlib
 import importlib.metadata
@@ -231,12 +231,12 @@ def test_devices_are_listed(replace):
     assert doctor.check_cuda().value == "13.2, 2 device(s): ['GPU 0', 'GPU 1']"
 
 
-# doctor: data sets
+# doctor: datasets
 
 
 def test_without_data_sets_the_built_in_one_is_enough(no_datasets):
     rows = by_name(doctor.check_datasets(no_datasets))
-    assert rows["data sets"].value.startswith(f"in {no_datasets} (not there);")
+    assert rows["datasets"].value.startswith(f"in {no_datasets} (not there);")
     assert rows["mini_lvis"].value == "made on first use"
     assert not any(row.blocking for row in rows.values())
     for name, files in doctor.DATASETS.items():
@@ -247,7 +247,7 @@ def test_without_data_sets_the_built_in_one_is_enough(no_datasets):
 
 def test_only_what_is_missing_is_asked_for(no_datasets):
     make(no_datasets, "coco/train2017", "lvis/lvis_v1_train.json", "lvis/lvis_v1_val.json")
-    (no_datasets / "coco" / "val2017").mkdir()  # a folder without pictures is no data set
+    (no_datasets / "coco" / "val2017").mkdir()  # a directory without images is no dataset
     rows = by_name(doctor.check_datasets(no_datasets))
     assert rows["lvis v1"].remedy.startswith(f"put coco/val2017 into {no_datasets} ")
     assert rows["lvis v0.5"].value == "3 of 4 parts missing"
@@ -256,7 +256,7 @@ def test_only_what_is_missing_is_asked_for(no_datasets):
 
 
 @pytest.mark.parametrize("other", [(), doctor.DATASETS["coco"]], ids=["none", "coco"])
-def test_a_folder_that_cannot_be_written_blocks_where_no_data_set_is_there(
+def test_a_directory_that_cannot_be_written_blocks_where_no_data_set_is_there(
     other, no_datasets, monkeypatch
 ):
     make(no_datasets, *other)

@@ -39,7 +39,7 @@ def test_figures_equal_those_of_the_evaluator(style, sets, rng, tmp_path, capsys
     assert f"| box  | {results['bbox']['AP']:.1f}" in printed and "| class12 " in printed
 
 
-# One picture, three classes; class c has no object. AP of a: the better of two detections fits, 1.
+# One image, three classes; class c has no object. AP of a: the better of two detections fits, 1.
 # AP of b: the fitting detection stands below one that does not, 1/2.
 TRUTH = {
     "images": [{"id": 7, "width": 100, "height": 80}],
@@ -79,7 +79,7 @@ def figures(files, tmp_path, *arguments, **contents):
 def test_groups_come_from_the_training_set(files, tmp_path):
     train = json.loads(json.dumps(TRUTH))
     train["images"] += [{"id": i, "width": 9, "height": 9} for i in (8, 9)]
-    train["annotations"] += [  # a: 3 pictures, two objects in one of them; b: 1, and a crowd
+    train["annotations"] += [  # a: 3 images, two objects in one of them; b: 1, and a crowd
         {"id": 10 + n, "image_id": i, "category_id": c, "bbox": [0, 0, 5, 5], "iscrowd": crowd}
         for n, (i, c, crowd) in enumerate([(8, 2, 0), (8, 2, 0), (9, 2, 0), (9, 4, 1)])
     ]
@@ -120,7 +120,7 @@ def test_predictions_that_fit_nothing_get_a_note(files, tmp_path):
     [
         ([0, math.nan, 5, 5], "box is not finite"),
         ([0, 0, -5, 5], "box of negative size"),
-        ([200, 0, 5, 5], "box outside the picture"),
+        ([200, 0, 5, 5], "box outside the image"),
     ],
 )
 def test_bad_boxes_of_the_ground_truth_are_left_out_and_noted(files, tmp_path, box, reason):

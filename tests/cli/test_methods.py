@@ -9,7 +9,8 @@ from d2_balance.cli import main as cli
 from d2_balance.cli import methods
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.compatibility import HEADS, Parts, check_parts
-from d2_balance.reweight import REWEIGHTERS, Selector
+from d2_balance.reweight import REWEIGHTERS
+from d2_balance.sampling import PROPOSAL_SAMPLERS
 from d2_balance.utils.blocks import with_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -53,23 +54,26 @@ def test_heads_refuse_losses_whose_outputs_they_do_not_have(name, cls):
 @pytest.mark.parametrize(("name", "cls"), CLS, ids=[name for name, _ in CLS])
 def test_parts_that_work_on_rows_refuse_losses_without_rows(name, cls):
     roi = {"head": HEADS["RoI heads"], "cls_loss": cls}
+    for other, part in PROPOSAL_SAMPLERS:
+        expected = part.needs_predictions and not cls.elementwise
+        assert refused(name, other, **roi, box_loss=SMOOTH, proposal_sampler=part) == expected
     for other, part in REWEIGHTERS:
-        if issubclass(part, Selector):
-            expected = part.needs_predictions and not cls.elementwise
-            assert refused(name, other, **roi, box_loss=SMOOTH, selector=part) == expected
-        else:
-            expected = not cls.elementwise or (part.needs_scores and not plain_outputs(cls))
-            assert refused(name, other, **roi, box_loss=SMOOTH, reweighters=[part]) == expected
+        expected = not cls.elementwise or (part.needs_scores and not plain_outputs(cls))
+        assert refused(name, other, **roi, box_loss=SMOOTH, reweighters=[part]) == expected
     assert refused(name, "GUIDED_SCALE", **roi, box_loss=SMOOTH, guided=True) != cls.elementwise
     calibrated = refused(name, "NORCAL", **roi, box_loss=SMOOTH, norcal=True)
     assert calibrated == (cls.activation == "sigmoid")
 
 
 def test_box_losses_over_a_set_are_refused_where_a_loss_per_box_is_needed():
-    for (name, box), (other, part) in itertools.product(BOX_LOSSES, REWEIGHTERS):
+    for (name, box), (other, part) in itertools.product(
+        BOX_LOSSES, [*REWEIGHTERS, *PROPOSAL_SAMPLERS]
+    ):
         parts = {"head": HEADS["RoI heads"], "cls_loss": CLS_LOSSES.get("SoftmaxCE")}
-        key = {"selector": part} if issubclass(part, Selector) else {"reweighters": [part]}
-        reads = not issubclass(part, Selector) or part.needs_predictions
+        key = {"reweighters": [part]}
+        if other in PROPOSAL_SAMPLERS:
+            key = {"proposal_sampler": part}
+        reads = other in REWEIGHTERS or part.needs_predictions
         expected = reads and not box.elementwise
         assert refused(name, other, **parts, box_loss=box, **key) == expected
     for (name, cls), (other, box) in itertools.product(CLS_LOSSES, BOX_LOSSES):
@@ -77,15 +81,13 @@ def test_box_losses_over_a_set_are_refused_where_a_loss_per_box_is_needed():
         assert refused(name, other, **parts) == (cls.couples_boxes and not box.elementwise)
 
 
-def test_selectors_need_proposals_to_choose_from():
-    for name, part in REWEIGHTERS:
-        if not issubclass(part, Selector):
-            continue
-        parts = {"cls_loss": CLS_LOSSES.get("Focal"), "box_loss": SMOOTH, "selector": part}
+def test_proposal_samplers_need_proposals():
+    for name, part in PROPOSAL_SAMPLERS:
+        parts = {"cls_loss": CLS_LOSSES.get("Focal"), "box_loss": SMOOTH, "proposal_sampler": part}
         for head in HEADS.values():
             assert refused(name, head.name, head=head, **parts) == (head.name != "RoI heads")
-        all_of_them = {"head": HEADS["RoI heads"], "sample_proposals": False}
-        assert refused(name, "SAMPLE_PROPOSALS", **all_of_them, **parts)
+        all_of_them = {"head": HEADS["RoI heads"], "sampling_free": True}
+        assert refused(name, "SAMPLING_FREE", **all_of_them, **parts)
 
 
 def test_levels_are_refused_where_there_are_none():
@@ -100,7 +102,11 @@ def test_levels_are_refused_where_there_are_none():
 def test_every_registered_name_is_listed_once():
     listed = [name for m in methods.METHODS for name in m.names]
     assert len(listed) == len(set(listed))
-    registered = {name for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS) for name, _ in part}
+    registered = {
+        name
+        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS)
+        for name, _ in part
+    }
     assert registered <= set(listed)
 
 
@@ -113,7 +119,7 @@ def test_files_and_configs_exist_and_the_config_uses_the_method(method):
 
     cfg = read_config(str(ROOT / method.config))
     balance = cfg.MODEL.BALANCE
-    used = {balance.CLS_LOSS, balance.BOX_LOSS, *balance.REWEIGHT}
+    used = {balance.CLS_LOSS, balance.BOX_LOSS, *balance.REWEIGHTERS, balance.PROPOSAL_SAMPLER}
     used |= {name for name in ("GUIDED_SCALE",) if balance[name]}
     used |= {"NORCAL.GAMMA"} if balance.NORCAL.GAMMA else set()
     used |= {f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"}

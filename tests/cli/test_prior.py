@@ -14,11 +14,11 @@ from ..data.conftest import coco_data, names, write  # noqa: F401  fixtures
 
 @pytest.fixture
 def config(tmp_path, write, names):  # noqa: F811
-    """A small RetinaNet on two pictures of 40 x 30 pixels and three objects."""
-    json_file, folder = write(coco_data())
+    """A small RetinaNet on two images of 40 x 30 pixels and three objects."""
+    json_file, directory = write(coco_data())
     name = names()
     path = tmp_path / "config.yaml"
-    data = f"DATASETS: {{REGISTER: [[{name}, {json_file}, {folder}]], TRAIN: [{name}]}}\n"
+    data = f"DATASETS: {{REGISTER: [[{name}, {json_file}, {directory}]], TRAIN: [{name}]}}\n"
     size = "INPUT: {MIN_SIZE_TRAIN: [30], MAX_SIZE_TRAIN: 40}\n"
     model = RETINANET.replace("NUM_CONVS: 1", "NUM_CONVS: 1, NUM_CLASSES: 2")
     path.write_text(data + size + model + "  PIXEL_STD: [1.0, 1.0, 1.0]\n")
@@ -32,13 +32,13 @@ def test_the_command_prints_the_table_and_writes_the_file(config, tmp_path, caps
     prior = ForegroundPrior.load(output)
     part = prior.parts["RetinaNet"]
     assert prior.instance_count == (1, 2) and part.outputs == 2 and part.positives >= 3
-    assert out.startswith("2 pictures\n") and f"MODEL.BALANCE.PRIOR_FILE {output}" in out
+    assert out.startswith("2 images\n") and f"MODEL.BALANCE.PRIOR_FILE {output}" in out
     assert f"{part.rows:,}" in out and f"{part.prior:.3e}" in out and f"{part.bias:.3f}" in out
 
 
 def test_a_sample_says_so(config, capsys):
     assert cli.main(["prior", "--config-file", config, "--max-images", "1"]) == 0
-    assert "1 pictures of 2, drawn with seed 0" in capsys.readouterr().out
+    assert "1 images of 2, drawn with seed 0" in capsys.readouterr().out
 
 
 def test_an_existing_file_stays_without_overwrite(config, tmp_path, capsys):
@@ -68,10 +68,10 @@ def test_bad_settings_end_with_one_line(config, extra, message, capsys):
     assert error.startswith("d2-balance prior: error: ")
 
 
-def test_negative_numbers_of_pictures_are_refused(config, capsys):
+def test_negative_numbers_of_images_are_refused(config, capsys):
     with pytest.raises(SystemExit):
         cli.main(["prior", "--config-file", config, "--max-images", "-1"])
-    assert "-1 is not a whole number" in capsys.readouterr().err
+    assert "-1 is not an integer" in capsys.readouterr().err
 
 
 def test_losses_in_the_table_are_those_of_the_formula():

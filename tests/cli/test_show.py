@@ -1,4 +1,4 @@
-"""`d2-balance show`: which pictures, in which order, and what is drawn on them."""
+"""`d2-balance show`: which images, in which order, and what is drawn on them."""
 
 import json
 
@@ -17,7 +17,7 @@ def objects(*classes, crowd=()):
     return [{"category_id": k, "iscrowd": int(k in crowd)} for k in classes]
 
 
-def test_each_class_in_turn_gives_a_picture_the_rarest_first():
+def test_each_class_in_turn_gives_a_image_the_rarest_first():
     records = [
         {"image_id": n, "annotations": a}
         for n, a in enumerate(
@@ -29,7 +29,7 @@ def test_each_class_in_turn_gives_a_picture_the_rarest_first():
     def ids(limit):
         return [r["image_id"] for r in rarest_first(records, counts, limit)]
 
-    # class 2 is in picture 5 only (a crowd in 3), then class 1 with 1, class 0 with 0, class 1: 4
+    # class 2 is in image 5 only (a crowd in 3), then class 1 with 1, class 0 with 0, class 1: 4
     assert ids(4) == [5, 1, 0, 4]
     assert ids(3) == [5, 1, 0]
     # what shows no object comes last
@@ -38,11 +38,11 @@ def test_each_class_in_turn_gives_a_picture_the_rarest_first():
 
 @pytest.fixture
 def files(tmp_path):
-    """Three grey pictures of 80 x 60 pixels: a file with them, and their folder."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+    """Three grey images of 80 x 60 pixels: a file with them, and their directory."""
+    directory = tmp_path / "images"
+    directory.mkdir()
     for n in range(3):
-        Image.new("RGB", (80, 60), (128, 128, 128)).save(folder / f"p{n}.png")
+        Image.new("RGB", (80, 60), (128, 128, 128)).save(directory / f"p{n}.png")
     boxes = [(0, 4, [5, 5, 30, 30]), (1, 7, [40, 20, 30, 30]), (2, 4, [5, 5, 9, 9])]
     data = {
         "images": [
@@ -57,7 +57,7 @@ def files(tmp_path):
     data["images"][1] |= {"neg_category_ids": [9], "not_exhaustive_category_ids": [7]}
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(data))
-    yield path, "--images", folder
+    yield path, "--images", directory
     DatasetCatalog.pop(str(path), None)
     MetadataCatalog.pop(str(path), None)
 
@@ -69,7 +69,7 @@ def run(*arguments):
 def pixels_of(path, group):
     """How many pixels lean to the colour of a group: rare is orange, frequent is blue.
 
-    The pictures are grey, so that only what is drawn has a colour.
+    The images are grey, so that only what is drawn has a colour.
     """
     red, _, blue = np.asarray(Image.open(path).convert("RGB"), dtype=int).transpose(2, 0, 1)
     return int(((red - blue if group == "r" else blue - red) > 60).sum())
@@ -88,7 +88,7 @@ def test_objects_are_drawn_in_the_colour_of_their_group(files, tmp_path, capsys)
     paths = [out / "001_p1.png", out / "002_p0.png"]  # the rare class first
     assert capsys.readouterr().out.split() == [str(p) for p in paths]
     assert sorted(out.iterdir()) == paths
-    legend = pixels_of(paths[1], "r")  # of a picture without a rare class
+    legend = pixels_of(paths[1], "r")  # of an image without a rare class
     assert pixels_of(paths[0], "r") > legend + 500
     assert pixels_of(paths[1], "f") > pixels_of(paths[0], "f") + 500
 
@@ -108,14 +108,14 @@ def test_detections_stand_beside_the_objects(files, tmp_path, capsys):
     assert drawn["one"] > drawn["none"] + 500
 
 
-def test_classes_choose_pictures(files, tmp_path, capsys):
+def test_classes_choose_images(files, tmp_path, capsys):
     assert run(*files, "--output", tmp_path / "out", "--classes", "often") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["001_p0.png", "002_p2.png"]
     capsys.readouterr()
     assert run(*files, "--output", tmp_path / "more", "--classes", "offten") == 2
     assert "has no class 'offten'; did you mean often?" in capsys.readouterr().err
     assert run(*files, "--output", tmp_path / "more", "--classes", "never") == 2
-    assert "no picture shows never" in capsys.readouterr().err
+    assert "no image shows never" in capsys.readouterr().err
 
 
 def test_files_that_exist_stay(files, tmp_path, capsys):
@@ -136,8 +136,8 @@ def test_a_registered_set_is_drawn_by_name(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "'nowhere' is neither a registered data set nor an annotation file"),
-        (["{truth}"], "truth.json: --images must name the folder"),
+        (["nowhere"], "'nowhere' is neither a registered dataset nor an annotation file"),
+        (["{truth}"], "truth.json: --images must name the directory"),
         (["mini_lvis_val", "--images", "."], "--images is for annotation files"),
         (
             ["{truth}", "--images", "{images}", "--count", "0"],
@@ -158,9 +158,9 @@ def test_what_cannot_be_drawn_is_named(files, tmp_path, capsys, arguments, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_of_another_size_is_named(files, tmp_path, capsys):
+def test_a_image_of_another_size_is_named(files, tmp_path, capsys):
     Image.new("RGB", (60, 80)).save(files[2] / "p1.png")
     assert run(*files, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "1 of 3 pictures looked at are not of the size" in error
-    assert "image 1 (" in error and "p1.png) is 60 x 80, not 80 x 60; give the pictures" in error
+    assert "1 of 3 images looked at are not of the size" in error
+    assert "image 1 (" in error and "p1.png) is 60 x 80, not 80 x 60; give the images" in error

@@ -1,4 +1,4 @@
-"""Small annotation files with pictures, and names that are taken off the catalogs again."""
+"""Small annotation files with images, and names that are taken off the catalogs again."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ _numbers = itertools.count()
 
 
 def coco_data():
-    """Two pictures of 40 x 30 pixels, two classes with ids 3 and 7, three boxes."""
+    """Two images of 40 x 30 pixels, two classes with ids 3 and 7, three boxes."""
     return {
         "images": [
             {"id": 1, "file_name": "a.png", "width": 40, "height": 30},
@@ -34,7 +34,7 @@ def lvis_data():
     data = coco_data()
     for image, file_name in zip(data["images"], ("a.png", "b.png"), strict=True):
         del image["file_name"]
-        image["coco_url"] = f"http://some.where/pictures/train/{file_name}"
+        image["coco_url"] = f"http://some.where/images/train/{file_name}"
         image["neg_category_ids"] = [3] if image["id"] == 2 else []
         image["not_exhaustive_category_ids"] = [7] if image["id"] == 2 else []
     for category, group in zip(data["categories"], "fr", strict=True):
@@ -44,23 +44,23 @@ def lvis_data():
 
 @pytest.fixture
 def write(tmp_path):
-    """write(data, name="a.json") -> (path of the JSON, folder of the pictures a.png and b.png)."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+    """write(data, name="a.json") -> (path of the JSON, directory of the images a.png and b.png)."""
+    directory = tmp_path / "images"
+    directory.mkdir()
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (40, 30), (90, 120, 60)).save(folder / name)
+        Image.new("RGB", (40, 30), (90, 120, 60)).save(directory / name)
 
     def write_json(data, name="a.json"):
         path = tmp_path / name
         path.write_text(data if isinstance(data, str) else json.dumps(data))
-        return str(path), str(folder)
+        return str(path), str(directory)
 
     return write_json
 
 
 @pytest.fixture
 def names():
-    """names() -> a data set name nobody has; whatever was registered is taken off at the end."""
+    """names() -> a dataset name nobody has; whatever was registered is taken off at the end."""
     made = []
 
     def new_name():

@@ -9,7 +9,7 @@ from d2_balance.data import bad_annotations, load_json, register_json
 from .conftest import coco_data
 
 BAD = {
-    # polygons and boxes in a picture of 40 x 30
+    # polygons and boxes in an image of 40 x 30
     "missing": ({"bbox": None}, "box is missing or not four numbers"),
     "three": ({"bbox": [1, 2, 3]}, "box is missing or not four numbers"),
     "text": ({"bbox": ["1", "2", "3", "4"]}, "box is missing or not four numbers"),
@@ -18,9 +18,9 @@ BAD = {
     "huge": ({"bbox": [1, 2, 10**400, 4]}, "box is not finite"),
     "negative": ({"bbox": [9, 9, -3, 4]}, "box of negative size"),
     "no area": ({"bbox": [1, 2, 3, 0]}, "box of no area"),
-    "right of it": ({"bbox": [40, 2, 3, 4]}, "box outside the picture"),
-    "left of it": ({"bbox": [-3, 2, 3, 4]}, "box outside the picture"),
-    "below it": ({"bbox": [1, 30.5, 3, 4]}, "box outside the picture"),
+    "right of it": ({"bbox": [40, 2, 3, 4]}, "box outside the image"),
+    "left of it": ({"bbox": [-3, 2, 3, 4]}, "box outside the image"),
+    "below it": ({"bbox": [1, 30.5, 3, 4]}, "box outside the image"),
     "two points": ({"segmentation": [[1, 2, 3, 4]]}, "polygon of fewer than 3 points"),
     "odd": ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon of fewer than 3 points"),
     "nan mask": ({"segmentation": [[1, 2, 3, 4, 5, math.nan]]}, "segmentation is neither"),
@@ -93,7 +93,7 @@ def test_one_warning_lists_ten_ids_per_reason_and_is_logged_once(write, names, c
     assert "13 bad annotation(s) skipped" in text
     assert "box of no area: 12 (annotation id 100, 101, 102, 103, 104, 105, 106, 107, 108, 109 and"
     assert "109 and 2 more)" in text and "110" not in text
-    assert "box outside the picture: 1 (annotation id 11)" in text
+    assert "box outside the image: 1 (annotation id 11)" in text
 
 
 def test_sound_file_has_an_empty_report_and_an_unknown_set_none(write, names):

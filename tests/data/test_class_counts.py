@@ -7,7 +7,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 
-from d2_balance.data import ClassStatistics, register_json
+from d2_balance.data import ClassCounts, register_json
 
 from .conftest import coco_data, lvis_data
 
@@ -30,7 +30,7 @@ def _records(*images):
 
 
 def test_counts_images_and_instances():
-    statistics = ClassStatistics.from_dataset_dicts(
+    statistics = ClassCounts.from_dataset_dicts(
         _records([0, 0, 2], [0], [], [2, 2]), 4, ["a", "b", "c", "d"]
     )
     assert statistics.image_count.tolist() == [2, 0, 2, 0]
@@ -44,7 +44,7 @@ def test_counts_images_and_instances():
 
 
 def test_crowds_are_not_counted():
-    statistics = ClassStatistics.from_dataset_dicts(_records([0, -2], [-2, -2]), 2)
+    statistics = ClassCounts.from_dataset_dicts(_records([0, -2], [-2, -2]), 2)
     assert statistics.image_count.tolist() == [1, 0]
     assert statistics.instance_count.tolist() == [1, 0]
     assert statistics.num_images == 2
@@ -52,16 +52,16 @@ def test_crowds_are_not_counted():
 
 def test_category_outside_the_classes_is_named():
     with pytest.raises(ValueError, match=r"category_id runs from 1 to 5; it must be in \[0, 3\)"):
-        ClassStatistics.from_dataset_dicts(_records([1, 5]), 3)
+        ClassCounts.from_dataset_dicts(_records([1, 5]), 3)
 
 
 def test_no_image_is_an_error():
     with pytest.raises(ValueError, match="num_images must be at least 1, not 0"):
-        ClassStatistics.from_dataset_dicts([], 3)
+        ClassCounts.from_dataset_dicts([], 3)
 
 
 def test_statistics_cannot_be_changed():
-    statistics = ClassStatistics.from_dataset_dicts(_records([0]), 1)
+    statistics = ClassCounts.from_dataset_dicts(_records([0]), 1)
     with pytest.raises(AttributeError):
         statistics.num_images = 7
 
@@ -85,7 +85,7 @@ def test_frequencies_are_those_of_repeat_factor_sampling():
     generator = torch.Generator().manual_seed(0)
     skewed = (torch.rand(200, 6, generator=generator) ** 3 * 30).long().tolist()
     records = _records(*skewed, [], [29])
-    statistics = ClassStatistics.from_dataset_dicts(records, 30)
+    statistics = ClassCounts.from_dataset_dicts(records, 30)
     theirs = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.2)
     assert theirs.tolist() == pytest.approx(_repeat_factors(statistics, records, 0.2), rel=1e-6)
     assert theirs.max() > 1.5  # the comparison is not one of ones
@@ -98,7 +98,7 @@ def test_config_counts_the_images_that_the_sampler_sees(
     data = coco_data()
     for image_id, file_name in ((3, "a.png"), (4, "b.png")):
         data["images"].append({"id": image_id, "file_name": file_name, "width": 40, "height": 30})
-    # picture 3 shows a crowd only, picture 4 nothing
+    # image 3 shows a crowd only, image 4 nothing
     data["annotations"].append(
         {"id": 14, "image_id": 3, "category_id": 3, "bbox": [1, 1, 5, 5], "iscrowd": 1}
     )
@@ -106,7 +106,7 @@ def test_config_counts_the_images_that_the_sampler_sees(
     register_json(name, *write(data))
     _set(cfg, name, 2)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
-    statistics = ClassStatistics.from_config(cfg)
+    statistics = ClassCounts.from_config(cfg)
     assert statistics.num_images == num_images
     assert statistics.image_count.tolist() == [1, 2]
     assert statistics.class_names == ("cat", "dog")
@@ -130,11 +130,11 @@ def test_config_counts_once_per_process_and_anew_for_a_new_loader(cfg, names):
     MetadataCatalog.get(name).thing_classes = ["a", "b"]
     DatasetCatalog.register(name, loader([0]))
     _set(cfg, name, 2)
-    first = ClassStatistics.from_config(cfg)
-    assert ClassStatistics.from_config(cfg) is first and len(calls) == 1
+    first = ClassCounts.from_config(cfg)
+    assert ClassCounts.from_config(cfg) is first and len(calls) == 1
     DatasetCatalog.remove(name)
     DatasetCatalog.register(name, loader([1, 1]))
-    assert ClassStatistics.from_config(cfg).instance_count.tolist() == [0, 2]
+    assert ClassCounts.from_config(cfg).instance_count.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -144,7 +144,7 @@ def test_config_joins_several_training_sets(cfg, write, names, swap):
     register_json(second, *write(lvis_data(), "2.json"))
     _set(cfg, first, 2)
     cfg.DATASETS.TRAIN = (second, first) if swap else (first, second)
-    statistics = ClassStatistics.from_config(cfg)
+    statistics = ClassCounts.from_config(cfg)
     assert statistics.image_count.tolist() == [2, 4] and statistics.num_images == 4
     assert statistics.file_groups is None  # the groups of one file do not hold for both
 
@@ -154,7 +154,7 @@ def test_config_with_the_wrong_number_of_classes_names_the_key(cfg, write, names
     register_json(name, *write(coco_data()))
     _set(cfg, name, 5)
     with pytest.raises(ValueError, match="set MODEL.ROI_HEADS.NUM_CLASSES to 2"):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)
 
 
 @pytest.mark.parametrize("name", ["lvis_v1_train", "no_such_set", ""])
@@ -163,9 +163,9 @@ def test_data_that_cannot_be_loaded_says_what_to_give(cfg, name, monkeypatch):
         monkeypatch.setitem(DatasetCatalog.data, name, lambda: open("no/such/file"))
     _set(cfg, name, 1203)
     with pytest.raises(
-        ValueError, match=f"DATASETS.TRAIN.*{name}.*give MODEL.BALANCE.CLASS_STATISTICS"
+        ValueError, match=f"DATASETS.TRAIN.*{name}.*give MODEL.BALANCE.CLASS_COUNTS_FILE"
     ):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)
 
 
 def test_message_about_a_bad_file_is_passed_on(cfg, write, names):
@@ -173,12 +173,12 @@ def test_message_about_a_bad_file_is_passed_on(cfg, write, names):
     register_json(name, *write("{"))
     _set(cfg, name, 2)
     with pytest.raises(ValueError, match="a.json: not valid JSON"):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)
 
 
 def test_cut_points_are_inclusive():
     counts = torch.tensor([0, 10, 11, 100, 101])
-    statistics = ClassStatistics(counts, counts, 200, tuple("abcde"))
+    statistics = ClassCounts(counts, counts, 200, tuple("abcde"))
     assert statistics.group() == ["r", "r", "c", "c", "f"]
     assert statistics.group((10, 10)) == ["r", "r", "f", "f", "f"]
     assert statistics.group(cuts=(0, 100)) == ["r", "c", "c", "c", "f"]
@@ -190,7 +190,7 @@ def test_groups_of_the_file_go_first_unless_cuts_are_given(cfg, write, names):
     name = names()
     register_json(name, *write(lvis_data()))
     _set(cfg, name, 2)
-    statistics = ClassStatistics.from_config(cfg)
+    statistics = ClassCounts.from_config(cfg)
     assert statistics.image_count.tolist() == [1, 2]  # counted, not the file's 4 and 400
     assert statistics.group() == ["r", "f"]
     assert statistics.group((10, 100)) == ["r", "r"]
@@ -199,13 +199,11 @@ def test_groups_of_the_file_go_first_unless_cuts_are_given(cfg, write, names):
 @pytest.mark.parametrize("groups", [None, ("r", "f")])
 def test_saved_statistics_come_back(cfg, tmp_path, groups):
     path = str(tmp_path / "statistics.json")
-    statistics = ClassStatistics.from_dataset_dicts(
-        _records([0, 1, 1], [1]), 2, ["cat", "dög"], groups
-    )
+    statistics = ClassCounts.from_dataset_dicts(_records([0, 1, 1], [1]), 2, ["cat", "dög"], groups)
     statistics.save(path)
-    cfg.MODEL.BALANCE.CLASS_STATISTICS = path
+    cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = path
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    loaded = ClassStatistics.from_config(cfg)
+    loaded = ClassCounts.from_config(cfg)
     assert loaded.image_count.tolist() == [1, 2] and loaded.instance_count.tolist() == [1, 3]
     assert (loaded.num_images, loaded.class_names) == (2, ("cat", "dög"))
     assert loaded.file_groups == groups
@@ -216,24 +214,24 @@ def test_checkpoint_in_place_of_a_file_counts_the_training_set(cfg, write, names
     name = names()
     register_json(name, *write(coco_data()))
     _set(cfg, name, 2)
-    cfg.MODEL.BALANCE.CLASS_STATISTICS = "checkpoint"
-    assert ClassStatistics.from_config(cfg).image_count.tolist() == [1, 2]
+    cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = "checkpoint"
+    assert ClassCounts.from_config(cfg).image_count.tolist() == [1, 2]
 
 
 def test_file_of_another_number_of_classes_is_named(cfg, tmp_path):
     path = str(tmp_path / "statistics.json")
-    ClassStatistics.from_dataset_dicts(_records([0]), 2).save(path)
-    cfg.MODEL.BALANCE.CLASS_STATISTICS = path
+    ClassCounts.from_dataset_dicts(_records([0]), 2).save(path)
+    cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = path
     with pytest.raises(
-        ValueError, match="CLASS_STATISTICS: .*json has 2 classes, but MODEL.ROI_HEADS.* is 80"
+        ValueError, match="CLASS_COUNTS_FILE: .*json has 2 classes, but MODEL.ROI_HEADS.* is 80"
     ):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)
 
 
 def test_file_is_not_overwritten_silently_nor_left_half_written(tmp_path, monkeypatch):
     path = tmp_path / "statistics.json"
     path.write_text("mine")
-    statistics = ClassStatistics.from_dataset_dicts(_records([0]), 1)
+    statistics = ClassCounts.from_dataset_dicts(_records([0]), 1)
     with pytest.raises(FileExistsError, match="statistics.json exists; pass overwrite=True"):
         statistics.save(str(path))
 
@@ -247,7 +245,7 @@ def test_file_is_not_overwritten_silently_nor_left_half_written(tmp_path, monkey
             statistics.save(str(path), overwrite=True)
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
     statistics.save(str(path), overwrite=True)
-    assert ClassStatistics.load(str(path)).num_images == 1
+    assert ClassCounts.load(str(path)).num_images == 1
 
 
 @pytest.mark.parametrize(
@@ -275,16 +273,16 @@ def test_broken_file_of_statistics_names_the_field(tmp_path, data, message):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=f"statistics.json: .*{message}"):
-        ClassStatistics.load(str(path))
+        ClassCounts.load(str(path))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real pictures are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
 def test_real_lvis_style_counts_are_those_of_the_file(cfg, names):
     name = names()
     json_file = REAL / "tiny_coco/lvis_style_train.json"
     register_json(name, str(json_file), str(REAL / "tiny_coco"))
     _set(cfg, name, 49)
-    statistics = ClassStatistics.from_config(cfg)
+    statistics = ClassCounts.from_config(cfg)
     categories = json.loads(json_file.read_text())["categories"]
     assert statistics.image_count.tolist() == [c["image_count"] for c in categories]
     # instance_count of this file includes COCO's crowds, which it does not list as annotations

@@ -32,9 +32,9 @@ def test_classes_that_training_never_saw_are_named_with_both_sets(caplog):
     assert "class2, class3" in message and "class11 and 1 more; add training" in message
 
 
-def test_pictures_with_labels_that_the_filter_drops_are_counted(caplog):
+def test_images_with_labels_that_the_filter_drops_are_counted(caplog):
     with caplog.at_level(logging.INFO):
         assert log_left_out_negatives(RECORDS, "my_train") == 2
         assert log_left_out_negatives(RECORDS[:1], "other") == 0
     (message,) = caplog.messages
-    assert message.startswith("2 pictures of my_train") and "FILTER_EMPTY_ANNOTATIONS" in message
+    assert message.startswith("2 images of my_train") and "FILTER_EMPTY_ANNOTATIONS" in message

@@ -42,9 +42,9 @@ def make(write, names):
     def register(data=None, class_map=MAP, target=None, **more):
         target_name, name = names(), names()
         register_json(target_name, *write(target or lvis_data(), "target.json"))
-        path, folder = write(data or external_data(), "external.json")
+        path, directory = write(data or external_data(), "external.json")
         class_map = write(class_map, "map.yaml")[0] if class_map else ""
-        register_external(name, path, folder, target_name, class_map, **more)
+        register_external(name, path, directory, target_name, class_map, **more)
         return target_name, name
 
     return register
@@ -71,7 +71,7 @@ def test_classes_that_are_not_shared_are_unknown(make, target):
     target_name, name = make(target=data)
     labels = ImageLabels([target_name, name], 3)
     records = DatasetCatalog.get(name)
-    assert labels.listed(records, "cpu").tolist() == [[True, False, False], [True, True, False]]
+    assert labels.verified(records, "cpu").tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_without_labels_absence_is_known_of_exhaustive_sets_only(make):
@@ -106,36 +106,42 @@ def test_without_a_map_names_and_synsets_decide(make):
 
 def test_the_config_registers_external_sets_after_the_others(cfg, write, names):
     target, name = names(), names()
-    json_file, folder = write(lvis_data())
+    json_file, directory = write(lvis_data())
     path, _ = write(external_data(), "external.json")
     class_map, _ = write(MAP, "map.yaml")
-    cfg.DATASETS.REGISTER = [[target, json_file, folder]]
-    entry = {"NAME": name, "JSON": path, "IMAGES": folder, "TARGET": target, "CLASS_MAP": class_map}
+    cfg.DATASETS.REGISTER = [[target, json_file, directory]]
+    entry = {
+        "NAME": name,
+        "JSON": path,
+        "IMAGES": directory,
+        "TARGET": target,
+        "CLASS_MAP": class_map,
+    }
     cfg.DATASETS.EXTERNAL = [entry]
     for _ in range(2):  # the same entries may come again
         assert register_from_config(cfg) == [target, name]
     assert len(DatasetCatalog.get(name)) == 2
     cfg.DATASETS.EXTERNAL = [entry | {"EXHAUSTIVE": True}]
-    with pytest.raises(ValueError, match="is taken by another data set"):
+    with pytest.raises(ValueError, match="is taken by another dataset"):
         register_from_config(cfg)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"TARGET": "nobody"}, r"EXTERNAL\[0\]: TARGET 'nobody' is not a registered data set"),
+        ({"TARGET": "nobody"}, r"EXTERNAL\[0\]: TARGET 'nobody' is not a registered dataset"),
         ({"JSON": "no.json"}, r"EXTERNAL\[0\]: the annotation file 'no.json' does not exist"),
         ({"CLASS_MAP": "no.yaml"}, r"EXTERNAL\[0\]: the class map 'no.yaml' does not exist"),
-        ({"EXHAUSTIVE": "yes"}, r"EXTERNAL\[0\] is .* allowed is \{NAME"),
-        ({"MAP": "x"}, r"EXTERNAL\[0\] is .* allowed is \{NAME"),
+        ({"EXHAUSTIVE": "yes"}, r"EXTERNAL\[0\] is .* must be \{NAME"),
+        ({"MAP": "x"}, r"EXTERNAL\[0\] is .* must be \{NAME"),
     ],
 )
 def test_entries_that_cannot_work_are_refused(cfg, write, names, change, text):
     target = names()
-    json_file, folder = write(lvis_data())
-    register_json(target, json_file, folder)
+    json_file, directory = write(lvis_data())
+    register_json(target, json_file, directory)
     path, _ = write(external_data(), "external.json")
-    entry = {"NAME": names(), "JSON": path, "IMAGES": folder, "TARGET": target}
+    entry = {"NAME": names(), "JSON": path, "IMAGES": directory, "TARGET": target}
     cfg.DATASETS.EXTERNAL = [entry | change]
     with pytest.raises(ValueError, match=text):
         register_from_config(cfg)
@@ -158,6 +164,6 @@ def test_maps_that_cannot_work_are_refused(make, class_map, text):
 def test_losses_take_the_mask_of_a_mixed_batch(make):
     target, name = make()
     batch = DatasetCatalog.get(target)[:1] + DatasetCatalog.get(name)[1:]
-    listed = ImageLabels([target, name], 2).listed(batch, "cpu")
+    listed = ImageLabels([target, name], 2).verified(batch, "cpu")
     assert listed.tolist() == [[False, False], [True, True]]
     assert listed.dtype == torch.bool

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from d2_balance.data import ClassStatistics
+from d2_balance.data import ClassCounts
 from d2_balance.data import file_counts as module
 from d2_balance.data.catalog.register import register_json
 from d2_balance.data.file_counts import FileCounts, file_counts
@@ -67,15 +67,15 @@ def test_statistics_equal_those_of_the_loaded_set(make, filter_empty, write, nam
 
     data = make()
     data["images"].append({**data["images"][0], "id": 9})  # no object
-    path, folder = write(data)
+    path, directory = write(data)
     name = names()
-    register_json(name, path, folder)
+    register_json(name, path, directory)
     cfg.DATASETS.TRAIN = (name,)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    found = ClassStatistics.from_config(cfg)
+    found = ClassCounts.from_config(cfg)
     records = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-    wanted = ClassStatistics.from_dataset_dicts(records, 2)
+    wanted = ClassCounts.from_dataset_dicts(records, 2)
     assert found.image_count.tolist() == wanted.image_count.tolist()
     assert found.instance_count.tolist() == wanted.instance_count.tolist()
     assert found.num_images == wanted.num_images == (2 if filter_empty else 3)
@@ -86,12 +86,12 @@ def test_statistics_equal_those_of_the_loaded_set(make, filter_empty, write, nam
 
 def test_several_files_count_together(write, names, cfg):
     for number in range(2):
-        path, folder = write(coco_data(), f"{number}.json")
+        path, directory = write(coco_data(), f"{number}.json")
         name = names()
-        register_json(name, path, folder)
+        register_json(name, path, directory)
         cfg.DATASETS.TRAIN += (name,)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    found = ClassStatistics.from_config(cfg)
+    found = ClassCounts.from_config(cfg)
     assert (found.num_images, found.image_count.tolist()) == (4, [2, 4])
 
 
@@ -99,13 +99,13 @@ def test_files_of_other_classes_are_refused(write, names, cfg):
     other = coco_data()
     other["categories"][0]["name"] = "wolf"
     for number, data in enumerate((coco_data(), other)):
-        path, folder = write(data, f"{number}.json")
+        path, directory = write(data, f"{number}.json")
         name = names()
-        register_json(name, path, folder)
+        register_json(name, path, directory)
         cfg.DATASETS.TRAIN += (name,)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     with pytest.raises(ValueError, match="1.json has other class names than .*0.json"):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)
 
 
 def test_the_same_file_is_read_once(write, parses, no_wait, monkeypatch):
@@ -167,12 +167,12 @@ def test_a_file_that_changes_while_it_is_read_is_no_known_place(write, no_wait, 
 def test_loading_a_set_fills_the_cache(write, names, parses, no_wait, cfg):
     from detectron2.data import DatasetCatalog
 
-    path, folder = write(coco_data())
+    path, directory = write(coco_data())
     name = names()
-    register_json(name, path, folder)
+    register_json(name, path, directory)
     DatasetCatalog.get(name)
     cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (name,), 2
-    assert ClassStatistics.from_config(cfg).image_count.tolist() == [1, 2]
+    assert ClassCounts.from_config(cfg).image_count.tolist() == [1, 2]
     assert parses == []
 
 
@@ -187,7 +187,7 @@ def test_spoilt_entries_are_counted_again(content, write, cache, no_wait):
     assert file_counts(path) == first
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_time(write, monkeypatch, tmp_path):
+def test_a_directory_that_cannot_be_written_costs_nothing_but_time(write, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("D2_BALANCE_CACHE", str(tmp_path / "file" / "below"))
     path, _ = write(coco_data())
@@ -220,9 +220,9 @@ def test_a_cut_file_is_named(write):
 
 
 def test_a_set_without_an_object_is_refused(write, names, cfg):
-    path, folder = write(coco_data() | {"annotations": []})
+    path, directory = write(coco_data() | {"annotations": []})
     name = names()
-    register_json(name, path, folder)
+    register_json(name, path, directory)
     cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (name,), 2
     with pytest.raises(ValueError, match="a.json: class statistics need an object to train on"):
-        ClassStatistics.from_config(cfg)
+        ClassCounts.from_config(cfg)

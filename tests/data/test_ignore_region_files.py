@@ -1,4 +1,4 @@
-"""Boxes of a second file become regions of the same pictures, unless they are objects there."""
+"""Boxes of a second file become regions of the same images, unless they are objects there."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def files(write, names):
     def make(data, second, class_map=""):
         name = names()
         register_json(name, *write(data))
-        path, folder = write(second, "second.json")
+        path, directory = write(second, "second.json")
         if class_map:
             class_map, _ = write(class_map, "map.yaml")
         return DatasetCatalog.get(name), RegionFile(name, path, class_map)
@@ -75,7 +75,7 @@ def test_a_class_map_says_which_classes_are_the_same(files):
     assert found == [[1, 2, 11, 14], [20, 3, 30, 13], [1, 2, 11, 14]]  # the bus is the cat now
 
 
-def test_two_files_add_their_regions_and_an_empty_picture_keeps_all(files):
+def test_two_files_add_their_regions_and_an_empty_image_keeps_all(files):
     data = coco_data()
     data["annotations"] = data["annotations"][2:]
     records, regions = files(data, second_file())
@@ -90,7 +90,7 @@ def test_two_files_add_their_regions_and_an_empty_picture_keeps_all(files):
         (lambda d: d["images"][0].update(width=41), "image 77 is 41 x 30 pixels and the training"),
         (
             lambda d: d["images"][0].update(file_name="z.png"),
-            "none of its 2 pictures is one of",
+            "none of its 2 images is one of",
         ),
         (lambda d: d["images"][1].update(file_name="b/a.png"), "images 77 and 78 are both called"),
         (lambda d: d["images"][1].pop("file_name"), "image 78 has neither 'file_name'"),
@@ -122,9 +122,9 @@ def test_entries_are_read_with_their_files(cfg, write):
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        (["mine"], "allowed is .data set, annotation file."),
-        (["mine", 3], "allowed is .data set, annotation file."),
-        ("mine", "allowed is .data set, annotation file."),
+        (["mine"], "must be .dataset, annotation file."),
+        (["mine", 3], "must be .dataset, annotation file."),
+        ("mine", "must be .dataset, annotation file."),
         (["other", "{path}"], "'other' is not a training set; allowed: mine"),
         (["mine", "no.json"], "the annotation file 'no.json' does not exist"),
         (["mine", "{path}", "no.yaml"], "the class map 'no.yaml' does not exist"),

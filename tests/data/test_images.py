@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from d2_balance.data.checks.images import check_picture_sizes, picture_size
+from d2_balance.data.checks.images import check_image_sizes, image_size
 
 
 @pytest.fixture
@@ -15,44 +15,44 @@ def records(tmp_path):
     ]
 
 
-def test_pictures_of_the_written_size_pass(records):
-    check_picture_sizes(records, "my_train")
-    check_picture_sizes([{"file_name": "no size is claimed"}], "my_train")
+def test_images_of_the_written_size_pass(records):
+    check_image_sizes(records, "my_train")
+    check_image_sizes([{"file_name": "no size is claimed"}], "my_train")
 
 
-def test_pictures_of_another_size_are_counted_and_named_with_both_sizes(records):
+def test_images_of_another_size_are_counted_and_named_with_both_sizes(records):
     for record in records[1:]:
         record["width"] = 21
     shown = r"image 101 \(.*1.jpg\) is 20 x 10, not 21 x 10; .*image 105 .* and 2 more; give the"
     with pytest.raises(ValueError, match=f"my_train: 7 of 8 .*{shown}"):
-        check_picture_sizes(records, "my_train")
+        check_image_sizes(records, "my_train")
 
 
-def test_a_limit_looks_at_pictures_from_all_over_the_set(records):
+def test_a_limit_looks_at_images_from_all_over_the_set(records):
     records[6]["height"] = 11
-    check_picture_sizes(records, "my_train", limit=2)  # looks at 0 and 4
+    check_image_sizes(records, "my_train", limit=2)  # looks at 0 and 4
     with pytest.raises(ValueError, match="1 of 4 .* image 106"):
-        check_picture_sizes(records, "my_train", limit=4)  # at 0, 2, 4 and 6
+        check_image_sizes(records, "my_train", limit=4)  # at 0, 2, 4 and 6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_that_of_the_picture_as_it_is_seen(tmp_path, orientation):
+def test_the_size_is_that_of_the_image_as_it_is_seen(tmp_path, orientation):
     from detectron2.data.detection_utils import read_image
 
     exif = Image.Exif()
     exif[274] = orientation
     path = str(tmp_path / "a.jpg")
     Image.new("RGB", (20, 10)).save(path, exif=exif)
-    assert picture_size(path) == read_image(path, "RGB").shape[:2]
+    assert image_size(path) == read_image(path, "RGB").shape[:2]
 
 
-def test_pictures_that_cannot_be_read_are_left_to_the_loader(records):
+def test_images_that_cannot_be_read_are_left_to_the_loader(records):
     records[0]["file_name"] += ".gone"
-    check_picture_sizes(records, "my_train")
+    check_image_sizes(records, "my_train")
 
 
-def test_what_is_no_picture_is_named(tmp_path):
-    (tmp_path / "a.jpg").write_text("no picture")
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
     for name in ("a.jpg", "b.jpg"):
-        with pytest.raises(ValueError, match=f"{name}: no picture that can be read"):
-            picture_size(str(tmp_path / name))
+        with pytest.raises(ValueError, match=f"{name}: no image that can be read"):
+            image_size(str(tmp_path / name))

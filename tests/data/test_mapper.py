@@ -1,4 +1,4 @@
-"""Regions move with their picture; objects without a mask say so, and are boxes in all else."""
+"""Regions move with their image; objects without a mask say so, and are boxes in all else."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ POLYGON = [[2.0, 3, 12, 3, 12, 15]]
 
 @pytest.fixture
 def record(tmp_path):
-    """A picture of 40 x 30 with a triangle, a box without a mask, a crowd, and two regions."""
+    """An image of 40 x 30 with a triangle, a box without a mask, a crowd, and two regions."""
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30)).save(path)
     box = {"bbox_mode": BoxMode.XYWH_ABS}
@@ -55,7 +55,7 @@ def mapped(record, augmentations=(), masks=True, mask_format="polygon", cls=Bala
         (T.CropTransform(15, 6, 20, 20), [[0, 0, 5, 8]]),  # x 15 to 35, y 6 to 26
     ],
 )
-def test_regions_move_with_the_picture_and_are_cut_at_its_border(record, augmentation, expected):
+def test_regions_move_with_the_image_and_are_cut_at_its_border(record, augmentation, expected):
     found = mapped(record, [augmentation])["ignore_boxes"]
     assert found.dtype == torch.float32
     assert found.tolist() == expected
@@ -90,7 +90,7 @@ def test_boxes_without_masks_survive_crops_that_recompute_boxes(record):
 
 
 @pytest.mark.parametrize("keep", [[0], [0, 2]])
-def test_pictures_of_boxes_only_have_masks_that_are_none(record, keep):
+def test_images_of_boxes_only_have_masks_that_are_none(record, keep):
     record["annotations"] = [record["annotations"][i] for i in keep]
     objects = mapped(record)["instances"]
     assert objects.gt_has_mask.tolist() == [False]
@@ -98,7 +98,7 @@ def test_pictures_of_boxes_only_have_masks_that_are_none(record, keep):
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_pictures_whose_objects_have_masks_are_detectron2s(record, masks):
+def test_images_whose_objects_have_masks_are_detectron2s(record, masks):
     record["annotations"] = record["annotations"][1:]
     del record["ignore_boxes"]
     found, stock = mapped(record, masks=masks), mapped(record, masks=masks, cls=DatasetMapper)

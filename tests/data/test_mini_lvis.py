@@ -20,9 +20,9 @@ SMALL = {"train": 24, "val": 12}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The whole set, rendered once for this file."""
-    folder = tmp_path_factory.mktemp("mini_lvis")
-    mini_lvis.build_mini_lvis(str(folder))
-    return str(folder)
+    directory = tmp_path_factory.mktemp("mini_lvis")
+    mini_lvis.build_mini_lvis(str(directory))
+    return str(directory)
 
 
 @pytest.fixture(scope="module", params=["train", "val"])
@@ -40,17 +40,17 @@ def clean_catalog():
     mini_lvis.register_mini_lvis()
 
 
-def contents(folder):
+def contents(directory):
     found = {}
-    for path, _, files in os.walk(folder):
+    for path, _, files in os.walk(directory):
         for name in files:
             with open(os.path.join(path, name), "rb") as f:
-                found[os.path.relpath(os.path.join(path, name), folder)] = f.read()
+                found[os.path.relpath(os.path.join(path, name), directory)] = f.read()
     return found
 
 
 def per_class(data):
-    """Pictures and instances of each category id, counted from the annotations."""
+    """Images and instances of each category id, counted from the annotations."""
     images, instances = defaultdict(set), Counter()
     for annotation in data["annotations"]:
         images[annotation["category_id"]].add(annotation["image_id"])
@@ -73,7 +73,7 @@ def test_two_renderings_are_equal_to_the_byte(tmp_path):
     assert first == second
 
 
-def test_a_picture_depends_on_its_own_generator_only():
+def test_a_image_depends_on_its_own_generator_only():
     rng = [np.random.default_rng([1, 2]) for _ in range(2)]
     first, second = (mini_lvis.render_image(1, [0, 7], set(), r) for r in rng)
     assert first[0].tobytes() == second[0].tobytes()
@@ -89,7 +89,7 @@ def test_training_counts_fall_off_with_the_promised_groups(root):
     by_rank = sorted(range(30), key=lambda j: CLASSES[j].rank)
     counts = [images[j + 1] for j in by_rank]
     assert counts == sorted(counts, reverse=True)
-    # Zipf-like: half of all (class, picture) pairs belong to the first 4 of 30 classes.
+    # Zipf-like: half of all (class, image) pairs belong to the first 4 of 30 classes.
     assert sum(counts[:4]) > 0.5 * sum(counts)
     groups = Counter(category["frequency"] for category in data["categories"])
     assert groups == {"f": 6, "c": 15, "r": 9}
@@ -136,13 +136,13 @@ def test_format_has_the_fields_of_lvis(split):
     assert with_objects == {image["id"] for image in split["images"]}
 
 
-def test_pictures_have_the_written_sizes(split, root):
+def test_images_have_the_written_sizes(split, root):
     assert len(split["images"]) in (600, 200)
     sizes = Counter((image["width"], image["height"]) for image in split["images"])
     assert set(sizes) == {(160, 160), (160, 128), (128, 160)}
     for image in split["images"][::10]:
-        with Image.open(os.path.join(root, mini_lvis.VERSION, image["file_name"])) as picture:
-            assert picture.size == (image["width"], image["height"])
+        with Image.open(os.path.join(root, mini_lvis.VERSION, image["file_name"])) as opened:
+            assert opened.size == (image["width"], image["height"])
 
 
 def test_boxes_polygons_and_areas_agree_and_lie_inside(split):
@@ -184,7 +184,7 @@ def test_verified_absent_classes_are_absent(split):
     assert min(verified[i] for i in range(1, 31)) >= 20
 
 
-def test_few_pictures_are_not_exhaustive_and_never_for_a_rare_class(split):
+def test_few_images_are_not_exhaustive_and_never_for_a_rare_class(split):
     listed = [i for image in split["images"] for i in image["not_exhaustive_category_ids"]]
     assert 0.01 <= len(listed) / len(split["images"]) <= 0.06
     group = {category["id"]: category["frequency"] for category in split["categories"]}
@@ -282,7 +282,7 @@ def test_a_set_that_is_there_is_kept_unless_forced(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [mini_lvis.VERSION, f"{mini_lvis.VERSION}.lock"]
 
 
-def test_messages_name_the_folder(tmp_path):
+def test_messages_name_the_directory(tmp_path):
     paths = mini_lvis._build(str(tmp_path), SMALL)
     os.remove(paths["mini_lvis_val"])
     with pytest.raises(FileNotFoundError, match="mini_lvis_val.json is missing; delete .*v1"):

@@ -20,7 +20,7 @@ SIZES = [(60, 80), (120, 50), (64, 64), (30, 200)]  # height, width
 
 
 def records(seed=0, objects=4):
-    """Pictures of several shapes; the second has no object, the first a crowd besides."""
+    """Images of several shapes; the second has no object, the first a crowd besides."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index, (height, width) in enumerate(SIZES):
@@ -28,7 +28,7 @@ def records(seed=0, objects=4):
         for _ in range(0 if index == 1 else objects):
             corner = torch.rand(2, generator=generator) * torch.tensor([width - 15.0, height - 15])
             x, y = corner.tolist()
-            side = (torch.rand(2, generator=generator) * 25 + 6).tolist()  # may leave the picture
+            side = (torch.rand(2, generator=generator) * 25 + 6).tolist()  # may leave the image
             category = int(torch.randint(CLASSES, (1,), generator=generator))
             box = {"bbox": [x, y, *side], "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 0}
             annotations.append({**box, "category_id": category})
@@ -61,9 +61,9 @@ def labels_in_training(cfg, kind):
     augmentation = T.ResizeShortestEdge(48, 130)
     positives = rows = 0
     for record in records():
-        picture = T.AugInput(np.zeros((record["height"], record["width"], 3), np.uint8))
-        transforms = augmentation(picture)
-        height, width = picture.image.shape[:2]
+        image = T.AugInput(np.zeros((record["height"], record["width"], 3), np.uint8))
+        transforms = augmentation(image)
+        height, width = image.image.shape[:2]
         objects = [
             transform_instance_annotations(a, transforms, (height, width))
             for a in record["annotations"]
@@ -109,7 +109,7 @@ def test_counts_equal_the_labels_of_the_model(kind, part, overrides, dataset):
 
 def test_roi_heads_have_the_proposals_and_the_objects(dataset):
     prior = ForegroundPrior.from_config(counted_cfg("faster", dataset))
-    # 4 pictures of 40 proposals, 3 of them with 4 objects
+    # 4 images of 40 proposals, 3 of them with 4 objects
     assert prior.parts["ROIHeads"] == PartCount(12, 4 * 40 + 12, CLASSES)
 
 
@@ -194,7 +194,7 @@ def test_round_trip_and_no_silent_overwrite(tmp_path, dataset):
         ({"parts": {"RPN": {"positives": 0, "rows": 9, "outputs": 1}}}, "parts.RPN: 0 positives"),
         ({"classes": []}, "'classes' must be"),
         ({"classes": [{"name": "a", "instance_count": -1}]}, r"classes\[0\]: 'instance_count'"),
-        ({"num_images": None}, "'num_images' must be a whole number"),
+        ({"num_images": None}, "'num_images' must be an integer"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(tmp_path, change, message):

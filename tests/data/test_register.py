@@ -12,7 +12,7 @@ from d2_balance.data import annotation_style, load_json, register_from_config, r
 from .conftest import coco_data, lvis_data
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real pictures are not here")
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
 
 
 def test_yaml_takes_mappings_and_lists(cfg, write, names, tmp_path):
@@ -53,12 +53,12 @@ def test_config_with_entries_survives_its_own_dump(cfg, write, names):
         [["my_train", "a.json", 3]],
         [["", "a.json", "images"]],
         [{"NAME": "my_train", "JSON": "a.json"}],
-        [{"NAME": "my_train", "JSON": "a.json", "FOLDER": "images"}],
+        [{"NAME": "my_train", "JSON": "a.json", "DIRECTORY": "images"}],
     ],
 )
 def test_entry_of_another_form_is_named(cfg, entries):
     cfg.DATASETS.REGISTER = entries
-    with pytest.raises(ValueError, match=r"REGISTER\[0\].*allowed is \{NAME: name, JSON: file"):
+    with pytest.raises(ValueError, match=r"REGISTER\[0\].*must be \{NAME: name, JSON: file"):
         register_from_config(cfg)
 
 
@@ -68,13 +68,13 @@ def test_single_entry_in_place_of_list_is_named(cfg):
         register_from_config(cfg)
 
 
-def test_missing_file_or_folder_fails_at_registration(cfg, write, names):
+def test_missing_file_or_directory_fails_at_registration(cfg, write, names):
     json_file, images = write(coco_data())
     cfg.DATASETS.REGISTER = [[names(), json_file + "x", images]]
     with pytest.raises(ValueError, match=r"REGISTER\[0\]: the annotation file .*a.jsonx.*exist"):
         register_from_config(cfg)
     cfg.DATASETS.REGISTER = [[names(), json_file, images + "x"]]
-    with pytest.raises(ValueError, match=r"REGISTER\[0\]: the picture folder .*picturesx.*exist"):
+    with pytest.raises(ValueError, match=r"REGISTER\[0\]: the image directory .*imagesx.*exist"):
         register_from_config(cfg)
 
 
@@ -82,13 +82,13 @@ def test_paths_below_working_directory_and_detectron2_datasets(write, names, tmp
     write(coco_data())
     below, here = names(), names()
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    register_json(below, "a.json", "pictures")
-    monkeypatch.setenv("DETECTRON2_DATASETS", "no/such/folder")
+    register_json(below, "a.json", "images")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "no/such/directory")
     monkeypatch.chdir(tmp_path)
-    register_json(here, "a.json", "pictures")
+    register_json(here, "a.json", "images")
     monkeypatch.chdir("/")  # a registered set does not depend on the working directory
     assert DatasetCatalog.get(below) == DatasetCatalog.get(here)
-    assert MetadataCatalog.get(here).image_root == str(tmp_path / "pictures")
+    assert MetadataCatalog.get(here).image_root == str(tmp_path / "images")
 
 
 def test_equal_entry_again_changes_nothing_and_another_one_is_an_error(write, names):
@@ -99,12 +99,12 @@ def test_equal_entry_again_changes_nothing_and_another_one_is_an_error(write, na
     register_json(name, json_file, images)
     assert DatasetCatalog[name] is loader
     other, _ = write(coco_data(), "other.json")
-    with pytest.raises(ValueError, match=f"{name}' is taken by another data set .*a.json"):
+    with pytest.raises(ValueError, match=f"{name}' is taken by another dataset .*a.json"):
         register_json(name, other, images)
 
 
 def test_name_of_a_set_of_detectron2_is_an_error(write):
-    with pytest.raises(ValueError, match="'coco_2017_val' is taken by another data set"):
+    with pytest.raises(ValueError, match="'coco_2017_val' is taken by another dataset"):
         register_json("coco_2017_val", *write(coco_data()))
 
 
@@ -160,7 +160,7 @@ def test_coco_style_gives_standard_dicts_and_metadata(write, names):
     assert metadata.json_file == json_file and metadata.image_root == images
     assert metadata.thing_classes == ["cat", "dog"]  # by ascending id, not as in the file
     assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
-    # cat is in picture 1, dog in both
+    # cat is in image 1, dog in both
     assert metadata.class_image_count == [
         {"id": 3, "image_count": 1},
         {"id": 7, "image_count": 2},
@@ -182,7 +182,7 @@ def test_lvis_style_keeps_raw_image_level_labels_and_counts_of_the_file(write, n
     assert metadata.class_group == ["r", "f"]
 
 
-def test_picture_is_found_by_file_name_then_folder_and_name_then_name_of_the_url(write, tmp_path):
+def test_image_is_found_by_file_name_then_directory_and_name_then_name_of_the_url(write, tmp_path):
     data = lvis_data()
     data["images"][0]["file_name"] = "COCO_train_a.png"  # as in LVIS v0.5: no such file
     json_file, images = write(data)
@@ -230,16 +230,16 @@ def test_mapper_of_detectron2_reads_the_records(cfg, write):
 
 @needs_real_data
 @pytest.mark.parametrize(
-    "json_file, folder",
+    "json_file, directory",
     [
         ("tiny_coco/instances_train2017.json", "tiny_coco/train2017"),
         ("tiny_coco/instances_val2017.json", "tiny_coco/val2017"),
         ("bccd/instances_train.json", "bccd/images"),
     ],
 )
-def test_real_coco_files_give_what_detectron2_gives(names, json_file, folder):
+def test_real_coco_files_give_what_detectron2_gives(names, json_file, directory):
     ours, theirs = names(), names()
-    register_json(ours, str(REAL / json_file), str(REAL / folder))
+    register_json(ours, str(REAL / json_file), str(REAL / directory))
     dataset_dicts = DatasetCatalog.get(ours)
     reference = load_coco_json(
         MetadataCatalog.get(ours).json_file, MetadataCatalog.get(ours).image_root, theirs
@@ -251,7 +251,7 @@ def test_real_coco_files_give_what_detectron2_gives(names, json_file, folder):
 
 @needs_real_data
 def test_real_lvis_style_file_is_complete(names):
-    """50 pictures, 465 annotations and 49 classes, as shared/README.md and the file say."""
+    """50 images, 465 annotations and 49 classes, as shared/README.md and the file say."""
     name = names()
     register_json(name, str(REAL / "tiny_coco/lvis_style_train.json"), str(REAL / "tiny_coco"))
     dataset_dicts = DatasetCatalog.get(name)

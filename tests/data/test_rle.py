@@ -44,7 +44,7 @@ def test_a_large_object_has_long_numbers():
         (text(np.eye(40)), "its runs have 1,600 pixels"),
         ([60, 59], "its runs have 119 pixels"),
         ([130, -10], "a run of less than 0 pixels"),
-        ([60.0, 60.0], "not whole numbers"),
+        ([60.0, 60.0], "not integers"),
         ([10**30], "too large"),
         (text(np.eye(40))[:-1] + "Z", "cut off"),
         ("P1 3", "a character that no compressed RLE has"),
@@ -52,7 +52,7 @@ def test_a_large_object_has_long_numbers():
         ("o" * 9 + "0", "more than 40 bits"),
     ],
 )
-def test_what_does_not_fill_the_picture_is_named(counts, problem):
+def test_what_does_not_fill_the_image_is_named(counts, problem):
     assert problem in rle_problem(counts, (10, 12))
 
 

@@ -1,4 +1,4 @@
-"""Class-aware sampling, and Detectron2's repeat factors on the pictures that are left."""
+"""Class-aware sampling, and Detectron2's repeat factors on the images that are left."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ CLASS_AWARE, REPEAT = "ClassAwareTrainingSampler", "RepeatFactorTrainingSampler"
 
 
 def record(index, *classes, crowd=()):
-    """A picture with one object of each class, and crowds."""
+    """An image with one object of each class, and crowds."""
     annotations = [{"category_id": c, "iscrowd": 0} for c in classes]
     annotations += [{"category_id": c, "iscrowd": 1} for c in crowd]
     return {
@@ -35,8 +35,8 @@ def record(index, *classes, crowd=()):
     }
 
 
-# class 0 in pictures 0, 1, 2, 3; class 4 in 3 and 5; class 9 in 5; 4 is empty, 6 has a crowd only
-PICTURES = [
+# class 0 in images 0, 1, 2, 3; class 4 in 3 and 5; class 9 in 5; 4 is empty, 6 has a crowd only
+IMAGES = [
     record(0, 0),
     record(1, 0, 0),
     record(2, 0),
@@ -51,14 +51,14 @@ def take(sampler, count):
     return list(itertools.islice(iter(sampler), count))
 
 
-def test_classes_list_each_picture_once_and_crowds_do_not_count():
-    starts, pictures = images_by_class(PICTURES)
-    lists = [pictures[a:b].tolist() for a, b in itertools.pairwise(starts.tolist())]
+def test_classes_list_each_image_once_and_crowds_do_not_count():
+    starts, images = images_by_class(IMAGES)
+    lists = [images[a:b].tolist() for a, b in itertools.pairwise(starts.tolist())]
     assert lists == [[0, 1, 2, 3], [3, 5], [5]]
 
 
-def test_pictures_are_drawn_by_class_and_then_by_picture():
-    # P(picture) = sum over its classes of 1 / 3 / pictures of the class
+def test_images_are_drawn_by_class_and_then_by_image():
+    # P(image) = sum over its classes of 1 / 3 / images of the class
     expected = {
         0: 1 / 12,
         1: 1 / 12,
@@ -67,47 +67,47 @@ def test_pictures_are_drawn_by_class_and_then_by_picture():
         5: 1 / 6 + 1 / 3,
     }
     count = 60_000
-    drawn = Counter(take(ClassAwareTrainingSampler(PICTURES, seed=0), count))
-    assert drawn.keys() == expected.keys()  # neither the empty picture nor the one with a crowd
-    for picture, share in expected.items():
+    drawn = Counter(take(ClassAwareTrainingSampler(IMAGES, seed=0), count))
+    assert drawn.keys() == expected.keys()  # neither the empty image nor the one with a crowd
+    for image, share in expected.items():
         # five standard deviations of a binomial share
-        assert abs(drawn[picture] / count - share) < 5 * math.sqrt(share * (1 - share) / count)
+        assert abs(drawn[image] / count - share) < 5 * math.sqrt(share * (1 - share) / count)
 
 
 def test_the_stream_depends_on_the_seed_alone():
     torch.manual_seed(1)
-    first = take(ClassAwareTrainingSampler(PICTURES, seed=3), 9000)  # more than one chunk
+    first = take(ClassAwareTrainingSampler(IMAGES, seed=3), 9000)  # more than one chunk
     torch.manual_seed(2)
-    sampler = ClassAwareTrainingSampler(PICTURES, seed=3)
+    sampler = ClassAwareTrainingSampler(IMAGES, seed=3)
     assert take(sampler, 9000) == first == take(sampler, 9000)
-    assert take(ClassAwareTrainingSampler(PICTURES, seed=4), 9000) != first
+    assert take(ClassAwareTrainingSampler(IMAGES, seed=4), 9000) != first
     assert first[:4096] != first[4096:8192]  # the second chunk is not the first once more
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_out_one_stream(monkeypatch, ranks):
-    whole = take(ClassAwareTrainingSampler(PICTURES, seed=3), 60)
+    whole = take(ClassAwareTrainingSampler(IMAGES, seed=3), 60)
     monkeypatch.setattr(comm, "get_world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        part = take(ClassAwareTrainingSampler(PICTURES, seed=3), 60 // ranks)
+        part = take(ClassAwareTrainingSampler(IMAGES, seed=3), 60 // ranks)
         assert part == whole[rank::ranks]
 
 
-@pytest.mark.parametrize("pictures", [[], [record(0), record(1, crowd=[2])]])
-def test_a_set_without_annotations_is_refused(pictures):
+@pytest.mark.parametrize("images", [[], [record(0), record(1, crowd=[2])]])
+def test_a_set_without_annotations_is_refused(images):
     with pytest.raises(ValueError, match="DATALOADER.SAMPLER_TRAIN .* needs annotations"):
-        ClassAwareTrainingSampler(pictures, seed=0)
+        ClassAwareTrainingSampler(images, seed=0)
 
 
 def test_the_size_of_lvis_takes_seconds():
     classes = torch.randint(1203, (100_000, 12), generator=torch.Generator().manual_seed(0))
-    pictures = [
+    images = [
         {"annotations": [{"category_id": c} for c in row], "file_name": ""}
         for row in classes.tolist()
     ]
     start = time.perf_counter()
-    sampler = ClassAwareTrainingSampler(pictures, seed=0)
+    sampler = ClassAwareTrainingSampler(images, seed=0)
     built = time.perf_counter()
     take(sampler, 100_000)
     drawn = time.perf_counter()
@@ -125,7 +125,7 @@ def stream_cfg(sampler, *overrides):
 
 @pytest.fixture
 def registered():
-    DatasetCatalog.register("sampler_train", lambda: PICTURES)
+    DatasetCatalog.register("sampler_train", lambda: IMAGES)
     yield
     DatasetCatalog.remove("sampler_train")
 
@@ -139,22 +139,22 @@ def test_a_resumed_stream_skips_what_was_seen(registered, sampler):
     whole = build_train_stream(stream_cfg(sampler))
     assert isinstance(whole, TrainStream)
     resumed = build_train_stream(stream_cfg(sampler))
-    # the pictures need not exist: the stream is looked at before they are loaded
+    # the images need not exist: the stream is looked at before they are loaded
     assert batches(resumed, 8, start=5) == batches(whole, 13)[5:]
     drawn = {index for batch in batches(whole, 40) for _, index in batch}
-    filtered = 5  # pictures 4 and 6 are taken out by FILTER_EMPTY_ANNOTATIONS
+    filtered = 5  # images 4 and 6 are taken out by FILTER_EMPTY_ANNOTATIONS
     assert drawn == set(range(filtered))
 
 
 def test_a_data_set_that_is_no_list_is_refused():
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self):
             return 3
 
         def __getitem__(self, index):
-            return PICTURES[index]
+            return IMAGES[index]
 
-    DatasetCatalog.register("sampler_train", lambda: Pictures())
+    DatasetCatalog.register("sampler_train", lambda: Images())
     try:
         with pytest.raises(ValueError, match="SAMPLER_TRAIN ClassAware.* lists of dicts"):
             build_train_stream(
@@ -165,35 +165,35 @@ def test_a_data_set_that_is_no_list_is_refused():
 
 
 @pytest.mark.parametrize("filter_empty", [True, False])
-def test_repeat_factors_follow_the_paper_on_the_pictures_that_are_left(registered, filter_empty):
+def test_repeat_factors_follow_the_paper_on_the_images_that_are_left(registered, filter_empty):
     dicts = get_detection_dataset_dicts(["sampler_train"], filter_empty=filter_empty)
     assert len(dicts) == (5 if filter_empty else 7)
     threshold = 0.5
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
     assert len(factors) == len(dicts)
-    # by the paper: f = pictures with the class / pictures left, r(c) = max(1, sqrt(t / f)),
-    # r(I) = max over the classes of the picture; Detectron2 counts crowds as well
+    # by the paper: f = images with the class / images left, r(c) = max(1, sqrt(t / f)),
+    # r(I) = max over the classes of the image; Detectron2 counts crowds as well
     expected = []
-    for picture in dicts:
+    for image in dicts:
         repeat = 1.0
-        for c in {a["category_id"] for a in picture["annotations"]}:
+        for c in {a["category_id"] for a in image["annotations"]}:
             having = sum(c in {a["category_id"] for a in d["annotations"]} for d in dicts)
             repeat = max(repeat, math.sqrt(threshold * len(dicts) / having))
         expected.append(repeat)
     assert factors.tolist() == pytest.approx(expected)
     by_name = {d["image_id"]: f for d, f in zip(dicts, factors.tolist(), strict=True)}
-    # class 9 in one of 5 or 7 pictures: sqrt(.5 * 5) or sqrt(.5 * 7)
+    # class 9 in one of 5 or 7 images: sqrt(.5 * 5) or sqrt(.5 * 7)
     assert by_name[5] == pytest.approx(math.sqrt(2.5 if filter_empty else 3.5))
-    assert by_name.get(4, 1.0) == 1.0  # an empty picture that is kept comes once
+    assert by_name.get(4, 1.0) == 1.0  # an empty image that is kept comes once
     sampler = RepeatFactorTrainingSampler(factors, seed=0)
     assert max(take(sampler, 300)) == len(dicts) - 1
 
 
 def test_weighted_repeat_factors_count_classes_over_all_sets():
-    # 4 + 3 pictures; class 0 in 4 of 7, class 4 in 2, class 9 in 1; Detectron2 counts crowds too,
+    # 4 + 3 images; class 0 in 4 of 7, class 4 in 2, class 9 in 1; Detectron2 counts crowds too,
     # so class 7 is in 1 and class 0 in 5. t = 0.5: r(0) = 1, r(4) = sqrt(0.5 * 7 / 2), and so on
     sources = ["a"] * 4 + ["b"] * 3
-    found = weighted_repeat_factors(PICTURES, sources, {"b": 0.25}, 0.5)
+    found = weighted_repeat_factors(IMAGES, sources, {"b": 0.25}, 0.5)
     common, rare = math.sqrt(0.5 * 7 / 2), math.sqrt(0.5 * 7)
     expected = [1, 1, 1, common, 0.25, rare * 0.25, 0.25]
     assert found.tolist() == pytest.approx(expected)
@@ -209,7 +209,7 @@ def test_the_stream_takes_weights_of_data_sets_on_top_of_repeat_factors(register
     cfg.DATALOADER.NUM_WORKERS, cfg.SEED = 0, 1
     check_sampler(cfg)
     stream = build_train_stream(cfg)
-    count = Counter(take(stream._sampler, 6 + 3 * 6))  # one epoch of 6 pictures once, 6 three times
+    count = Counter(take(stream._sampler, 6 + 3 * 6))  # one epoch of 6 images once, 6 three times
     assert [count[i] for i in range(12)] == [1] * 6 + [3] * 6
 
 
@@ -218,7 +218,7 @@ def test_the_stream_takes_weights_of_data_sets_on_top_of_repeat_factors(register
     [
         ([["c", 2.0]], "WeightedTrainingSampler", "entry .'c', 2.0.; allowed .* DATASETS.TRAIN: a"),
         ([["a", 0]], "WeightedTrainingSampler", "a factor above 0"),
-        ([["a"]], "WeightedTrainingSampler", "allowed is .name, factor."),
+        ([["a"]], "WeightedTrainingSampler", "must be .name, factor."),
         ([["a", 2.0]], "TrainingSampler", "would not use it; allowed with it: Weighted"),
     ],
 )
@@ -233,10 +233,10 @@ def test_weights_that_cannot_work_are_refused(factors, sampler, text):
 
 @pytest.fixture
 def registered_sets():
-    """Names of two sets of the six pictures with an annotation that is no crowd, or without."""
+    """Names of two sets of the six images with an annotation that is no crowd, or without."""
     names = ("weighted_of_test_a", "weighted_of_test_b")
     for name in names:
-        DatasetCatalog.register(name, lambda: [dict(p) for p in PICTURES[:6]])
+        DatasetCatalog.register(name, lambda: [dict(p) for p in IMAGES[:6]])
     yield names
     for name in names:
         DatasetCatalog.pop(name)

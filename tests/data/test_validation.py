@@ -61,7 +61,7 @@ FATAL = {
     "image twice": (lambda d: d["images"][1].update(id=1), "'images': the id.s. 1 occur more"),
     "annotation twice": (lambda d: d["annotations"][2].update(id=11), "'annotations': the id.* 11"),
     "category twice": (lambda d: d["categories"][0].update(id=3), "'categories': the id.s. 3"),
-    "category id": (lambda d: d["categories"][0].update(id="7"), "'id' is '7'; .*whole number"),
+    "category id": (lambda d: d["categories"][0].update(id="7"), "'id' is '7'; .*integer"),
     "name twice": (
         lambda d: d["categories"][0].update(name="cat"),
         "categories 7 and 3 have the same name 'cat'",
@@ -110,7 +110,7 @@ def test_top_level_list_is_named(write):
         load_json(*write([]))
 
 
-def test_missing_pictures_are_counted_and_named(write):
+def test_missing_images_are_counted_and_named(write):
     data = coco_data()
     data["images"] += [
         {"id": i, "file_name": f"no/{i}.png", "width": 4, "height": 3} for i in range(3, 11)
@@ -118,7 +118,7 @@ def test_missing_pictures_are_counted_and_named(write):
     json_file, images = write(data)
     with pytest.raises(
         ValueError,
-        match=f"a.json: 8 of 10 pictures are missing below {images}: "
+        match=f"a.json: 8 of 10 images are missing below {images}: "
         r"no/3.png, no/4.png, no/5.png, no/6.png, no/7.png, \.\.\.;",
     ):
         load_json(json_file, images)
@@ -200,7 +200,7 @@ def test_number_of_classes_names_the_key_and_the_value(cfg, write, names, archit
 def test_masks_must_be_there_and_in_the_configured_format(write):
     data = coco_data()
     json_file, images = write(data)
-    with pytest.raises(ValueError, match="without 'segmentation' in 2 picture.*a.png: set MODEL.M"):
+    with pytest.raises(ValueError, match="without 'segmentation' in 2 image.*a.png: set MODEL.M"):
         check_masks(load_json(json_file, images), "my_train")
     for annotation in data["annotations"]:
         annotation["segmentation"] = {"size": [30, 40], "counts": [600, 600]}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "datasets"
+DIRECTORY = Path(__file__).parents[2] / "datasets"
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def script(monkeypatch, capsys):
     """script(name, *arguments) -> (exit status, stdout, stderr) of datasets/<name>.py."""
 
     def call(name, *arguments):
-        path = str(FOLDER / f"{name}.py")
+        path = str(DIRECTORY / f"{name}.py")
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:

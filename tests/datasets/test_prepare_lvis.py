@@ -1,11 +1,11 @@
-"""Checks and counts of LVIS files, and LVIS with COCO's classes, on a file of four pictures."""
+"""Checks and counts of LVIS files, and LVIS with COCO's classes, on a file of four images."""
 
 import copy
 import json
 
 import pytest
 
-from d2_balance.data import ClassStatistics
+from d2_balance.data import ClassCounts
 
 # image_count as this file shows it: person 2, cow 1, abacus 1
 TRAIN = {
@@ -47,13 +47,13 @@ def write(tmp_path):
 def test_counts_are_written_for_training_and_agree_with_the_file(write, script, tmp_path):
     status, out, err = script("prepare_lvis", write(), write("val.json"))
     assert status == 0, err
-    counts = ClassStatistics.load(str(tmp_path / "train_counts.json"))
+    counts = ClassCounts.load(str(tmp_path / "train_counts.json"))
     assert counts.class_names == ("cow", "person", "abacus")
     assert counts.image_count.tolist() == [1, 2, 1]
     assert counts.instance_count.tolist() == [1, 3, 1]
-    assert counts.num_images == 2  # the pictures 3 and 4 have no object
-    assert "4 pictures, 5 annotations, 3 classes; 3 pictures list absent classes, 1 have" in out
-    assert "differs" not in out and "3 rare, 0 common, 0 frequent classes on 2 pictures" in out
+    assert counts.num_images == 2  # the images 3 and 4 have no object
+    assert "4 images, 5 annotations, 3 classes; 3 images list absent classes, 1 have" in out
+    assert "differs" not in out and "3 rare, 0 common, 0 frequent classes on 2 images" in out
 
 
 def test_counts_that_differ_are_listed_by_class(write, script):
@@ -62,7 +62,7 @@ def test_counts_that_differ_are_listed_by_class(write, script):
 
     out = script("prepare_lvis", write(change=change))[1]
     assert "image_count differs for 1 classes: 5 'person': 3, counted 2" in out
-    assert "frequency differs for 1 classes: 5 'person': f, by 2 pictures r" in out
+    assert "frequency differs for 1 classes: 5 'person': f, by 2 images r" in out
 
 
 def test_bad_annotations_are_listed_and_not_counted(write, script, tmp_path):
@@ -70,7 +70,7 @@ def test_bad_annotations_are_listed_and_not_counted(write, script, tmp_path):
         "prepare_lvis", write(change=lambda d: d["annotations"][3].update(bbox=[1, 1, -2, 3]))
     )[1]
     assert "skipped: box of negative size: 1 (annotation id 4)" in out
-    counts = ClassStatistics.load(str(tmp_path / "train_counts.json"))
+    counts = ClassCounts.load(str(tmp_path / "train_counts.json"))
     assert counts.image_count.tolist() == [0, 2, 1]
 
 
@@ -81,8 +81,8 @@ def test_what_cannot_be_trained_on_is_named(write, script, tmp_path):
     assert not (tmp_path / "train_counts.json").exists()
     err = script("prepare_lvis", write(change=lambda d: d["annotations"].clear()))[2]
     assert "no annotation; the first file must be the training set" in err
-    err = script("prepare_lvis", write(), "--pictures", tmp_path)[2]
-    assert "4 of 4 pictures are missing" in err and "train2017/1.jpg" in err
+    err = script("prepare_lvis", write(), "--images", tmp_path)[2]
+    assert "4 of 4 images are missing" in err and "train2017/1.jpg" in err
     path = write()
     path.write_text(path.read_text()[:-20])
     assert "the file ends too early" in script("prepare_lvis", path)[2]
@@ -113,9 +113,9 @@ def test_every_coco_class_stands_once_in_the_table(script, write, tmp_path):
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
     from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
-    from .conftest import FOLDER
+    from .conftest import DIRECTORY
 
-    rows = json.loads((FOLDER / "coco_synsets.json").read_text())
+    rows = json.loads((DIRECTORY / "coco_synsets.json").read_text())
     assert {r["id"]: r["name"] for r in rows} == {
         c["id"]: c["name"] for c in COCO_CATEGORIES if c["isthing"]
     }

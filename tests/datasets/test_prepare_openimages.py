@@ -1,4 +1,4 @@
-"""Open Images as one LVIS-style file, on four pictures whose labels can be followed by hand."""
+"""Open Images as one LVIS-style file, on four images whose labels can be followed by hand."""
 
 import json
 
@@ -26,7 +26,7 @@ HIERARCHY = {
 }
 CLASSES = ["animal", "dog", "cat", "car", "vehicle", "wheel"]  # ids 1 to 6
 ANIMAL, DOG, CAT, CAR, VEHICLE, WHEEL = range(1, 7)
-BOXES = [  # picture, label, XMin, XMax, YMin, YMax, IsGroupOf
+BOXES = [  # image, label, XMin, XMax, YMin, YMax, IsGroupOf
     ("p1", "dog", 0.1, 0.5, 0.2, 0.6, 0),
     ("p1", "animal", 0.1, 0.5, 0.2, 0.6, 0),  # the dog again: one box of animal, not two
     ("p1", "wheel", 0.0, 1.0, 0.0, 1.0, 0),
@@ -49,10 +49,10 @@ LABELS = [
 @pytest.fixture
 def files(tmp_path):
     """files(boxes=, labels=, hierarchy=, classes=) -> the arguments of the script but --train."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+    directory = tmp_path / "images"
+    directory.mkdir()
     for name in ("p1", "p2", "p3"):
-        Image.new("RGB", (200, 100)).save(folder / f"{name}.jpg")
+        Image.new("RGB", (200, 100)).save(directory / f"{name}.jpg")
 
     def write(boxes=BOXES, labels=LABELS, hierarchy=HIERARCHY, classes=CLASSES):
         head = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf"
@@ -63,7 +63,7 @@ def files(tmp_path):
         (tmp_path / "labels.csv").write_text("\n".join([head, *rows]))
         (tmp_path / "classes.csv").write_text("\n".join(f"/m/{c},{c.title()}" for c in classes))
         (tmp_path / "hierarchy.json").write_text(json.dumps(hierarchy))
-        arguments = [tmp_path / "boxes.csv", tmp_path / "out.json", "--pictures", folder]
+        arguments = [tmp_path / "boxes.csv", tmp_path / "out.json", "--images", directory]
         for key in ("labels", "classes"):
             arguments += [f"--{key}", tmp_path / f"{key}.csv"]
         return [*arguments, "--hierarchy", tmp_path / "hierarchy.json"]
@@ -114,7 +114,7 @@ def test_verified_labels_go_up_when_positive_and_down_when_negative(prepared):
     )
 
 
-def test_counts_are_pictures_with_a_single_object(prepared):
+def test_counts_are_images_with_a_single_object(prepared):
     data, out = prepared
     counts = {c["name"]: (c["image_count"], c["instance_count"]) for c in data["categories"]}
     assert counts == {
@@ -126,8 +126,8 @@ def test_counts_are_pictures_with_a_single_object(prepared):
         "Wheel": (1, 1),
     }
     assert {c["frequency"] for c in data["categories"]} == {"r"}
-    assert "3 pictures, 7 boxes" in out and "2 of them groups" in out
-    assert "left out: 1 pictures" in out and "gone" in out
+    assert "3 images, 7 boxes" in out and "2 of them groups" in out
+    assert "left out: 1 images" in out and "gone" in out
 
 
 def test_validation_takes_the_counts_of_training(files, script, tmp_path, prepared):
@@ -142,10 +142,10 @@ def test_validation_takes_the_counts_of_training(files, script, tmp_path, prepar
     assert status == 2 and "category 1 is 'Wheel' here and 'Animal' there" in err
 
 
-def test_pictures_without_object_train_as_verified_negatives(prepared, tmp_path):
-    """What is verified to be absent reaches the loss, also of a picture that shows no class."""
+def test_images_without_object_train_as_verified_negatives(prepared, tmp_path):
+    """What is verified to be absent reaches the loss, also of an image that shows no class."""
     name = "openimages_of_test"
-    register_json(name, str(tmp_path / "out.json"), str(tmp_path / "pictures"))
+    register_json(name, str(tmp_path / "out.json"), str(tmp_path / "images"))
     cfg = get_cfg()
     add_balance_config(cfg)
     cfg.DATASETS.TRAIN = (name,)
@@ -155,7 +155,7 @@ def test_pictures_without_object_train_as_verified_negatives(prepared, tmp_path)
     cfg.SEED = 1
     try:
         batch = next(iter(build_detection_train_loader(cfg)))
-        listed = ImageLabels([name], len(CLASSES)).listed(batch, "cpu")
+        listed = ImageLabels([name], len(CLASSES)).verified(batch, "cpu")
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -167,7 +167,7 @@ def test_pictures_without_object_train_as_verified_negatives(prepared, tmp_path)
 
 
 def changed(number, **fields):
-    names = ("picture", "label", "x0", "x1", "y0", "y1", "group")
+    names = ("image", "label", "x0", "x1", "y0", "y1", "group")
     rows = [dict(zip(names, row, strict=True)) for row in BOXES]
     rows[number] |= fields
     return [tuple(row.values()) for row in rows]
@@ -178,11 +178,11 @@ def changed(number, **fields):
     [
         ({"boxes": changed(1, x1=1.2)}, "boxes.csv: line 3: image p1: XMin 0.1, XMax 1.2"),
         ({"boxes": changed(1, x0="nan")}, "boxes.csv: line 3: image p1: XMin nan"),
-        ({"boxes": changed(1, x0="left")}, "edges are shares of the picture in [0, 1]"),
+        ({"boxes": changed(1, x0="left")}, "edges are shares of the image in [0, 1]"),
         ({"boxes": changed(0, label="yak")}, "line 2: the label '/m/yak' is not in the file of"),
         ({"boxes": BOXES[3:] + BOXES[:1] + BOXES[3:4]}, "image p3 comes back after others; sort"),
         ({"labels": [("p1", "dog", 0.7)]}, "labels.csv: line 2: Confidence is '0.7'"),
-        ({"labels": [], "boxes": BOXES[-1:]}, "none of 1 pictures lies in"),
+        ({"labels": [], "boxes": BOXES[-1:]}, "none of 1 images lies in"),
         ({"classes": ["dog", "dog"]}, "classes.csv: the label '/m/dog' comes twice"),
         ({"hierarchy": {"Subcategory": []}}, "hierarchy.json: a node below the top has no"),
         (

@@ -31,9 +31,9 @@ OBJECTS = {
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder of two pictures of 50 x 40 pixels, in the layout of VOC."""
-    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (tmp_path / "voc" / folder).mkdir(parents=True)
+    """A directory of two images of 50 x 40 pixels, in the layout of VOC."""
+    for directory in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "voc" / directory).mkdir(parents=True)
     for stem, objects in OBJECTS.items():
         Image.new("RGB", (50, 40)).save(tmp_path / f"voc/JPEGImages/{stem}.jpg")
         text = xml(objects=objects, filename=f"{stem}.jpg")
@@ -45,7 +45,7 @@ def root(tmp_path):
 def test_boxes_count_pixels_from_zero_and_difficult_objects_are_crowds(root, script, tmp_path):
     status, out, err = script("prepare_voc", root, tmp_path / "out.json")
     assert status == 0, err
-    assert "2 pictures, 3 objects, 2 classes" in out
+    assert "2 images, 3 objects, 2 classes" in out
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     assert data["images"] == [
@@ -64,7 +64,7 @@ def test_boxes_count_pixels_from_zero_and_difficult_objects_are_crowds(root, scr
     assert [[o["category_id"] for o in r["annotations"]] for r in records] == [[1, 0], [1]]
 
 
-def test_a_list_chooses_pictures_and_classes_stay(root, script, tmp_path):
+def test_a_list_chooses_images_and_classes_stay(root, script, tmp_path):
     arguments = [root, tmp_path / "out.json", "--list", root / "ImageSets/Main/b.txt"]
     assert script("prepare_voc", *arguments)[0] == 0
     data = json.loads((tmp_path / "out.json").read_text())
@@ -77,7 +77,7 @@ def test_a_list_chooses_pictures_and_classes_stay(root, script, tmp_path):
     assert [c["name"] for c in data["categories"]] == ["dog", "ox"]
 
 
-def test_a_picture_is_found_by_the_name_of_its_xml_file(root, script, tmp_path):
+def test_a_image_is_found_by_the_name_of_its_xml_file(root, script, tmp_path):
     (root / "Annotations/a.xml").write_text(xml(filename="renamed.png"))
     (root / "Annotations/b.xml").write_text(xml(filename="", size=None, objects=OBJECTS["b"]))
     assert script("prepare_voc", root, tmp_path / "out.json")[0] == 0
@@ -85,7 +85,7 @@ def test_a_picture_is_found_by_the_name_of_its_xml_file(root, script, tmp_path):
     assert [i["file_name"] for i in data["images"]] == ["a.jpg", "b.jpg"]
 
 
-def test_a_turned_picture_has_the_size_that_it_is_seen_in(root, script, tmp_path):
+def test_a_turned_image_has_the_size_that_it_is_seen_in(root, script, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turned by 90 degrees: 50 x 40 is seen as 40 x 50
     Image.new("RGB", (50, 40)).save(root / "JPEGImages/a.jpg", exif=exif)
@@ -113,9 +113,9 @@ def test_xml_that_cannot_be_used_is_named(root, script, tmp_path, text, message)
     assert not (tmp_path / "out.json").exists()
 
 
-def test_missing_pictures_files_and_classes_are_named(root, script, tmp_path):
+def test_missing_images_files_and_classes_are_named(root, script, tmp_path):
     out = tmp_path / "out.json"
-    assert "is no folder; ROOT must hold Annotations/" in script("prepare_voc", tmp_path, out)[2]
+    assert "is no directory; ROOT must hold Annotations/" in script("prepare_voc", tmp_path, out)[2]
     (tmp_path / "list.txt").write_text("c\n")
     err = script("prepare_voc", root, out, "--list", tmp_path / "list.txt")[2]
     assert "c.xml: cannot be read: No such file" in err
@@ -126,4 +126,4 @@ def test_missing_pictures_files_and_classes_are_named(root, script, tmp_path):
     err = script("prepare_voc", root, out, "--classes", tmp_path / "classes.txt")[2]
     assert "a.xml: the class 'dog' is not in" in err
     (root / "JPEGImages/b.jpg").unlink()
-    assert "b.jpg: no picture that can be read" in script("prepare_voc", root, out)[2]
+    assert "b.jpg: no image that can be read" in script("prepare_voc", root, out)[2]

@@ -1,4 +1,4 @@
-"""A data set of twelve small random pictures, and a config that trains on it in seconds."""
+"""A dataset of twelve small random images, and a config that trains on it in seconds."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from ..conftest import CLASSES, small_cfg
 TRAIN, TEST = "engine_train", "engine_test"
 
 
-def write_dataset(folder, images=12, seed=0):
-    """LVIS style: wide and high pictures, two objects each, image-level labels, polygons."""
+def write_dataset(directory, images=12, seed=0):
+    """LVIS style: wide and high images, two objects each, image-level labels, polygons."""
     rng = np.random.default_rng(seed)
-    (folder / "pictures").mkdir(parents=True)
+    (directory / "images").mkdir(parents=True)
     data = {
         "images": [],
         "annotations": [],
@@ -26,8 +26,8 @@ def write_dataset(folder, images=12, seed=0):
     }
     for index in range(images):
         width, height = (64, 48) if index % 3 else (48, 64)
-        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "pictures" / f"{index}.png")
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(image).save(directory / "images" / f"{index}.png")
         record = {"id": index + 1, "file_name": f"{index}.png", "width": width, "height": height}
         # the classes of the image's objects are index % 3 and index % 3 + 1
         record |= {"neg_category_ids": [CLASSES], "not_exhaustive_category_ids": []}
@@ -43,13 +43,13 @@ def write_dataset(folder, images=12, seed=0):
                 "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
             }
             data["annotations"].append(annotation)
-    (folder / "data.json").write_text(json.dumps(data))
-    return str(folder / "data.json"), str(folder / "pictures")
+    (directory / "data.json").write_text(json.dumps(data))
+    return str(directory / "data.json"), str(directory / "images")
 
 
 @pytest.fixture(scope="session")
 def dataset_files(tmp_path_factory):
-    """(annotation file, picture folder)."""
+    """(annotation file, image directory)."""
     return write_dataset(tmp_path_factory.mktemp("engine") / "data")
 
 
@@ -65,7 +65,7 @@ def dataset(dataset_files):
 
 
 def run_cfg(output_dir, *overrides, kind="retinanet"):
-    """A small config that trains for six iterations on the small pictures."""
+    """A small config that trains for six iterations on the small images."""
     cfg = small_cfg(kind)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), (TEST,)
     cfg.OUTPUT_DIR, cfg.SEED = str(output_dir), 7

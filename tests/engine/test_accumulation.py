@@ -21,12 +21,12 @@ from .test_trainer import trained
 
 ALONE = ["MODEL.RESNETS.NORM", "LN"]  # batch norm would see the micro-batch
 # every proposal and anchor trains, so that nothing is drawn
-WHOLE = ["MODEL.BALANCE.SAMPLE_PROPOSALS", "False"]
-WHOLE += ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAMPLE", "False"]
+WHOLE = ["MODEL.BALANCE.SAMPLING_FREE", "True"]
+WHOLE += ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAMPLING_FREE", "True"]
 
 
 def joining():
-    """Every loss whose mean is over all ranks, in a model that takes it."""
+    """Every loss whose mean is across all ranks, in a model that takes it."""
     for name, cls in CLS_LOSSES:
         if cls.joins_ranks:
             kind = "retinanet" if has_class_columns_only(cls) else "faster"
@@ -41,17 +41,17 @@ def joining():
     yield pytest.param("cascade", ["MODEL.BALANCE.CLS_LOSS", "EQLv2"], id="cascade")
 
 
-def steps(kind, overrides, micro_batches, statistics_file):
-    """Gradients of two steps on four pictures, and the buffers at the end."""
+def steps(kind, overrides, micro_batches, counts_file):
+    """Gradients of two steps on four images, and the buffers at the end."""
     seed_everything(3)
     if kind in ("faster", "cascade"):
         overrides = [*WHOLE, *overrides]
-    counts = ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+    counts = ["MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     model = BalancedTrainer.build_model(small_cfg(kind, *ALONE, *counts, *overrides)).double()
     for module in model.modules():  # proposals as the loss of the RPN leaves them
         if hasattr(module, "pixel_mean"):
             module.pixel_mean, module.pixel_std = module.pixel_mean.double(), module.pixel_std
-    # a picture without objects, so that one micro-batch has fewer positives
+    # an image without objects, so that one micro-batch has fewer positives
     batches = [make_inputs(4, seed=i, empty=(1,) if i else (2, 3)) for i in range(2)]
     for record in sum(batches, []):
         record["image"] = record["image"].double()
@@ -79,9 +79,9 @@ def doubles(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "overrides"), joining())
-def test_micro_batches_equal_the_whole_batch(doubles, kind, overrides, statistics_file):
-    whole, state, log = steps(kind, overrides, 1, statistics_file)
-    parts, parts_state, parts_log = steps(kind, overrides, 2, statistics_file)
+def test_micro_batches_equal_the_whole_batch(doubles, kind, overrides, counts_file):
+    whole, state, log = steps(kind, overrides, 1, counts_file)
+    parts, parts_state, parts_log = steps(kind, overrides, 2, counts_file)
     for expected, found in zip(whole, parts, strict=True):
         largest = max(g.abs().max() for g in expected.values())
         assert expected.keys() == found.keys() and largest > 0
@@ -122,7 +122,7 @@ def test_a_sum_counts_every_micro_batch_as_a_rank():
 
 
 def test_a_killed_run_continues_exactly(dataset, tmp_path):
-    overrides = ["SOLVER.ACCUMULATE", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    overrides = ["SOLVER.GRAD_ACCUM_STEPS", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
     overrides += ["MODEL.BALANCE.CLS_LOSS", "GHMC"]
     whole = trained(run_cfg(tmp_path / "whole", *overrides))
     cfg = run_cfg(tmp_path / "parts", *overrides)
@@ -132,17 +132,17 @@ def test_a_killed_run_continues_exactly(dataset, tmp_path):
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
         for count in (1, 2):
-            overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", str(count), *ALONE]
+            overrides = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.GRAD_ACCUM_STEPS", str(count), *ALONE]
             overrides += ["SOLVER.MAX_ITER", "3", "MODEL.BALANCE.CLS_LOSS", "GHMC"]
-            # pictures of one size: a whole batch is padded to its largest, and padding has anchors
+            # images of one size: a whole batch is padded to its largest, and padding has anchors
             overrides += ["INPUT.MIN_SIZE_TRAIN", "(48,)"]
-            trainer = trained(run_cfg(f"{folder}/out{count}", *overrides))
-            torch.save(trainer.model.module.state_dict(), f"{folder}/{count}_{rank}.pth")
+            trainer = trained(run_cfg(f"{directory}/out{count}", *overrides))
+            torch.save(trainer.model.module.state_dict(), f"{directory}/{count}_{rank}.pth")
 
 
 def test_micro_batches_of_two_ranks_equal_whole_batches_of_two_ranks(dataset_files, tmp_path):

@@ -50,9 +50,9 @@ class Weights(HookBase):
                 self.seen.append(value.detach().clone())
 
 
-def start(folder, *overrides, iterations=(), kind="retinanet"):
+def start(directory, *overrides, iterations=(), kind="retinanet"):
     seed_everything(7)
-    trainer = BalancedTrainer(run_cfg(folder, *overrides, kind=kind))
+    trainer = BalancedTrainer(run_cfg(directory, *overrides, kind=kind))
     trainer.test = lambda cfg, model: {}
     trainer._trainer.register_hooks([Overflow(iterations)])
     weights = Weights()
@@ -60,8 +60,8 @@ def start(folder, *overrides, iterations=(), kind="retinanet"):
     return trainer, weights
 
 
-def logged(folder):
-    lines = (folder / "metrics.json").read_text().splitlines()
+def logged(directory):
+    lines = (directory / "metrics.json").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -180,17 +180,17 @@ def test_strided_convolutions_of_narrow_maps_have_sound_gradients(size):
     torch.testing.assert_close(conv.weight.grad / 5, gradient, rtol=0.02, atol=0.1)
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
         # behind the reduction of DDP: the other rank knows nothing of it
         iterations = (1,) if rank == 1 else ()
-        trainer, _ = start(f"{folder}/out", *FP16, "SOLVER.MAX_ITER", "3", iterations=iterations)
+        trainer, _ = start(f"{directory}/out", *FP16, "SOLVER.MAX_ITER", "3", iterations=iterations)
         trainer.train()
         state = {"skipped": trainer._trainer._skipped, "scale": trainer._trainer.scaler.get_scale()}
         state["weight"] = trainer.model.module.state_dict()["head.cls_score.weight"]
-        torch.save(state, f"{folder}/rank{rank}.pth")
+        torch.save(state, f"{directory}/rank{rank}.pth")
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(dataset_files, tmp_path):

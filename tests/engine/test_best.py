@@ -48,8 +48,8 @@ def best_of(trainer):
     return next(hook for hook in trainer._hooks if isinstance(hook, BestModel))
 
 
-def saved(folder, name="model_best.pth"):
-    return torch.load(os.path.join(folder, name), weights_only=True)
+def saved(directory, name="model_best.pth"):
+    return torch.load(os.path.join(directory, name), weights_only=True)
 
 
 def test_the_best_by_rare_ap_is_kept_when_it_falls_again(dataset, tmp_path):
@@ -126,17 +126,17 @@ def test_small_gains_do_not_reset_the_patience_but_are_saved(dataset, tmp_path):
     assert saved(tmp_path)["value"] == 1.5
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
         cfg = run_cfg(
-            f"{folder}/out", *BEST, "TEST.BEST.PATIENCE", "2", "SOLVER.EMA.ENABLED", "True"
+            f"{directory}/out", *BEST, "TEST.BEST.PATIENCE", "2", "SOLVER.EMA.ENABLED", "True"
         )
         trainer = run(cfg, [None, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
         best = best_of(trainer)
         state = {"evaluated": trainer.evaluated, "value": best.value, "result": trainer.result}
-        torch.save(state, os.path.join(folder, f"rank{rank}.pth"))
+        torch.save(state, os.path.join(directory, f"rank{rank}.pth"))
 
 
 def test_two_ranks_end_together(dataset_files, tmp_path):

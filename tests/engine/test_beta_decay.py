@@ -86,7 +86,7 @@ def test_the_hook_takes_every_key():
     [
         ("MODE", "cosine", "floor, sawtooth, linear"),
         ("AMOUNT", "-0.1", "at least 0"),
-        ("PERIOD", "0", "whole number of at least 1"),
+        ("PERIOD", "0", "integer of at least 1"),
         ("MIN", "-0.5", "at least 0"),
     ],
 )

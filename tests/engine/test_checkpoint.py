@@ -1,4 +1,4 @@
-"""Broken checkpoints are passed over, those of another model and those with code refused."""
+"""Broken checkpoints are skipped, those of another model and those with code refused."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_a_broken_last_checkpoint_falls_back_to_the_one_before(dataset, tmp_path
     resumed = trained(cfg, resume=True)
     assert resumed.start_iter == 2
     assert different(whole, resumed) == []
-    message = next(text for text in log if "Broken checkpoints are passed over" in text)
+    message = next(text for text in log if "Broken checkpoints are skipped" in text)
     assert str(last) in message and "continues from" in message and "model_0000001.pth" in message
 
 

@@ -43,21 +43,21 @@ def test_the_number_of_workers_does_not_change_the_data():
     assert take(stream(workers=2), 6, start=3) == take(stream(), 9)[3:]
 
 
-def test_another_seed_gives_other_pictures_and_draws():
+def test_another_seed_gives_other_images_and_draws():
     assert take(stream(seed=3), 5) != take(stream(seed=4), 5)
 
 
-def test_a_picture_is_augmented_anew_each_time():
+def test_a_image_is_augmented_anew_each_time():
     drawn = [record["drawn"] for batch in take(stream(), 20) for record in batch]
     assert len(set(drawn)) == len(drawn)
 
 
-def test_batches_hold_one_aspect_and_no_picture_is_lost():
+def test_batches_hold_one_aspect_and_no_image_is_lost():
     batches = take(stream(), 60)
     for batch in batches:
         assert len({record["width"] > record["height"] for record in batch}) == 1
     counts = np.bincount([r["index"] for b in batches for r in b], minlength=len(SIZES))
-    assert counts.max() - counts.min() <= 2  # 120 pictures of 7; two batches may be waiting
+    assert counts.max() - counts.min() <= 2  # 120 images of 7; two batches may be waiting
 
 
 def test_without_grouping_the_order_is_the_samplers():
@@ -91,7 +91,7 @@ def names(batch):
     "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "ClassAwareTrainingSampler"]
 )
 def test_a_config_gives_the_same_stream_whatever_was_drawn_before(dataset, tmp_path, sampler):
-    threshold = ["DATALOADER.REPEAT_THRESHOLD", "2.0"]  # repeats every picture, some more often
+    threshold = ["DATALOADER.REPEAT_THRESHOLD", "2.0"]  # repeats every image, some more often
     cfg = run_cfg(tmp_path, "DATALOADER.SAMPLER_TRAIN", sampler, *threshold)
     seed_everything(1)
     first = take(build_train_stream(cfg), 4)
@@ -102,7 +102,7 @@ def test_a_config_gives_the_same_stream_whatever_was_drawn_before(dataset, tmp_p
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, other, strict=True))
 
 
-def test_the_order_of_pictures_is_the_same_whether_samplers_draw_or_take_a_seed(
+def test_the_order_of_images_is_the_same_whether_samplers_draw_or_take_a_seed(
     dataset, tmp_path, monkeypatch
 ):
     """Detectron2's head gives its samplers cfg.SEED, earlier versions let them draw."""
@@ -122,5 +122,5 @@ def test_the_order_of_pictures_is_the_same_whether_samplers_draw_or_take_a_seed(
 
 
 def test_a_batch_size_of_zero_is_refused(dataset, tmp_path):
-    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 0; allowed is a multiple"):
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 0; must be a multiple"):
         build_train_stream(run_cfg(tmp_path, "SOLVER.IMS_PER_BATCH", "0"))

@@ -14,7 +14,7 @@ from d2_balance.engine.decoupled import train_only
 from ..conftest import make_inputs, small_cfg
 from .conftest import run_cfg
 
-CLASSIFIER = ["MODEL.BALANCE.TRAIN_ONLY", ["box_predictor.cls_score"]]
+CLASSIFIER = ["MODEL.BALANCE.TRAINABLE", ["box_predictor.cls_score"]]
 
 
 def step(model, cfg):
@@ -40,7 +40,7 @@ def test_only_the_named_parameters_move_and_no_statistics(kind):
     cfg = small_cfg(kind, *CLASSIFIER, "SOLVER.BASE_LR", 1.0)
     entry = "box_predictor.cls_score"
     if kind == "cascade":
-        cfg.MODEL.BALANCE.TRAIN_ONLY = ["cls_score"]
+        cfg.MODEL.BALANCE.TRAINABLE = ["cls_score"]
         entry = "cls_score"
     model = BalancedTrainer.build_model(cfg)
     before = copies(model)
@@ -60,7 +60,7 @@ def test_without_entries_nothing_is_frozen():
 
 
 def test_batch_norms_of_trained_parts_keep_on_learning():
-    cfg = small_cfg("faster", "MODEL.BALANCE.TRAIN_ONLY", ["res4", "roi_heads"])
+    cfg = small_cfg("faster", "MODEL.BALANCE.TRAINABLE", ["res4", "roi_heads"])
     model = BalancedTrainer.build_model(cfg)
     before = copies(model)
     step(model, cfg)
@@ -130,7 +130,7 @@ def test_what_is_frozen_already_stays_frozen():
 def test_entries_that_match_nothing_are_named(entry, expected):
     with pytest.raises(ValueError) as error:
         train_only(build_model(small_cfg("faster")), ["cls_score", entry])
-    assert str(error.value).startswith("MODEL.BALANCE.TRAIN_ONLY: ")
+    assert str(error.value).startswith("MODEL.BALANCE.TRAINABLE: ")
     assert expected in str(error.value)
 
 
@@ -144,9 +144,9 @@ def test_a_run_that_trains_one_layer_resumes_exactly(dataset, tmp_path):
     options = ["MODEL.BALANCE.CLS_LOSS", "BAGS", "MODEL.BALANCE.BAGS.CUTS", (8, 16), *CLASSIFIER]
     options += ["SOLVER.CHECKPOINT_PERIOD", 2]
 
-    def run(folder, iterations, resume=False):
+    def run(directory, iterations, resume=False):
         keys = [*options, "SOLVER.MAX_ITER", iterations]
-        trainer = BalancedTrainer(run_cfg(folder, *keys, kind="faster"))
+        trainer = BalancedTrainer(run_cfg(directory, *keys, kind="faster"))
         trainer.resume_or_load(resume=resume)
         trainer.test = lambda cfg, model: {}
         start = copies(trainer.model)

@@ -1,6 +1,6 @@
 """What goes wrong overnight: each fault loses nothing but what its message names.
 
-Full disk, corrupt picture, killed loading process, changed world size, two runs in one folder.
+Full disk, corrupt image, killed worker, changed world size, two runs in one directory.
 Broken checkpoints and those of another model: test_checkpoint.py; kills of the run: test_kill.py.
 """
 
@@ -36,11 +36,11 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def own_data(tmp_path):
-    """As `dataset`, with files of this test alone; the folder of the pictures."""
+    """As `dataset`, with files of this test alone; the directory of the images."""
     files = write_dataset(tmp_path / "data")
     for name in (TRAIN, TEST):
         register_json(name, *files)
-    yield tmp_path / "data" / "pictures"
+    yield tmp_path / "data" / "images"
     for name in (TRAIN, TEST):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -50,16 +50,16 @@ def own_data(tmp_path):
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
-    """A file system of `size` bytes at `folder`."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+def small_disk(directory, size):
+    """A file system of `size` bytes at `directory`."""
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here; the limit of file sizes stands for it")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", str(directory)], check=True)
 
 
 @contextlib.contextmanager
@@ -74,14 +74,14 @@ def file_limit(size):
 
 
 def test_a_full_disk_keeps_the_checkpoints_before_it(tmp_path, log):
-    folder = tmp_path / "disk"
-    with small_disk(folder, 1 << 20):
+    directory = tmp_path / "disk"
+    with small_disk(directory, 1 << 20):
         model = torch.nn.Linear(100, 1000)  # 404 kB: two fit, three do not
-        checkpointer = BalancedCheckpointer(model, str(folder))
+        checkpointer = BalancedCheckpointer(model, str(directory))
         for step in (1, 2, 3):
             torch.nn.init.constant_(model.bias, step)
             checkpointer.save(f"model_{step:07d}", iteration=step)
-        assert sorted(os.listdir(folder)) == [
+        assert sorted(os.listdir(directory)) == [
             "last_checkpoint",
             "model_0000001.pth",
             "model_0000002.pth",
@@ -93,9 +93,9 @@ def test_a_full_disk_keeps_the_checkpoints_before_it(tmp_path, log):
         assert model.bias[0] == 2
         with pytest.raises(RunStopped, match="model_final.pth could not be written: No space"):
             checkpointer.save("model_final", iteration=3)
-        (folder / "model_0000001.pth").unlink()  # what the message asks for
+        (directory / "model_0000001.pth").unlink()  # what the message asks for
         checkpointer.save("model_final", iteration=3)
-        assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+        assert (directory / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_a_run_on_a_full_disk_goes_on_and_stops_only_at_its_end(dataset, tmp_path, log):
@@ -111,26 +111,26 @@ def test_a_run_on_a_full_disk_goes_on_and_stops_only_at_its_end(dataset, tmp_pat
     assert not list((tmp_path / "out").glob("*.pth*"))
 
 
-# --- pictures and loading processes ---
+# --- images and workers ---
 
 
-def corrupt(pictures, name="5.png"):
-    path = pictures / name
+def corrupt(images, name="5.png"):
+    path = images / name
     path.write_bytes(path.read_bytes()[:300])
     return str(path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_picture_is_skipped_named_and_counted(own_data, tmp_path, log, workers):
+def test_a_corrupt_image_is_skipped_named_and_counted(own_data, tmp_path, log, workers):
     path = corrupt(own_data)
     longer = ["SOLVER.MAX_ITER", "12", "DATALOADER.NUM_WORKERS", str(workers)]
     trainer = trained(run_cfg(tmp_path / "out", *STATE, *longer))
     assert trainer.iter == 12 and list(trainer.data_loader.broken) == [path]
     named = [text for text in log if path in text]
-    assert len(named) == 1 and "1 so far, DATALOADER.MAX_BROKEN_PICTURES is 10" in named[0]
+    assert len(named) == 1 and "1 so far, DATALOADER.MAX_UNREADABLE_IMAGES is 10" in named[0]
 
 
-def test_a_run_with_a_corrupt_picture_resumes_exactly(own_data, tmp_path):
+def test_a_run_with_a_corrupt_image_resumes_exactly(own_data, tmp_path):
     path = corrupt(own_data)
     longer = ["SOLVER.MAX_ITER", "12"]
     whole = trained(run_cfg(tmp_path / "whole", *STATE, *longer))
@@ -141,24 +141,24 @@ def test_a_run_with_a_corrupt_picture_resumes_exactly(own_data, tmp_path):
     assert list(resumed.data_loader.broken) == [path]  # the count goes on
 
 
-def test_more_corrupt_pictures_than_the_limit_end_the_run(own_data, tmp_path):
+def test_more_corrupt_images_than_the_limit_end_the_run(own_data, tmp_path):
     path = corrupt(own_data)
-    limit = ["SOLVER.MAX_ITER", "12", "DATALOADER.MAX_BROKEN_PICTURES", "0"]
-    with pytest.raises(RunStopped, match="1 training pictures cannot be read") as error:
+    limit = ["SOLVER.MAX_ITER", "12", "DATALOADER.MAX_UNREADABLE_IMAGES", "0"]
+    with pytest.raises(RunStopped, match="1 training images cannot be read") as error:
         trained(run_cfg(tmp_path / "out", *STATE, *limit))
-    assert path in str(error.value) and "DATALOADER.MAX_BROKEN_PICTURES is 0" in str(error.value)
+    assert path in str(error.value) and "DATALOADER.MAX_UNREADABLE_IMAGES is 0" in str(error.value)
 
 
 def test_a_disk_that_has_gone_ends_the_run(own_data, tmp_path):
-    trainer = BalancedTrainer(run_cfg(tmp_path / "out", "DATALOADER.MAX_BROKEN_PICTURES", "1000"))
-    for picture in own_data.iterdir():
-        picture.unlink()
-    with pytest.raises(RunStopped, match="pictures in a row cannot be read.*Is the disk"):
+    trainer = BalancedTrainer(run_cfg(tmp_path / "out", "DATALOADER.MAX_UNREADABLE_IMAGES", "1000"))
+    for image in own_data.iterdir():
+        image.unlink()
+    with pytest.raises(RunStopped, match="images in a row cannot be read.*Is the disk"):
         trainer.train()
 
 
 class KillLoader(HookBase):
-    """Kills a loading process, as the system does when memory runs out."""
+    """Kills a worker, as the system does when memory runs out."""
 
     def __init__(self, iterations):
         self.iterations = iterations
@@ -183,7 +183,7 @@ def test_a_killed_loading_process_is_started_again(dataset, tmp_path, log):
     trainer.register_hooks([KillLoader((3,))])
     trainer.train()
     assert different(whole, trainer) == []
-    assert any("loading processes start again at batch" in text for text in log)
+    assert any("workers start again at batch" in text for text in log)
 
 
 def first_weights(cfg):
@@ -200,7 +200,7 @@ def test_loading_processes_that_die_again_and_again_end_the_run(log):
     stream = TrainStream(
         [{"width": 1, "height": 1}], dict, [0] * 9, 1, group_by_aspect=False, num_workers=1, seed=0
     )
-    stream._pictures = Dies()
+    stream._images = Dies()
     with pytest.raises(RunStopped, match="lower DATALOADER.NUM_WORKERS. --resume continues"):
         next(iter(stream))
     assert len([text for text in log if "start again at batch 0" in text]) == 3
@@ -209,11 +209,11 @@ def test_loading_processes_that_die_again_and_again_end_the_run(log):
 # --- processes ---
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
-        trained(run_cfg(f"{folder}/out", *STATE), kill_at=5)
+        trained(run_cfg(f"{directory}/out", *STATE), kill_at=5)
 
 
 def test_another_number_of_processes_continues_with_a_warning(
@@ -243,7 +243,7 @@ with output_lock(sys.argv[1]):
 """
 
 
-def test_two_runs_do_not_write_into_one_folder(tmp_path):
+def test_two_runs_do_not_write_into_one_directory(tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=-1, stdout=-1, text=True
     )

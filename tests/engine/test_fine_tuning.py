@@ -1,4 +1,4 @@
-"""Checkpoints of stock Detectron2 with 80 classes go on learning other classes of real pictures."""
+"""Checkpoints of stock Detectron2 with 80 classes go on learning other classes of real images."""
 
 from pathlib import Path
 

@@ -93,7 +93,7 @@ def plant(iteration, place):
 
 def process(rank, ranks, meeting, arguments, kill):
     torch.set_num_threads(1)
-    # loading processes as a run of its own has them; this process was started in another way
+    # workers as a run of its own has them; this process was started in another way
     multiprocessing.set_start_method("fork", force=True)
     import torch.distributed as dist
     from detectron2.engine import default_argument_parser
@@ -112,12 +112,12 @@ def process(rank, ranks, meeting, arguments, kill):
     leave_groups()
 
 
-def run(ranks, folder, config, *more, kill=None):
+def run(ranks, directory, config, *more, kill=None):
     """Exit codes of the ranks; where one is killed, so are the others."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch", "d2_balance.engine", "train_net"])
-    arguments = ["--config-file", str(config), *more, "OUTPUT_DIR", str(folder)]
-    meeting = f"file://{folder}.meeting{random.random()}"
+    arguments = ["--config-file", str(config), *more, "OUTPUT_DIR", str(directory)]
+    meeting = f"file://{directory}.meeting{random.random()}"
     started = []
     for rank in range(ranks):
         # with several ranks the last one is killed, or the first one while it saves
@@ -134,8 +134,8 @@ def run(ranks, folder, config, *more, kill=None):
     return [each.exitcode for each in started]
 
 
-def lines(folder):
-    records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+def lines(directory):
+    records = [json.loads(line) for line in (directory / "metrics.json").read_text().splitlines()]
     return [{key: x for key, x in record.items() if key not in CLOCK} for record in records]
 
 
@@ -157,8 +157,8 @@ def differences(one, other, path=""):
     return [] if equal else [path]
 
 
-def final(folder):
-    state = torch.load(folder / "model_final.pth", weights_only=True)
+def final(directory):
+    state = torch.load(directory / "model_final.pth", weights_only=True)
     state.pop("config")  # names OUTPUT_DIR
     state["trainer"]["hooks"]["RunState"].pop("logs")  # bytes of the log, digits of times included
     return state
@@ -166,13 +166,13 @@ def final(folder):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kill")
-    files = dict(zip(("json", "images"), write_dataset(folder / "data"), strict=True))
+    directory = tmp_path_factory.mktemp("kill")
+    files = dict(zip(("json", "images"), write_dataset(directory / "data"), strict=True))
     model = RETINANET.replace("{NUM_CONVS: 1}", "{NUM_CONVS: 1, NUM_CLASSES: 6}")
     model = model.replace("META_ARCHITECTURE: RetinaNet", "META_ARCHITECTURE: BalancedRetinaNet")
     text = CONFIG.format(**files, length=LENGTH, period=PERIOD)
-    (folder / "small.yaml").write_text(model.rstrip() + text)
-    return folder / "small.yaml"
+    (directory / "small.yaml").write_text(model.rstrip() + text)
+    return directory / "small.yaml"
 
 
 @pytest.mark.slow

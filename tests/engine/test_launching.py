@@ -60,7 +60,7 @@ def test_torchrun_is_known_by_its_variables(monkeypatch, torchrun):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"num_gpus": 0}, "--num-gpus is 0; allowed is a number from 1"),
+        ({"num_gpus": 0}, "--num-gpus is 0; must be a number from 1"),
         ({"num_machines": 0}, "--num-machines 0; allowed are a number of at least 1"),
         ({"num_machines": 2, "machine_rank": 2}, "--machine-rank is 2 .* from 0 to one less"),
     ],
@@ -75,7 +75,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_launch(arguments(num_gpus=2))
-    with pytest.raises(ValueError, match="--num-gpus is 3; allowed is a number from 1 to 2"):
+    with pytest.raises(ValueError, match="--num-gpus is 3; must be a number from 1 to 2"):
         check_launch(arguments(num_gpus=3))
 
 
@@ -89,19 +89,19 @@ def test_torchrun_with_more_processes_than_gpus_is_refused(monkeypatch, torchrun
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="allowed is --nproc-per-node 2 at most"):
+    with pytest.raises(ValueError, match="must be --nproc-per-node 2 at most"):
         check_launch(arguments())
 
 
-def started(folder, launcher, *more):
-    script = folder / "main.py"
+def started(directory, launcher, *more):
+    script = directory / "main.py"
     script.write_text(MAIN)
     before = {
         "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         "launch": [],
     }[launcher]
     after = ["--num-gpus", "2"] if launcher == "launch" else []
-    command = [sys.executable, *before, str(script), "--config-file", str(folder), *after, *more]
+    command = [sys.executable, *before, str(script), "--config-file", str(directory), *after, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 

@@ -14,13 +14,13 @@ LAZY, QUICK = ROOT / "configs/lazy", ROOT / "configs/quick_schedules"
 SHORT = ["train.max_iter=2", "train.device=cpu", "dataloader.train.total_batch_size=2"]
 
 
-def yaml_run(name, folder):
+def yaml_run(name, directory):
     overrides = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
-    return read_run(str(QUICK / f"{name}.yaml"), [*overrides, "OUTPUT_DIR", str(folder)])
+    return read_run(str(QUICK / f"{name}.yaml"), [*overrides, "OUTPUT_DIR", str(directory)])
 
 
-def lazy_run(path, folder, *overrides):
-    return read_run(str(path), [*SHORT, f"train.output_dir={folder}", *overrides])
+def lazy_run(path, directory, *overrides):
+    return read_run(str(path), [*SHORT, f"train.output_dir={directory}", *overrides])
 
 
 def train(cfg, kind, start=None):
@@ -69,7 +69,7 @@ def test_the_names_of_a_lazy_config_are_those_of_yaml(tmp_path):
     cfg, _ = lazy_run(LAZY / f"{name}.py", tmp_path)
     other, _ = yaml_run(name, tmp_path)
     for key in ("META_ARCHITECTURE", "MASK_ON", "ROI_HEADS.NAME", "ROI_HEADS.NUM_CLASSES",
-                "BALANCE.CLS_LOSS", "BALANCE.EQL.LAMBDA_"):  # fmt: skip
+                "BALANCE.CLS_LOSS", "BALANCE.EQL.LAMBDA"):  # fmt: skip
         found, expected = cfg.MODEL, other.MODEL
         for part in key.split("."):
             found, expected = found[part], expected[part]

@@ -1,4 +1,4 @@
-"""A loss that is not finite ends the run and says which loss, which picture and which class."""
+"""A loss that is not finite ends the run and says which loss, which image and which class."""
 
 import dataclasses
 import json
@@ -32,10 +32,10 @@ class Planted:
             yield batch
 
 
-def start(folder, *overrides, kind="retinanet", at=3, change=None, action=None):
-    """A trainer whose batch (`change`) or model (`action`) is spoilt at an iteration."""
+def start(directory, *overrides, kind="retinanet", at=3, change=None, action=None):
+    """A trainer whose batch (`change`) or model (`action`) is corrupt at an iteration."""
     seed_everything(7)
-    trainer = BalancedTrainer(run_cfg(folder, *overrides, kind=kind))
+    trainer = BalancedTrainer(run_cfg(directory, *overrides, kind=kind))
     trainer.test = lambda cfg, model: {}
     change = change or (lambda batch: action(trainer.model))
     trainer.data_loader = Planted(trainer.data_loader, at, change)
@@ -79,7 +79,7 @@ def last_batch(trainer):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "cascade"])
-def test_a_box_of_the_annotations_is_named_with_its_picture_and_class(dataset, tmp_path, kind):
+def test_a_box_of_the_annotations_is_named_with_its_image_and_class(dataset, tmp_path, kind):
     seen = []
     trainer = start(tmp_path, kind=kind, change=lambda b: (bad_box(b), seen.append(b[1])))
     error = failure(trainer)
@@ -90,22 +90,22 @@ def test_a_box_of_the_annotations_is_named_with_its_picture_and_class(dataset, t
         "cascade": [(), ("loss_rpn_loc",)],  # some releases stop at boxes that are not finite
     }
     assert error.losses in allowed[kind]
-    assert error.pictures == (seen[0]["file_name"],)
+    assert error.images == (seen[0]["file_name"],)
     assert error.classes == (name,)
     assert error.iteration == 3
     text = str(error)
-    assert f"Classes: {name}. Pictures: {seen[0]['file_name']} (a ground truth box is not" in text
-    assert "at iteration 3: " in text and "Mend these pictures" in text
+    assert f"Classes: {name}. Images: {seen[0]['file_name']} (a ground truth box is not" in text
+    assert "at iteration 3: " in text and "Mend these images" in text
     assert "SOLVER.BASE_LR" not in text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_with_an_infinite_pixel_is_named(dataset, tmp_path, kind):
-    # batch norm carries it to the other picture, which is not to blame
+def test_a_image_with_an_infinite_pixel_is_named(dataset, tmp_path, kind):
+    # batch norm carries it to the other image, which is not to blame
     seen = []
     trainer = start(tmp_path, kind=kind, change=lambda b: (bad_pixel(b), seen.append(b[1])))
     error = failure(trainer)
-    assert error.pictures == (seen[0]["file_name"],) and error.classes == ()
+    assert error.images == (seen[0]["file_name"],) and error.classes == ()
     assert "pixels are not finite" in str(error)
     if kind == "retinanet":
         assert error.losses == ("loss_cls", "loss_box_reg")
@@ -128,11 +128,11 @@ def test_the_class_of_a_spoilt_classifier_is_named(dataset, tmp_path, kind):
     error = failure(trainer)
     assert error.classes == ("class3",) and error.losses == ("loss_cls",)
     assert "cls_score.bias" in str(error) and "Classes: class3." in str(error)
-    assert set(error.pictures) == set(last_batch(trainer))
+    assert set(error.images) == set(last_batch(trainer))
 
 
 def spoil_samples(model, change):
-    """Passes the samples of marked pictures through `change(samples, rows)`; returns the marks."""
+    """Passes the samples of marked images through `change(samples, rows)`; returns the marks."""
     head = getattr(model, "roi_heads", None)
     head = model if head is None else head.box_predictor
     preprocess, gather = model.preprocess_image, head.samples
@@ -151,7 +151,7 @@ def spoil_samples(model, change):
 
 
 def nan_scores(samples, rows):
-    """Of class 2, in the marked pictures."""
+    """Of class 2, in the marked images."""
     logits = samples.logits.clone()
     logits[rows, 2] = math.nan
     return dataclasses.replace(samples, logits=logits)
@@ -175,13 +175,13 @@ def nan_deltas(samples, rows):
         ("faster", "EQLv2"),
     ],
 )
-def test_scores_of_one_class_in_one_picture_are_found(dataset, tmp_path, kind, loss):
+def test_scores_of_one_class_in_one_image_are_found(dataset, tmp_path, kind, loss):
     trainer = start(tmp_path, "MODEL.BALANCE.CLS_LOSS", loss, kind=kind, change=mark)
     spoil_samples(trainer.model, nan_scores)
     error = failure(trainer)
     assert "loss_cls" in error.losses
     assert error.classes == ("class2",)
-    assert error.pictures == (last_batch(trainer)[1],)
+    assert error.images == (last_batch(trainer)[1],)
     assert "class scores are not finite" in str(error)
 
 
@@ -192,13 +192,13 @@ def test_predicted_boxes_are_found_by_the_labels_of_their_rows(dataset, tmp_path
     spoil_samples(trainer.model, nan_deltas)
     error = failure(trainer)
     assert error.losses == ("loss_box_reg",)
-    assert error.pictures == (seen[0]["file_name"],)
+    assert error.images == (seen[0]["file_name"],)
     classes = {f"class{c}" for c in seen[0]["instances"].gt_classes.tolist()}
     assert error.classes and set(error.classes) <= classes
     assert "a predicted box is not finite" in str(error)
 
 
-def test_a_loss_of_another_head_is_found_picture_by_picture(dataset, tmp_path):
+def test_a_loss_of_another_head_is_found_image_by_image(dataset, tmp_path):
     trainer = start(tmp_path, kind="mask", change=mark)
     marks = spoil_samples(trainer.model, lambda samples, rows: samples)
     heads = trainer.model.roi_heads
@@ -210,12 +210,12 @@ def test_a_loss_of_another_head_is_found_picture_by_picture(dataset, tmp_path):
     heads._forward_mask = spoilt
     error = failure(trainer)
     assert error.losses == ("loss_mask",) and error.classes == ()
-    assert len(error.pictures) == 1 and error.pictures[0] == last_batch(trainer)[1]
+    assert len(error.images) == 1 and error.images[0] == last_batch(trainer)[1]
     assert "its loss is not finite when it is run alone" in str(error)
 
 
-def checkpoints(folder):
-    return {path.name: torch.load(path)["model"] for path in folder.glob("*.pth")}
+def checkpoints(directory):
+    return {path.name: torch.load(path)["model"] for path in directory.glob("*.pth")}
 
 
 @pytest.mark.parametrize("at", [3, 5])
@@ -243,7 +243,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(dataset, tmp_path, at):
     error = failure(trainer)
     assert error.iteration == at and error.losses == ()
     assert "the first such parameter is head.bbox_pred.weight" in str(error)
-    assert set(error.pictures) == set(last_batch(trainer))
+    assert set(error.images) == set(last_batch(trainer))
     assert sorted(checkpoints(tmp_path)) == [f"model_{i:07d}.pth" for i in (1, 3) if i < at]
 
 
@@ -273,23 +273,23 @@ def test_other_errors_stay_what_they_are(dataset, tmp_path, error):
     assert raised.value is error
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
         change = bad_box if rank == 1 else lambda batch: None
-        trainer = start(f"{folder}/out", "SOLVER.IMS_PER_BATCH", "4", at=1, change=change)
+        trainer = start(f"{directory}/out", "SOLVER.IMS_PER_BATCH", "4", at=1, change=change)
         error = failure(trainer)
-        found = error.losses, error.pictures, error.classes, str(error), last_batch(trainer)
-        with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
+        found = error.losses, error.images, error.classes, str(error), last_batch(trainer)
+        with open(os.path.join(directory, f"rank{rank}.json"), "w") as file:
             json.dump(found, file)
 
 
-def test_all_ranks_end_with_the_picture_of_one(dataset_files, tmp_path):
+def test_all_ranks_end_with_the_image_of_one(dataset_files, tmp_path):
     mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     assert first[:4] == second[:4]
-    losses, pictures, classes, text, batch = second
-    assert losses == ["loss_box_reg"] and len(pictures) == len(classes) == 1
-    assert pictures[0] in batch and pictures[0] not in first[4]
-    assert f"Pictures: {pictures[0]} (a ground truth box is not finite)." in text
+    losses, images, classes, text, batch = second
+    assert losses == ["loss_box_reg"] and len(images) == len(classes) == 1
+    assert images[0] in batch and images[0] not in first[4]
+    assert f"Images: {images[0]} (a ground truth box is not finite)." in text

@@ -30,13 +30,13 @@ from ..conftest import small_cfg
 from .conftest import run_cfg
 
 
-def stock_checkpoint(folder, kind, classes=80, *overrides):
+def stock_checkpoint(directory, kind, classes=80, *overrides):
     """What stock Detectron2 saves of a model with as many classes."""
     cfg = small_cfg(kind, *overrides, balanced=False)
     cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     model = build_model(cfg)
-    DetectionCheckpointer(model, str(folder)).save("stock", iteration=89999)
-    return str(folder / "stock.pth"), model.state_dict()
+    DetectionCheckpointer(model, str(directory)).save("stock", iteration=89999)
+    return str(directory / "stock.pth"), model.state_dict()
 
 
 def load(cfg, weights):
@@ -174,10 +174,10 @@ def test_a_resnet_of_torchvision_becomes_the_backbone(tmp_path, caplog):
     assert [name for name in missing if "num_batches" not in name] == []
     assert "INPUT.FORMAT" in caplog.text and "58.395" in caplog.text
     # the same features as torchvision's network computes
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        found = model.backbone.bottom_up(picture)["res5"]
-        x = source.maxpool(source.relu(source.bn1(source.conv1(picture))))
+        found = model.backbone.bottom_up(image)["res5"]
+        x = source.maxpool(source.relu(source.bn1(source.conv1(image))))
         expected = source.layer4(source.layer3(source.layer2(source.layer1(x))))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -1,9 +1,9 @@
 """k ranks train as one process on the joined batch does: 20 iterations on mini_lvis.
 
-For the claim to have a meaning, nothing may hang on how pictures are shared out, save what joins
-ranks. So layer norm stands for batch norm, no anchor or proposal is drawn, nothing is mirrored, and
-all pictures have one size (a batch is padded to its largest picture, and padding has anchors). The
-feed deals the pictures of one fixed batch to the ranks. Numbers are float64: in float32 another
+For the claim to have a meaning, nothing may hang on how images are shared out, save what joins
+ranks. So layer norm stands for batch norm, no anchor or proposal is drawn, nothing is flipped, and
+all images have one size (a batch is padded to its largest image, and padding has anchors). The
+feed deals the images of one fixed batch to the ranks. Numbers are float64: in float32 another
 order of summation moves scores by 1e-7, and that is enough to swap two proposals.
 """
 
@@ -26,9 +26,9 @@ from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg
 
 BATCH, STEPS = 4, 20
-EMPTY = range(8, 13)  # iterations in which the second half of the ranks has empty pictures only
-WHOLE = ["MODEL.BALANCE.SAMPLE_PROPOSALS", "False", "MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN"]
-WHOLE += ["MODEL.BALANCE.RPN.SAMPLE", "False"]
+EMPTY = range(8, 13)  # iterations in which the second half of the ranks has empty images only
+WHOLE = ["MODEL.BALANCE.SAMPLING_FREE", "True", "MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN"]
+WHOLE += ["MODEL.BALANCE.RPN.SAMPLING_FREE", "True"]
 LOSSES = {
     "Focal": "retinanet",
     "GHMC": "retinanet",
@@ -57,24 +57,24 @@ def nms_of_floats(boxes, scores, *more, nms=proposal_utils.batched_nms):
 
 
 def feed(root):
-    """STEPS batches of BATCH pictures, the same in every process."""
+    """STEPS batches of BATCH images, the same in every process."""
     mapper = DatasetMapper(
         is_train=True,
         augmentations=[T.Resize((64, 64))],
         image_format="BGR",
         use_instance_mask=False,
     )
-    pictures = [mapper(record) for record in mini_lvis.load_mini_lvis(root, "mini_lvis_train")]
+    images = [mapper(record) for record in mini_lvis.load_mini_lvis(root, "mini_lvis_train")]
     order = torch.Generator().manual_seed(5)
     for step in range(STEPS):
-        chosen = torch.randint(len(pictures), (BATCH,), generator=order).tolist()
-        batch = [dict(pictures[index]) for index in chosen]
+        chosen = torch.randint(len(images), (BATCH,), generator=order).tolist()
+        batch = [dict(images[index]) for index in chosen]
         for record in batch[BATCH // 2 :] if step in EMPTY else ():
             record["instances"] = record["instances"][:0]
         yield batch
 
 
-def train(root, folder, name):
+def train(root, directory, name):
     """State of the model after training on this rank's share of the feed."""
     kind = LOSSES[name]
     overrides = ["MODEL.BALANCE.CLS_LOSS", name, "MODEL.RESNETS.NORM", "LN"]
@@ -83,7 +83,7 @@ def train(root, folder, name):
     overrides += ["SOLVER.BASE_LR", "0.001"]
     overrides += WHOLE if kind == "faster" else []
     seed_everything(7)
-    trainer = Trainer(run_cfg(f"{folder}/{name}", *overrides, kind=kind))
+    trainer = Trainer(run_cfg(f"{directory}/{name}", *overrides, kind=kind))
     ranks, rank = comm.get_world_size(), comm.get_rank()
     share = BATCH // ranks
     trainer.data_loader = [batch[rank * share :][:share] for batch in feed(root)]
@@ -92,25 +92,25 @@ def train(root, folder, name):
     return {"state": model.state_dict(), "buffers": dict(model.named_buffers())}
 
 
-def train_all(rank, ranks, root, folder):
+def train_all(rank, ranks, root, directory):
     torch.set_num_threads(1)
     proposal_utils.batched_nms = nms_of_floats
     for name in (TRAIN, TEST):
         register_json(name, f"{root}/v1/mini_lvis_train.json", f"{root}/v1")
-    with joined(rank, folder, ranks) if ranks > 1 else nullcontext():
-        results = {name: train(root, f"{folder}/{ranks}", name) for name in LOSSES}
-        torch.save(results, f"{folder}/{ranks}_{rank}.pth")
+    with joined(rank, directory, ranks) if ranks > 1 else nullcontext():
+        results = {name: train(root, f"{directory}/{ranks}", name) for name in LOSSES}
+        torch.save(results, f"{directory}/{ranks}_{rank}.pth")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """States by number of ranks and rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = str(folder / "mini_lvis")
+    directory = tmp_path_factory.mktemp("ranks")
+    root = str(directory / "mini_lvis")
     mini_lvis._build(root, {"train": 16, "val": 4})
     for ranks in (1, 2, 4):
-        mp.spawn(train_all, (ranks, root, str(folder)), nprocs=ranks)
-    return {(k, r): torch.load(folder / f"{k}_{r}.pth") for k in (1, 2, 4) for r in range(k)}
+        mp.spawn(train_all, (ranks, root, str(directory)), nprocs=ranks)
+    return {(k, r): torch.load(directory / f"{k}_{r}.pth") for k in (1, 2, 4) for r in range(k)}
 
 
 @pytest.mark.slow

@@ -14,13 +14,13 @@ from ..conftest import make_inputs
 from .test_nonfinite import bad_box, failure, nan_bias, nan_weights, start
 
 
-def saved_file(folder):
-    (path,) = folder.glob("replay_*_rank0.pt")
+def saved_file(directory):
+    (path,) = directory.glob("replay_*_rank0.pt")
     return str(path)
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "mask"])
-def test_a_planted_nan_is_reproduced_with_its_picture_and_class(dataset, tmp_path, capsys, kind):
+def test_a_planted_nan_is_reproduced_with_its_image_and_class(dataset, tmp_path, capsys, kind):
     seen = []
     trainer = start(tmp_path, kind=kind, change=lambda b: (bad_box(b), seen.append(b[1])))
     error = failure(trainer)
@@ -29,7 +29,7 @@ def test_a_planted_nan_is_reproduced_with_its_picture_and_class(dataset, tmp_pat
     capsys.readouterr()
     assert main(["replay", path]) == 0
     text = capsys.readouterr().out
-    assert "iteration 3, 2 pictures, fp32" in text and "The loss is not finite:" in text
+    assert "iteration 3, 2 images, fp32" in text and "The loss is not finite:" in text
     name = f"class{seen[0]['instances'].gt_classes[0]}"
     assert f"  {seen[0]['file_name']}: a ground truth box is not finite, {name}\n" in text
 

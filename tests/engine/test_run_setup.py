@@ -1,4 +1,4 @@
-"""From the command line to a config: keys, device, folder, seed, messages."""
+"""From the command line to a config: keys, device, directory, seed, messages."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_file_and_command_line_are_merged(tmp_path):
         (["SOLVER.MAXITER", "3"], r"unknown key SOLVER.MAXITER; did you mean SOLVER.MAX_ITER"),
         (["MODEL.BALANCE.GHMC.BINS", "many"], r"Type mismatch.*MODEL.BALANCE.GHMC.BINS"),
         (["MODEL.BALANCE.GHMC.BINS"], r"odd length"),
-        (["MODEL.BALANCE.EQL.LAMBDA", "0.1"], r"renamed to MODEL.BALANCE.EQL.LAMBDA_"),
+        (["MODEL.BALANCE.EQL.LAMBDA", "0.1"], r"renamed to MODEL.BALANCE.EQL.LAMBDA"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(overrides, expected):
@@ -72,17 +72,17 @@ def test_cuda_becomes_cpu_only_where_there_is_none(monkeypatch):
     assert not use_cpu_without_cuda(cfg) and cfg.MODEL.DEVICE == "cuda"
 
 
-def cfg_in(folder, *overrides):
-    return small_cfg("retinanet", "OUTPUT_DIR", str(folder), *overrides)
+def cfg_in(directory, *overrides):
+    return small_cfg("retinanet", "OUTPUT_DIR", str(directory), *overrides)
 
 
-def started_run(folder, seed=11):
-    folder.mkdir()
-    (folder / "config.yaml").write_text(f"SEED: {seed}\n")
-    (folder / "last_checkpoint").write_text("model_0000003.pth")
+def started_run(directory, seed=11):
+    directory.mkdir()
+    (directory / "config.yaml").write_text(f"SEED: {seed}\n")
+    (directory / "last_checkpoint").write_text("model_0000003.pth")
 
 
-def test_a_folder_with_a_run_is_refused_and_left_alone(tmp_path):
+def test_a_directory_with_a_run_is_refused_and_left_alone(tmp_path):
     started_run(tmp_path / "out")
     before = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match=r"OUTPUT_DIR .*out holds a run.*--resume.*another"):
@@ -107,7 +107,7 @@ def test_what_counts_as_a_run(tmp_path, files, expected):
     assert holds_run(str(tmp_path)) is expected
 
 
-def test_empty_metrics_and_missing_folders_are_no_run(tmp_path):
+def test_empty_metrics_and_missing_directories_are_no_run(tmp_path):
     (tmp_path / "metrics.json").touch()
     assert not holds_run(str(tmp_path))
     assert not holds_run(str(tmp_path / "missing"))
@@ -155,13 +155,13 @@ def test_an_evaluation_writes_beside_a_run(tmp_path):
 def test_an_evaluation_takes_class_counts_from_the_weights(tmp_path):
     cfg = cfg_in(tmp_path)
     prepare_run(cfg, eval_only=True)
-    assert cfg.MODEL.BALANCE.CLASS_STATISTICS == "checkpoint"
-    cfg = cfg_in(tmp_path, "MODEL.BALANCE.CLASS_STATISTICS", "counts.json")
+    assert cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == "checkpoint"
+    cfg = cfg_in(tmp_path, "MODEL.BALANCE.CLASS_COUNTS_FILE", "counts.json")
     prepare_run(cfg, eval_only=True)
-    assert cfg.MODEL.BALANCE.CLASS_STATISTICS == "counts.json"
+    assert cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == "counts.json"
     cfg = cfg_in(tmp_path)
     prepare_run(cfg)
-    assert cfg.MODEL.BALANCE.CLASS_STATISTICS == ""
+    assert cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == ""
 
 
 def test_an_evaluation_with_resume_takes_the_last_checkpoint(tmp_path):

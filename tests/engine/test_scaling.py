@@ -11,7 +11,7 @@ from .conftest import run_cfg
 
 def large_cfg(*overrides):
     values = [
-        "SOLVER.REFERENCE_BATCH", "16", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.02",
+        "SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.02",
         "SOLVER.MAX_ITER", "90000", "SOLVER.STEPS", "(60000, 80000)", "SOLVER.WARMUP_ITERS", "1000",
         "SOLVER.CHECKPOINT_PERIOD", "5000", "TEST.EVAL_PERIOD", "0", "TEST.LOSS.PERIOD", "1000",
         "MODEL.BALANCE.BETA_DECAY.PERIOD", "10000",
@@ -38,23 +38,23 @@ def test_a_large_batch_leaves_no_period_at_zero():
 
 
 def test_without_a_reference_nothing_changes():
-    cfg = large_cfg("SOLVER.REFERENCE_BATCH", "0")
+    cfg = large_cfg("SOLVER.REFERENCE_IMS_PER_BATCH", "0")
     before = cfg.dump()
     assert scale_to_batch(cfg) == "" and cfg.dump() == before
 
 
 def test_the_trainer_scales_a_config_from_python(dataset, tmp_path):
-    cfg = run_cfg(tmp_path, "SOLVER.REFERENCE_BATCH", "4", "SOLVER.WARMUP_ITERS", "0")
+    cfg = run_cfg(tmp_path, "SOLVER.REFERENCE_IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "0")
     trainer = BalancedTrainer(cfg)
     assert trainer.max_iter == 12 and cfg.SOLVER.MAX_ITER == 6
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
-    "overrides", [["SOLVER.REFERENCE_BATCH", "-1"], ["SOLVER.REFERENCE_WORLD_SIZE", "8"]]
+    "overrides", [["SOLVER.REFERENCE_IMS_PER_BATCH", "-1"], ["SOLVER.REFERENCE_WORLD_SIZE", "8"]]
 )
 def test_a_reference_that_cannot_be_is_refused(overrides):
-    with pytest.raises(ValueError, match="SOLVER.REFERENCE_BATCH"):
+    with pytest.raises(ValueError, match="SOLVER.REFERENCE_IMS_PER_BATCH"):
         check_reference_batch(large_cfg(*overrides))
 
 
@@ -73,7 +73,7 @@ BASE = "SOLVER: {IMS_PER_BATCH: 16, BASE_LR: 0.02}\n"
         ("_BASE_: base.yaml\nSOLVER: {IMS_PER_BATCH: 4, BASE_LR: 0.005}\n",
          ["SOLVER.IMS_PER_BATCH", "16"], True),
         ("_BASE_: base.yaml\n",
-         ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.REFERENCE_BATCH", "16"], False),
+         ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.REFERENCE_IMS_PER_BATCH", "16"], False),
         ("SOLVER: {IMS_PER_BATCH: 2}\n", [], True),  # Detectron2's own default is for 16
         # a rate without a batch is for the batch below it
         ("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.01}\n", [], False),
@@ -92,7 +92,7 @@ def test_a_batch_that_was_changed_alone_is_mentioned(tmp_path, content, override
 
 
 def test_scaled_runs_see_the_learning_rate_of_the_config(dataset, tmp_path):
-    trainer = BalancedTrainer(run_cfg(tmp_path, "SOLVER.REFERENCE_BATCH", "1"))
+    trainer = BalancedTrainer(run_cfg(tmp_path, "SOLVER.REFERENCE_IMS_PER_BATCH", "1"))
     trainer.test = lambda cfg, model: {}
     trainer.train()
     assert trainer.iter == 3

@@ -68,15 +68,15 @@ def test_metrics_of_a_resumed_run_are_joined(tmp_path):
     assert read_metrics(str(tmp_path / "missing.json")) == []
 
 
-def finished_run(folder):
+def finished_run(directory):
     """The files that a run with GHMC leaves behind."""
-    (folder / "inference").mkdir(parents=True)
+    (directory / "inference").mkdir(parents=True)
     nulls = {n: {k: None if v != v else v for k, v in r.items()} for n, r in RECORDS.items()}
-    (folder / "inference" / f"per_class_ap_{TEST}.json").write_text(json.dumps(nulls))
+    (directory / "inference" / f"per_class_ap_{TEST}.json").write_text(json.dumps(nulls))
     metrics = [{"iteration": i, "total_loss": 2.0, "time": 0.5} for i in (19, 39)]
-    (folder / "metrics.json").write_text("".join(json.dumps(r) + "\n" for r in metrics))
+    (directory / "metrics.json").write_text("".join(json.dumps(r) + "\n" for r in metrics))
     stats = {"GHMC": {"density": [9.0, 1.0, 0.0], "weight": [0.2, 1.8, 0.0]}}
-    (folder / "loss_stats.json").write_text(json.dumps([{"iteration": 20, "stats": stats}]))
+    (directory / "loss_stats.json").write_text(json.dumps([{"iteration": 20, "stats": stats}]))
 
 
 def test_a_run_is_told_with_its_plots(dataset, tmp_path):
@@ -90,7 +90,7 @@ def test_a_run_is_told_with_its_plots(dataset, tmp_path):
         "BalancedRetinaNet",
         "6, batch 2",
         "0:00:20",  # 40 iterations of half a second
-        "12 pictures, 24 annotations of 6 classes",
+        "12 images, 24 annotations of 6 classes",
         "torch",
     ]:
         assert part in text, part
@@ -127,7 +127,7 @@ def test_bad_annotations_are_counted_with_reason_and_id(dataset_files, dataset, 
     text = (tmp_path / "summary.md").read_text()
     assert "1 bad annotation(s) skipped" in text
     assert "box of no area: 1 (annotation id 4)" in text
-    assert "12 pictures, 23 annotations" in text
+    assert "12 images, 23 annotations" in text
 
 
 def test_several_test_sets_have_a_table_each(dataset, tmp_path):

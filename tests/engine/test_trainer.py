@@ -92,11 +92,17 @@ def stateful():
             )
     ghm = ["MODEL.BALANCE.CLS_LOSS", "GHMC"]
     yield pytest.param("fcos", ghm, id="FCOS")
-    rpn = ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAMPLE", "False"]
+    rpn = [
+        "MODEL.PROPOSAL_GENERATOR.NAME",
+        "BalancedRPN",
+        "MODEL.BALANCE.RPN.SAMPLING_FREE",
+        "True",
+    ]
     yield pytest.param("faster", [*rpn, "MODEL.BALANCE.RPN.CLS_LOSS", "GHMC"], id="RPN")
     memory = ["MODEL.BALANCE.CLS_LOSS", "LOCE", "MODEL.BALANCE.LOCE_MEMORY.ENABLED", "True"]
     yield pytest.param("cascade", memory, id="memory")
-    selection = ["MODEL.BALANCE.REWEIGHT", "['ISR','ISRN','CARL']"]
+    selection = ["MODEL.BALANCE.REWEIGHTERS", "['ISR','CARL']"]
+    selection += ["MODEL.BALANCE.PROPOSAL_SAMPLER", "ISRN"]
     yield pytest.param("faster", selection, id="ISRN")
     sampler = ["DATALOADER.SAMPLER_TRAIN", "ClassAwareTrainingSampler"]
     yield pytest.param("retinanet", sampler, id="class-aware")
@@ -174,11 +180,11 @@ def test_without_a_seed_steps_are_not_seeded(dataset, tmp_path):
     assert SeedSteps not in kinds
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
-        trainer = trained(run_cfg(f"{folder}/out", *GHM, *DECAY, "SOLVER.MAX_ITER", "3"))
+        trainer = trained(run_cfg(f"{directory}/out", *GHM, *DECAY, "SOLVER.MAX_ITER", "3"))
         state = trainer.model.module.state_dict()
         torch.save(
             {
@@ -186,7 +192,7 @@ def _rank(rank, folder, files):
                 "losses": {k: v for k, v in state.items() if "loss" in k},
                 "weights": state["head.cls_score.weight"],
             },
-            os.path.join(folder, f"rank{rank}.pth"),
+            os.path.join(directory, f"rank{rank}.pth"),
         )
 
 

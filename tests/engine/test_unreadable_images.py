@@ -1,9 +1,9 @@
-"""A picture that cannot be read is replaced by another one, which is a function of the position."""
+"""An image that cannot be read is replaced by another one, which is a function of the position."""
 
 import pytest
 
 from d2_balance.engine.errors import RunStopped
-from d2_balance.engine.resume.unreadable_images import SKIPPED, BrokenPictures, SeededPictures
+from d2_balance.engine.resume.unreadable_images import SKIPPED, BrokenImages, SeededImages
 
 RECORDS = [{"file_name": f"{i}.png", "index": i} for i in range(8)]
 WIDE = [i % 2 == 0 for i in range(8)]
@@ -12,17 +12,17 @@ WIDE = [i % 2 == 0 for i in range(8)]
 CUT_OFF = OSError("cut off")
 
 
-def pictures(broken=(), error=CUT_OFF, seed=3):
+def images(broken=(), error=CUT_OFF, seed=3):
     def mapper(record):
         if record["index"] in broken:
             raise error
         return dict(record)
 
-    return SeededPictures(RECORDS, mapper, WIDE, seed)
+    return SeededImages(RECORDS, mapper, WIDE, seed)
 
 
-def test_another_picture_of_the_same_aspect_takes_its_place():
-    data = pictures(broken={4})
+def test_another_image_of_the_same_aspect_takes_its_place():
+    data = images(broken={4})
     found = [data[position, 4] for position in range(20)]
     assert all(WIDE[record["index"]] and record["index"] != 4 for record in found)
     assert len({record["index"] for record in found}) > 1  # not always the same one
@@ -30,34 +30,34 @@ def test_another_picture_of_the_same_aspect_takes_its_place():
 
 
 def test_the_choice_is_a_function_of_seed_and_position():
-    first = [pictures(broken={4})[position, 4]["index"] for position in range(20)]
-    assert [pictures(broken={4})[position, 4]["index"] for position in range(20)] == first
-    assert [pictures(broken={4}, seed=9)[p, 4]["index"] for p in range(20)] != first
+    first = [images(broken={4})[position, 4]["index"] for position in range(20)]
+    assert [images(broken={4})[position, 4]["index"] for position in range(20)] == first
+    assert [images(broken={4}, seed=9)[p, 4]["index"] for p in range(20)] != first
 
 
-def test_sound_pictures_are_what_they_were():
-    assert pictures(broken={4})[5, 2] == pictures()[5, 2] == RECORDS[2]
+def test_sound_images_are_what_they_were():
+    assert images(broken={4})[5, 2] == images()[5, 2] == RECORDS[2]
 
 
 @pytest.mark.parametrize("error", [KeyError("bbox"), ValueError("shape"), TypeError("none")])
-def test_mistakes_of_the_code_are_not_taken_for_broken_pictures(error):
+def test_mistakes_of_the_code_are_not_taken_for_broken_images(error):
     with pytest.raises(type(error)):
-        pictures(broken={4}, error=error)[0, 4]
+        images(broken={4}, error=error)[0, 4]
 
 
 def test_where_none_can_be_read_the_run_stops():
-    record = pictures(broken=range(8))[0, 4]
+    record = images(broken=range(8))[0, 4]
     assert set(record) == {SKIPPED}
-    with pytest.raises(RunStopped, match="pictures in a row cannot be read: 4.png"):
-        BrokenPictures(100).take_note([record])
+    with pytest.raises(RunStopped, match="images in a row cannot be read: 4.png"):
+        BrokenImages(100).take_note([record])
 
 
-def test_a_picture_counts_once_and_the_limit_is_what_is_allowed():
-    counter = BrokenPictures(2)
+def test_a_image_counts_once_and_the_limit_is_what_is_allowed():
+    counter = BrokenImages(2)
     for name in ("a", "a", "b"):
         batch = [{"image": 0, SKIPPED: {name: "bad"}}]
         counter.take_note(batch)
         assert batch == [{"image": 0}]
     assert list(counter.found) == ["a", "b"]
-    with pytest.raises(RunStopped, match=r"3 training pictures .* is 2: a \(bad\), b .*, c "):
+    with pytest.raises(RunStopped, match=r"3 training images .* is 2: a \(bad\), b .*, c "):
         counter.take_note([{"image": 0, SKIPPED: {"c": "bad"}}])

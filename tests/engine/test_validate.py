@@ -24,19 +24,19 @@ def message(cfg, **arguments):
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers a changed copy of the small data set; returns its name."""
+    """Registers a changed copy of the small dataset; returns its name."""
     names = []
 
     def make(change):
         name = f"changed_{len(names)}"
-        json_file, pictures = write_dataset(tmp_path / name)
+        json_file, images = write_dataset(tmp_path / name)
         with open(json_file) as file:
             data = json.load(file)
         change(data)
         with open(json_file, "w") as file:
             json.dump(data, file)
         names.append(name)
-        register_json(name, json_file, pictures)
+        register_json(name, json_file, images)
         return name
 
     yield make
@@ -110,30 +110,39 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         (["MODEL.BACKBONE.NAME", "x"], r"MODEL.BACKBONE.NAME: 'x' is unknown; allowed: build_"),
         ([BALANCE + "CLS_LOSS", "Fokal"], r"MODEL.BALANCE.CLS_LOSS: 'Fokal' is unknown"),
         ([BALANCE + "BOX_LOSS", "L3"], r"MODEL.BALANCE.BOX_LOSS: 'L3' is unknown; allowed:.*GIoU"),
-        ([BALANCE + "REWEIGHT", "['X']"], r"MODEL.BALANCE.REWEIGHT: 'X' is unknown"),
+        ([BALANCE + "REWEIGHTERS", "['X']"], r"MODEL.BALANCE.REWEIGHTERS: 'X' is unknown"),
         (
             [BALANCE + "CLS_LOSS", "GHMC", BALANCE + "GHMC.BINS", "0"],
-            r"MODEL.BALANCE.GHMC: .*bins=0 is not allowed; a whole number of at least 1",
+            r"MODEL.BALANCE.GHMC: .*bins=0 is not allowed; an integer of at least 1",
         ),
         (
-            [BALANCE + "CLS_LOSS", "EQL", BALANCE + "EQL.LAMBDA_", "2.0"],
+            [BALANCE + "CLS_LOSS", "EQL", BALANCE + "EQL.LAMBDA", "2.0"],
             r"MODEL.BALANCE.EQL: .*lambda_=2.0 is not allowed",
         ),
         (
             [BALANCE + "BETA_DECAY.ENABLED", "True", BALANCE + "BETA_DECAY.PERIOD", "0"],
             r"MODEL.BALANCE.BETA_DECAY.PERIOD is 0",
         ),
-        ([BALANCE + "CLS_WEIGHT", "-1.0"], r"MODEL.BALANCE.CLS_WEIGHT is -1.0; allowed is .* 0"),
-        ([BALANCE + "BOX_WEIGHT", "-0.5"], r"MODEL.BALANCE.BOX_WEIGHT is -0.5; allowed is .* 0"),
+        (
+            [BALANCE + "CLS_LOSS_WEIGHT", "-1.0"],
+            r"MODEL.BALANCE.CLS_LOSS_WEIGHT is -1.0; must be .* 0",
+        ),
+        (
+            [BALANCE + "BOX_LOSS_WEIGHT", "-0.5"],
+            r"MODEL.BALANCE.BOX_LOSS_WEIGHT is -0.5; must be .* 0",
+        ),
         ([BALANCE + "PRIOR_PROB", "1.0"], r"MODEL.BALANCE.PRIOR_PROB is 1.0; .* in \(0, 1\)"),
         (["MODEL.RETINANET.PRIOR_PROB", "0."], r"MODEL.RETINANET.PRIOR_PROB is 0.0; .*\(0, 1\)"),
         (
-            [*CLS[:1], "EQL", BALANCE + "CLASS_STATISTICS", "checkpoint"],
-            r"CLASS_STATISTICS \"checkpoint\" is for --eval-only; allowed in training is",
+            [*CLS[:1], "EQL", BALANCE + "CLASS_COUNTS_FILE", "checkpoint"],
+            r"CLASS_COUNTS_FILE \"checkpoint\" is for --eval-only; allowed in training is",
         ),
         (["SOLVER.AMP.PRECISION", "half"], r"SOLVER.AMP.PRECISION is 'half'; .* fp16, bf16"),
         (["SOLVER.AMP.INIT_SCALE", "0.0"], r"SOLVER.AMP.INIT_SCALE is 0.0 .* above 0"),
-        (["SOLVER.ACCUMULATE", "3"], r"SOLVER.ACCUMULATE is 3; .*IMS_PER_BATCH 2 over 1 proc"),
+        (
+            ["SOLVER.GRAD_ACCUM_STEPS", "3"],
+            r"SOLVER.GRAD_ACCUM_STEPS is 3; .*IMS_PER_BATCH 2 over 1 proc",
+        ),
         (
             ["DATALOADER.SAMPLER_TRAIN", "ClassAwareSampler"],
             r"DATALOADER.SAMPLER_TRAIN: 'ClassAwareSampler' is unknown; allowed: TrainingSampler, "
@@ -141,12 +150,12 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         ),
         (
             ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
-            r"DATALOADER.REPEAT_THRESHOLD is 0.0, with which .* repeats no picture; allowed is",
+            r"DATALOADER.REPEAT_THRESHOLD is 0.0, with which .* repeats no image; allowed is",
         ),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
         (
             ["DATASETS.TRAIN", "('engine_trian',)"],
-            r"DATASETS.TRAIN: the data set 'engine_trian' is not registered; did you mean "
+            r"DATASETS.TRAIN: the dataset 'engine_trian' is not registered; did you mean "
             r"engine_train.*DATASETS.REGISTER",
         ),
         (["DATASETS.TEST", "('coco_2017_vall',)"], r"DATASETS.TEST: .*coco_2017_val"),
@@ -180,10 +189,10 @@ def test_unreadable_json_is_named(dataset, tmp_path, register):
     assert path in text and "not valid JSON" in text
 
 
-def test_missing_pictures_are_named(dataset, tmp_path, register):
+def test_missing_images_are_named(dataset, tmp_path, register):
     name = register(lambda data: data["images"][0].update(file_name="lost.png"))
     text = message(run_cfg(tmp_path, "DATASETS.TRAIN", f"('{name}',)"))
-    assert "1 of 12 pictures are missing" in text and "lost.png" in text
+    assert "1 of 12 images are missing" in text and "lost.png" in text
 
 
 @pytest.mark.parametrize("loss", ["EQL", "Federated"])
@@ -194,7 +203,7 @@ def test_image_level_labels_are_needed_in_every_training_set(dataset, tmp_path, 
 
     name = register(strip)
     overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", loss]
-    key = f"{BALANCE}{loss.upper()}.IMAGE_LABELS"
+    key = f"{BALANCE}{loss.upper()}.USE_IMAGE_LEVEL_LABELS"
     text = message(run_cfg(tmp_path, *overrides))
     assert repr(name) in text and f"set {key} False" in text
     validate(run_cfg(tmp_path, *overrides, key, "False"))
@@ -209,7 +218,7 @@ def test_categories_of_training_and_test_must_agree(dataset, tmp_path, register)
 def test_a_training_set_without_annotations_is_named(dataset, tmp_path, register):
     name = register(lambda data: data["annotations"].clear())
     text = message(run_cfg(tmp_path, "DATASETS.TRAIN", f"('{name}',)"))
-    assert f"{name!r} has 12 pictures and no annotation" in text
+    assert f"{name!r} has 12 images and no annotation" in text
 
 
 def test_mask_heads_need_masks(dataset, tmp_path, register):
@@ -250,12 +259,12 @@ def test_weights_that_cannot_be_downloaded_are_named(dataset, tmp_path, monkeypa
     assert "no route to host" in text
 
 
-def test_pictures_of_another_size_stop_the_run_before_it_starts(register, tmp_path, dataset):
+def test_images_of_another_size_stop_the_run_before_it_starts(register, tmp_path, dataset):
     name = register(lambda data: data["images"][4].update(width=65))
     cfg = run_cfg(tmp_path, *CLS, "DATASETS.TRAIN", (name,))
     text = message(cfg)
-    assert text.startswith(f"{name}: 1 of 12 pictures looked at are not of the size")
-    assert "image 5 (" in text and "is 64 x 48, not 65 x 48; give the pictures that" in text
+    assert text.startswith(f"{name}: 1 of 12 images looked at are not of the size")
+    assert "image 5 (" in text and "is 64 x 48, not 65 x 48; give the images that" in text
 
 
 def test_classes_that_training_never_saw_are_named(register, tmp_path, caplog, dataset):

@@ -1,4 +1,4 @@
-"""Losses on the test sets: a mean over pictures that leaves the run as it was."""
+"""Losses on the test sets: a mean over images that leaves the run as it was."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from .conftest import TEST, TRAIN, run_cfg
 
 LOSS = ["TEST.LOSS.PERIOD", "2"]
 GHM = ["MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "GHMR"]
-SHORT = [*GHM, *LOSS, "SOLVER.MAX_ITER", "1", "TEST.LOSS.IMAGES", "5"]  # 3 and 2 pictures
+SHORT = [*GHM, *LOSS, "SOLVER.MAX_ITER", "1", "TEST.LOSS.IMAGES", "5"]  # 3 and 2 images
 LOCE = ["MODEL.BALANCE.CLS_LOSS", "LOCE", "MODEL.BALANCE.LOCE_MEMORY.ENABLED", "True"]
 
 
@@ -32,8 +32,8 @@ def train(cfg):
     return trainer
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.json").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_neither_state_nor_generators_nor_modes_change(dataset, tmp_path, kind, 
     assert first["total_loss"] == pytest.approx(sum(first.values()) - first["total_loss"])
 
 
-def test_a_picture_counts_as_a_batch_of_pictures_like_it(dataset, tmp_path):
+def test_a_image_counts_as_a_batch_of_images_like_it(dataset, tmp_path):
     overrides = ["MODEL.BALANCE.CLS_LOSS", "SigmoidCE", *LOSS]
     trainer = train(run_cfg(tmp_path, *overrides, "SOLVER.MAX_ITER", "2"))
     hook = next(h for h in trainer._hooks if isinstance(h, ValidationLoss))
@@ -82,26 +82,26 @@ def test_a_picture_counts_as_a_batch_of_pictures_like_it(dataset, tmp_path):
             module.eval()
     with torch.no_grad():
         for index in range(12):
-            record = hook._pictures[index]
+            record = hook._images[index]
             model.normalizer.loss_normalizer.copy_(start)
             total += model.forward([record, record])["loss_cls"].item()  # IMS_PER_BATCH is 2
     assert found == pytest.approx(total / 12, rel=1e-5)
 
 
-def test_as_many_pictures_as_asked_for_are_measured(dataset, tmp_path):
+def test_as_many_images_as_asked_for_are_measured(dataset, tmp_path):
     trainer = train(run_cfg(tmp_path, *LOSS, "TEST.LOSS.IMAGES", "5", "SOLVER.MAX_ITER", "1"))
     hook = next(h for h in trainer._hooks if isinstance(h, ValidationLoss))
-    assert len(hook._pictures) == 5
+    assert len(hook._images) == 5
 
 
-def _rank(rank, folder, files):
-    with joined(rank, folder):
+def _rank(rank, directory, files):
+    with joined(rank, directory):
         for name in (TRAIN, TEST):
             register_json(name, *files)
-        trainer = train(run_cfg(f"{folder}/out", *SHORT))
-        trainer.model.module.load_state_dict(torch.load(f"{folder}/start.pth"))
+        trainer = train(run_cfg(f"{directory}/out", *SHORT))
+        trainer.model.module.load_state_dict(torch.load(f"{directory}/start.pth"))
         hook = next(h for h in trainer._hooks if isinstance(h, ValidationLoss))
-        torch.save(hook.measure(), os.path.join(folder, f"rank{rank}.pth"))
+        torch.save(hook.measure(), os.path.join(directory, f"rank{rank}.pth"))
 
 
 def test_two_ranks_measure_what_one_process_does(dataset, dataset_files, tmp_path):

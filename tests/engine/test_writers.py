@@ -37,8 +37,8 @@ def train(cfg, resume=False, kill_at=None, test=lambda cfg, model: {"bbox": {"AP
     return trainer
 
 
-def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
+def rows(directory):
+    with open(directory / "metrics.csv", newline="") as file:
         found = list(csv.reader(file))
     assert found[0] == ["iteration", "name", "value"]
     values = [(int(i), name, float(value)) for i, name, value in found[1:]]
@@ -69,9 +69,9 @@ def test_a_run_killed_before_its_first_checkpoint_logs_each_iteration_once(datas
     assert (tmp_path / "parts" / "metrics.json").stat().st_size > 0
     train(cfg, resume=True)
 
-    def logged(folder):
-        records = map(json.loads, (folder / "metrics.json").read_text().splitlines())
-        return [record["iteration"] for record in records], [row[:2] for row in rows(folder)]
+    def logged(directory):
+        records = map(json.loads, (directory / "metrics.json").read_text().splitlines())
+        return [record["iteration"] for record in records], [row[:2] for row in rows(directory)]
 
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
@@ -136,8 +136,8 @@ def test_an_unknown_mode_is_refused(tmp_path):
         check_logs(run_cfg(tmp_path, *WANDB, "LOG.WANDB_MODE", "sometimes"))
 
 
-def tags(folder):
-    (path,) = glob.glob(str(folder / "events.out.tfevents.*"))
+def tags(directory):
+    (path,) = glob.glob(str(directory / "events.out.tfevents.*"))
     found = EventAccumulator(path, size_guidance={"scalars": 0})
     found.Reload()
     return {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

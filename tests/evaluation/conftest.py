@@ -88,7 +88,7 @@ def make_detections(rng, dataset, crowded_image=None):
 
 
 def to_outputs(dataset, detections, class_index, masks):
-    """Pairs of Detectron2 inputs and outputs, one per picture."""
+    """Pairs of Detectron2 inputs and outputs, one per image."""
     for image in dataset["images"]:
         found = detections.get(image["id"], [])
         size = (image["height"], image["width"])
@@ -114,12 +114,12 @@ class Sets:
     make_dataset = staticmethod(make_dataset)
     make_detections = staticmethod(make_detections)
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, directory):
+        self.directory = directory
 
     def register(self, dataset, evaluator_type, name=None):
         name = name or f"evaluation_test_{next(_NUMBER)}"
-        path = self.folder / f"{name}.json"
+        path = self.directory / f"{name}.json"
         path.write_text(json.dumps(dataset))
         ids = sorted(c["id"] for c in dataset["categories"])
         names = {c["id"]: c["name"] for c in dataset["categories"]}

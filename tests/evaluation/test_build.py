@@ -1,4 +1,4 @@
-"""build_evaluator chooses by the data set's metadata."""
+"""build_evaluator chooses by the dataset's metadata."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_annotations_that_loading_left_out_are_not_evaluated(cfg, coco_sets, tmp
     assert [r["instances"] for r in evaluator.per_class.values()] == [1, 1, 0]
 
 
-def test_lvis_sets_get_lvis_rules_and_a_folder_of_their_own(cfg, sets, rng, tmp_path):
+def test_lvis_sets_get_lvis_rules_and_a_directory_of_their_own(cfg, sets, rng, tmp_path):
     name = sets.register(sets.make_dataset(rng, 4, 4), "lvis")
     evaluator = build_evaluator(cfg, name, str(tmp_path / "elsewhere"))
     assert type(evaluator) is LVISGroupEvaluator

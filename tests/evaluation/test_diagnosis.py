@@ -14,7 +14,7 @@ A, B, C = 2, 4, 9  # category ids
 
 
 def truth(tmp_path, objects, lvis=False, not_exhaustive=()):
-    """One picture of 100 x 80 pixels; objects are (class, box)."""
+    """One image of 100 x 80 pixels; objects are (class, box)."""
     image = {"id": "p", "width": 100, "height": 80}
     categories = [{"id": i, "name": n} for i, n in ((A, "a"), (B, "b"), (C, "c"))]
     if lvis:
@@ -68,7 +68,7 @@ def test_each_kind_of_error_is_told_apart(tmp_path):
         "background": 1,
         "missed": 1,  # the second a
     }
-    # b's object is found when the better of the two detections at it is mended, that of class a:
+    # b's object is found when the better of the two detections at it is fixed, that of class a:
     # the AP50 of b rises from 0 to 1, the mean over a and b by 50
     assert errors["classification"]["AP50 lost"] == pytest.approx(50)
     assert errors["localisation"]["AP50 lost"] == 0
@@ -130,22 +130,22 @@ def test_scores_out_of_range_are_refused(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_the_report_is_one_page_with_its_pictures(tmp_path, capsys, empty):
+def test_the_report_is_one_page_with_its_images(tmp_path, capsys, empty):
     truth(tmp_path, OBJECTS, lvis=True)
     found = [] if empty else [{k: v for k, v in d.items() if v is not None} for d in FOUND["p"]]
     (tmp_path / "found.json").write_text(json.dumps(found))
-    folder = tmp_path / "report"
+    directory = tmp_path / "report"
     arguments = ["eval", str(tmp_path / "found.json"), "--dataset", str(tmp_path / "truth.json")]
-    arguments += ["--report", str(folder)]
+    arguments += ["--report", str(directory)]
     assert cli.main(arguments) == 0
-    page = (folder / "report.html").read_text()
+    page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "http" not in page
     assert "found.json" in page and "Kinds of errors" in page
-    written = json.loads((folder / "diagnosis.json").read_text())
+    written = json.loads((directory / "diagnosis.json").read_text())
     ece = written["diagnosis"][0]["calibration"]
     assert ("all" in ece) == (not empty)
     names = ["calibration", "confusion", "errors", "precision_recall"]
-    assert sorted(p.name for p in folder.glob("*.png")) == [f"{n}_box.png" for n in names]
+    assert sorted(p.name for p in directory.glob("*.png")) == [f"{n}_box.png" for n in names]
     capsys.readouterr()
     assert cli.main(arguments) == 2
     assert "report.html exists; --overwrite replaces it" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from d2_balance.evaluation.record import Evaluation
 
 
 def one_image(neg=(), not_exhaustive=(), classes=(1,), frequency="frc"):
-    """One picture, a 20 x 20 box for each entry of `classes`; categories 1, 2, 3."""
+    """One image, a 20 x 20 box for each entry of `classes`; categories 1, 2, 3."""
     annotations = [
         {"id": n, "image_id": 7, "category_id": c, "bbox": [40 * n, 10, 20, 20], "area": 400}
         for n, c in enumerate(classes)

@@ -1,4 +1,4 @@
-"""The plot of AP by training count is a picture of its own size and refuses what it cannot draw."""
+"""The plot of AP by training count is an image of its own size and refuses what it cannot draw."""
 
 import math
 
@@ -16,8 +16,8 @@ def record(group, count, ap):
 
 
 def has_colour(path, colour):
-    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return bool((np.abs(picture - colour).max(axis=2) < 3).any())
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return bool((np.abs(image - colour).max(axis=2) < 3).any())
 
 
 def test_only_groups_with_points_are_drawn(tmp_path):

@@ -20,17 +20,17 @@ def _detect(evaluator, image_id, box):
     evaluator.process([{"image_id": image_id}], [{"instances": instances}])
 
 
-def _work(rank, folder):
-    MetadataCatalog.get("two_ranks").set(json_file=f"{folder}/two_ranks.json")
+def _work(rank, directory):
+    MetadataCatalog.get("two_ranks").set(json_file=f"{directory}/two_ranks.json")
     results = []
-    with joined(rank, folder):
-        for output_dir in (f"{folder}/out", None):
+    with joined(rank, directory):
+        for output_dir in (f"{directory}/out", None):
             evaluator = LVISGroupEvaluator("two_ranks", output_dir=output_dir)
             for _ in range(2):  # the second round must not find the files of the first
                 evaluator.reset()
                 _detect(evaluator, 1 + rank, [0.0, 10.0, 20.0, 30.0])
                 results.append(evaluator.evaluate())
-    with open(f"{folder}/rank{rank}.json", "w") as f:
+    with open(f"{directory}/rank{rank}.json", "w") as f:
         json.dump(results, f)
 
 
@@ -56,8 +56,8 @@ def test_two_ranks_give_one_result_on_rank_0(tmp_path):
 
 
 def test_rank_files_keep_content_and_order(tmp_path):
-    folder = str(tmp_path / "parts")
-    first, second = RankPredictions(folder, 0), RankPredictions(folder, 1)
+    directory = str(tmp_path / "parts")
+    first, second = RankPredictions(directory, 0), RankPredictions(directory, 1)
     first.append("a\tb", [{"score": 0.1, "name": "tab\tand\nline"}], True)
     first.append(2, [], False)
     second.append(3, [{"score": 1.0}, {"score": 0.5}], False)

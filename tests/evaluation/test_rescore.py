@@ -18,9 +18,9 @@ CATEGORIES = [
 BOX, AWAY = [0, 0, 20, 20], [40, 40, 20, 20]
 
 
-def truth(ids=(1, 2), folder="train"):
+def truth(ids=(1, 2), directory="train"):
     images = [
-        {"id": i, "width": 80, "height": 80, "file_name": f"{folder}/{i}.jpg"}
+        {"id": i, "width": 80, "height": 80, "file_name": f"{directory}/{i}.jpg"}
         | {"neg_category_ids": [2, 5, 7], "not_exhaustive_category_ids": []}
         for i in ids
     ]
@@ -35,7 +35,7 @@ def detection(image, category, score, box=BOX):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-# With one detection a picture, the rare object loses to a wrong frequent one unless it counts more
+# With one detection an image, the rare object loses to a wrong frequent one unless it counts more
 # than 0.5 / 0.2 = 2.5 times; from 0.9 / 0.1 = 9 times on a wrong rare one pushes out the right
 # frequent one.
 FOUND = [
@@ -141,13 +141,13 @@ def test_norcal_by_hand(files):
 @pytest.mark.parametrize(
     "held, message",
     [
-        (truth(folder="val"), "2 of 2 pictures of held.json are in val.json as well"),
-        (truth((2, 3), "val"), "1 of 2 pictures .* image ids 2"),
+        (truth(directory="val"), "2 of 2 images of held.json are in val.json as well"),
+        (truth((2, 3), "val"), "1 of 2 images .* image ids 2"),
     ],
 )
-def test_pictures_that_are_evaluated_on_are_refused(files, capsys, held, message):
+def test_images_that_are_evaluated_on_are_refused(files, capsys, held, message):
     (files / "held.json").write_text(json.dumps(held))
-    (files / "val.json").write_text(json.dumps(truth(folder="val")))
+    (files / "val.json").write_text(json.dumps(truth(directory="val")))
     assert fit() == 2 and not (files / "factors.json").exists()
     assert re.search(message, capsys.readouterr().err)
     assert fit("--test", "held.json") == 2
@@ -156,8 +156,8 @@ def test_pictures_that_are_evaluated_on_are_refused(files, capsys, held, message
     assert "name what is evaluated on" in capsys.readouterr().err
 
 
-def test_other_pictures_may_have_the_same_ids(files):
-    (files / "val.json").write_text(json.dumps(truth(folder="other") | {}))
+def test_other_images_may_have_the_same_ids(files):
+    (files / "val.json").write_text(json.dumps(truth(directory="other") | {}))
     held = truth()
     for image in held["images"]:
         image["file_name"] = f"train/a{image['id']}.jpg"

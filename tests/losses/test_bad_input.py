@@ -82,7 +82,7 @@ def test_images_without_rows_and_without_labels_of_their_own(name):
     samples = make(loss)
     nothing = torch.zeros(3, K, dtype=torch.bool)
     samples = dataclasses.replace(
-        samples, image=samples.image * 2, num_images=3, listed=nothing, partial=nothing
+        samples, image=samples.image * 2, num_images=3, verified=nothing, not_exhaustive=nothing
     )
     assert finite(loss, samples)
 
@@ -98,7 +98,7 @@ def test_one_nan_makes_the_loss_nan_and_its_row_can_be_told(name, kind):
         samples.logits[row, 2] = math.nan
     value = loss(samples)
     assert not value.sum().isfinite()
-    state_first = not loss.update_after  # then all rows are weighted with what one has spoilt
+    state_first = not loss.update_after  # then all rows are weighted with what one has corrupt
     spoilt = not all(buffer.isfinite().all() for buffer in loss.buffers())
     if loss.elementwise and not (state_first and spoilt):
         bad = (~value.isfinite()).view(60, -1).any(dim=1)

@@ -1,4 +1,4 @@
-"""Balanced L1: values and slopes of the paper, also for beta other than 1."""
+"""Balanced L1: values and gradients of the paper, also for beta other than 1."""
 
 import math
 
@@ -11,27 +11,27 @@ ALPHA, GAMMA = 0.5, 1.5
 B = math.exp(GAMMA / ALPHA) - 1
 
 
-def slope(x, **arguments):
+def grad(x, **arguments):
     pred = torch.tensor([[x, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     BalancedL1(**arguments)(pred, torch.zeros(1, 4).double()).sum().backward()
     return pred.grad[0, 0].item()
 
 
 @pytest.mark.parametrize("x", [0.01, 0.3, 0.99])
-def test_slope_of_inliers_is_the_papers(x):
-    assert slope(x) == pytest.approx(ALPHA * math.log(B * x + 1))
+def test_grad_of_inliers_is_the_papers(x):
+    assert grad(x) == pytest.approx(ALPHA * math.log(B * x + 1))
 
 
 @pytest.mark.parametrize("x", [1.0, 5.0])
-def test_slope_of_outliers_is_gamma(x):
-    assert slope(x) == pytest.approx(GAMMA)
+def test_grad_of_outliers_is_gamma(x):
+    assert grad(x) == pytest.approx(GAMMA)
 
 
 @pytest.mark.parametrize("beta", [0.11, 0.5, 2.0])
-def test_slope_is_zero_at_zero_and_continuous_at_beta(beta):
+def test_grad_is_zero_at_zero_and_continuous_at_beta(beta):
     # published code gives alpha (1 / beta - 1) at 0: 0.5 at beta .5, 4 at .11
-    assert slope(1e-9, beta=beta) == pytest.approx(0, abs=1e-6)
-    below, above = slope(beta * (1 - 1e-9), beta=beta), slope(beta * (1 + 1e-9), beta=beta)
+    assert grad(1e-9, beta=beta) == pytest.approx(0, abs=1e-6)
+    below, above = grad(beta * (1 - 1e-9), beta=beta), grad(beta * (1 + 1e-9), beta=beta)
     assert below == pytest.approx(above, rel=1e-6) == pytest.approx(GAMMA, rel=1e-6)
 
 

@@ -54,7 +54,7 @@ def test_rare_classes_are_pushed_harder():
     assert -logits.grad[1, 2] > -logits.grad[0, 0] > 0
 
 
-def test_classes_without_pictures_stay_finite():
+def test_classes_without_images_stay_finite():
     batch = samples()
     assert BalancedSoftmax(class_count=[5, 0, 0])(batch).isfinite().all()
     assert LogitAdjusted(instance_count=[5, 0, 0])(batch).isfinite().all()

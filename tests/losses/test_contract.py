@@ -57,7 +57,7 @@ def make(loss, rows=60, positives=9, scale=2.0, dtype=torch.float32, seed=0, num
     labels[:positives] = torch.randint(0, num_classes, (positives,), generator=generator)
     order = torch.randperm(rows, generator=generator)
     labels = labels[order]
-    listed = torch.rand(2, num_classes, generator=generator) > 0.7
+    verified = torch.rand(2, num_classes, generator=generator) > 0.7
     boxes = torch.rand(positives, 4, generator=generator) * 40
     boxes[:, 2:] += boxes[:, :2] + 8
     return Samples(
@@ -66,8 +66,8 @@ def make(loss, rows=60, positives=9, scale=2.0, dtype=torch.float32, seed=0, num
         num_classes=num_classes,
         image=torch.arange(rows) * 2 // max(rows, 1),
         num_images=2,
-        listed=listed,
-        partial=listed & (torch.arange(num_classes) % 2 == 0),
+        verified=verified,
+        not_exhaustive=verified & (torch.arange(num_classes) % 2 == 0),
         pred_deltas=(torch.randn(positives, 4, generator=generator) * 0.1).to(dtype),
         boxes=boxes,
         gt_boxes=boxes + torch.randn(positives, 4, generator=generator),

@@ -28,11 +28,11 @@ def test_foreground_rows_do_not_suppress_tail_classes():
 
 
 def test_classes_verified_in_the_image_keep_their_weight():
-    listed = torch.tensor([[False, True, False], [False, False, False]])
-    fields = {"listed": listed, "image": torch.tensor([0, 1])}
+    verified = torch.tensor([[False, True, False], [False, False, False]])
+    fields = {"verified": verified, "image": torch.tensor([0, 1])}
     loss = EQL(class_frequency=FREQUENCY)
     assert weights(loss, [0, 0], **fields) == [[1, 1, 0], [1, 0, 0]]
-    off = EQL(class_frequency=FREQUENCY, image_labels=False)
+    off = EQL(class_frequency=FREQUENCY, use_image_level_labels=False)
     assert weights(off, [0, 0], **fields) == [[1, 0, 0], [1, 0, 0]]
 
 

@@ -39,8 +39,8 @@ def plain_drop(loss, s):
 
 
 def plain_federated(loss, s):
-    required = (s.onehot > 0).any(dim=0, keepdim=True) | s.listed
-    chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.partial
+    required = (s.onehot > 0).any(dim=0, keepdim=True) | s.verified
+    chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.not_exhaustive
     return sigmoid_ce_loss(s.logits, s.onehot) * (chosen[s.image] | (s.onehot > 0))
 
 
@@ -77,7 +77,7 @@ PLAIN = {
     "SigmoidCE": lambda loss, s: sigmoid_ce_loss(s.logits, s.onehot),
     "BalancedCE": lambda loss, s: balanced_ce_loss(s.logits, s.onehot, loss.alpha),
     "Focal": lambda loss, s: focal_loss(s.logits, s.onehot, loss.alpha, loss.gamma),
-    "EQL": lambda loss, s: eql_loss(s.logits, s.onehot, s.foreground, loss.tail, s.row_listed),
+    "EQL": lambda loss, s: eql_loss(s.logits, s.onehot, s.foreground, loss.tail, s.sample_verified),
     "DropLoss": plain_drop,
     "Federated": plain_federated,
     "EQLv2": plain_eqlv2,
@@ -156,7 +156,7 @@ def test_ignored_rows_get_no_gradient_and_leave_the_others_alone(name):
         field: getattr(whole, field)[kept[pos]]
         for field in ("pred_deltas", "boxes", "gt_boxes", "gt_index")
     }
-    rest = {"listed": whole.listed, "partial": whole.partial}
+    rest = {"verified": whole.verified, "not_exhaustive": whole.not_exhaustive}
     rest |= {"num_images": 2, "box_transform": whole.box_transform}
     samples = Samples(
         logits=whole.logits[kept],

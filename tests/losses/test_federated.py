@@ -36,39 +36,43 @@ def test_fewer_classes_than_the_sample_is_the_cross_entropy():
     assert torch.equal(loss(rows), SigmoidCE()(rows))
 
 
-def test_classes_without_pictures_are_never_drawn_but_train_where_present():
+def test_classes_without_images_are_never_drawn_but_train_where_present():
     loss = Federated(class_count=[5, 0, 5, 0], num_sampled=4)
     assert trained(loss, [1, 4], 4).tolist() == [[True, True, True, False]] * 2
 
 
 def test_verified_classes_take_part_in_their_image_only():
-    listed = torch.zeros(2, 50, dtype=torch.bool)
-    listed[0, 40:] = True
-    fields = {"listed": listed, "image": torch.tensor([0, 1])}
+    verified = torch.zeros(2, 50, dtype=torch.bool)
+    verified[0, 40:] = True
+    fields = {"verified": verified, "image": torch.tensor([0, 1])}
     loss = Federated(class_count=[1000] * 5 + [1] * 45, num_sampled=10, power=8.0)
     taken = trained(loss, [50, 50], 50, **fields)
     assert taken.sum(dim=1).tolist() == [10, 10]
     assert taken[0, 40:].all() and taken[1, :5].all() and taken[1, 40:].sum() < 10
-    off = Federated(class_count=[5] * 50, num_sampled=10, image_labels=False)
+    off = Federated(class_count=[5] * 50, num_sampled=10, use_image_level_labels=False)
     same = trained(off, [50, 50], 50, **fields)
     assert torch.equal(same[0], same[1])
 
 
 def test_classes_that_are_not_annotated_exhaustively_have_no_negatives_in_their_image():
     # class 1 is partly marked in image 0, where rows 0 to 2 are; class 3, the last one, in image 1
-    partial = torch.tensor([[False, True, False, False], [False, False, False, True]])
-    fields = {"image": torch.tensor([0, 0, 0, 1, 1, 1]), "num_images": 2, "partial": partial}
-    fields["listed"] = partial.clone()
+    not_exhaustive = torch.tensor([[False, True, False, False], [False, False, False, True]])
+    fields = {
+        "image": torch.tensor([0, 0, 0, 1, 1, 1]),
+        "num_images": 2,
+        "not_exhaustive": not_exhaustive,
+    }
+    fields["verified"] = not_exhaustive.clone()
     labels = [1, 2, 4, 1, 3, 4]  # the first row of class 1 and of class 3 is an object
     taken = trained(Federated(class_count=[5] * 4, num_sampled=50), labels, 4, **fields)
     expected = torch.ones(6, 4, dtype=torch.bool)
     expected[[1, 2], 1] = False
     expected[[3, 5], 3] = False
     assert torch.equal(taken, expected)
-    one = {"partial": partial[:1], "listed": partial[:1]}
+    one = {"not_exhaustive": not_exhaustive[:1], "verified": not_exhaustive[:1]}
     taken = trained(Federated(class_count=[5] * 4), labels[:3], 4, **one)
     assert torch.equal(taken, expected[:3])
-    off = Federated(class_count=[5] * 4, image_labels=False)
+    off = Federated(class_count=[5] * 4, use_image_level_labels=False)
     assert trained(off, labels, 4, **fields).all()
 
 

@@ -64,15 +64,15 @@ def test_drop_loss_is_a_weighted_sum_of_cross_entropies():
 
 def test_federated_sums_the_classes_of_each_image():
     image = torch.arange(R) % 2
-    listed = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
-    partial = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
-    batch = rows(image=image, num_images=2, listed=listed, partial=partial)
-    # classes 3 and 4 have no picture and are never drawn; a sample of 1 draws nothing besides
+    verified = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    not_exhaustive = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    batch = rows(image=image, num_images=2, verified=verified, not_exhaustive=not_exhaustive)
+    # classes 3 and 4 have no image and are never drawn; a sample of 1 draws nothing besides
     batch = Samples(**{**vars_of(batch), "labels": torch.where(batch.labels < 2, 2, K)})
     value = Federated(class_count=[9, 9, 9, 0, 0], num_sampled=1)(batch)
     for i in range(R):
-        taken = {2} | {j for j in range(K) if listed[image[i], j]}
-        taken -= {j for j in range(K) if partial[image[i], j] and batch.labels[i] != j}
+        taken = {2} | {j for j in range(K) if verified[image[i], j]}
+        taken -= {j for j in range(K) if not_exhaustive[image[i], j] and batch.labels[i] != j}
         expected = sum(bce(batch.logits[i, j].item(), float(batch.labels[i] == j)) for j in taken)
         assert value[i].sum().item() == pytest.approx(expected)
 
@@ -126,9 +126,9 @@ def test_balanced_l1_is_the_integral_of_the_papers_gradient(x, beta):
     alpha, gamma, steps = 0.5, 1.5, 20000
     b = math.exp(gamma / alpha) - 1
     middles = [(n + 0.5) * x / steps / beta for n in range(steps)]
-    slopes = [alpha * math.log(b * m + 1) if m < 1 else gamma for m in middles]
+    grads = [alpha * math.log(b * m + 1) if m < 1 else gamma for m in middles]
     value = balanced_l1_loss(torch.tensor([[x]]).double(), torch.zeros(1, 1), alpha, gamma, beta)
-    assert value.item() == pytest.approx(sum(slopes) * x / steps, rel=1e-4)
+    assert value.item() == pytest.approx(sum(grads) * x / steps, rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))

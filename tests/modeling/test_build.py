@@ -34,9 +34,9 @@ def test_unknown_loss_lists_the_known_ones(kind, key):
 
 def test_unknown_reweighter_is_named():
     refuse(
-        r"MODEL\.BALANCE\.REWEIGHT: 'Nobody' is unknown; allowed: ",
+        r"MODEL\.BALANCE\.REWEIGHTERS: 'Nobody' is unknown; allowed: ",
         "faster",
-        "MODEL.BALANCE.REWEIGHT",
+        "MODEL.BALANCE.REWEIGHTERS",
         ["Nobody"],
     )
 
@@ -48,35 +48,35 @@ def test_unknown_key_is_named(key):
 
 
 def test_lambda_without_underscore_says_the_right_name():
-    with pytest.raises(KeyError, match="LAMBDA_"):
+    with pytest.raises(KeyError, match="LAMBDA"):
         small_cfg("faster", "MODEL.BALANCE.EQL.LAMBDA", "0.1")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("GHMC.BINS", 0, "bins=0 is not allowed; a whole number of at least 1"),
+        ("GHMC.BINS", 0, "bins=0 is not allowed; an integer of at least 1"),
         ("GHMC.MOMENTUM", 1.5, r"momentum=1.5 is not allowed; a number in \[0, 1\)"),
         ("GHMC.EMA_MODE", "fast", "ema_mode='fast' is not allowed; one of official"),
         ("DR.TAU", -1.0, "tau=-1.0 is not allowed; a number above 0"),
         ("DR.SCOPE", "gpu", "scope='gpu' is not allowed; one of image, batch"),
-        ("EQL.LAMBDA_", 2.0, r"lambda_=2.0 is not allowed; a number in \[0, 1\]"),
+        ("EQL.LAMBDA", 2.0, r"lambda_=2.0 is not allowed; a number in \[0, 1\]"),
         ("EQL.THRESHOLD", "hard", "threshold='hard' is not allowed; one of step"),
         ("FOCAL.GAMMA", -1.0, "gamma=-1.0 is not allowed; a number of at least 0"),
     ],
 )
-def test_values_out_of_range_name_the_node(key, value, rule, statistics_file):
+def test_values_out_of_range_name_the_node(key, value, rule, counts_file):
     node = key.split(".")[0]
     name = {cls.upper(): cls for cls, _ in CLS_LOSSES}[node]
     overrides = ["MODEL.BALANCE.CLS_LOSS", name, f"MODEL.BALANCE.{key}", value]
-    overrides += ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+    overrides += ["MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     refuse(rf"MODEL\.BALANCE\.{node}: {name}: {rule}", "retinanet", *overrides)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("GHMR.BINS", -2, "bins=-2 is not allowed; a whole number of at least 1"),
+        ("GHMR.BINS", -2, "bins=-2 is not allowed; an integer of at least 1"),
         ("GHMR.MU", 0.0, "mu=0.0 is not allowed; a number above 0"),
         ("SMOOTHL1.BETA", -0.1, "beta=-0.1 is not allowed; a number of at least 0"),
     ],
@@ -131,15 +131,15 @@ def test_row_weights_on_a_loss_without_rows(monkeypatch, key, name, works):
 
     monkeypatch.setitem(REWEIGHTERS._obj_map, "Halve", Halve)
     refuse(
-        rf"REWEIGHT Halve weights single rows and {key} {name} has no loss per row; {key} that "
+        rf"REWEIGHTERS Halve weights single rows and {key} {name} has no loss per row; {key} that "
         rf"work: .*{works}",
         "retinanet",
-        "MODEL.BALANCE.REWEIGHT",
+        "MODEL.BALANCE.REWEIGHTERS",
         ["Halve"],
         f"MODEL.BALANCE.{key}",
         name,
     )
-    model = build_model(small_cfg("retinanet", "MODEL.BALANCE.REWEIGHT", ["Halve"]))
+    model = build_model(small_cfg("retinanet", "MODEL.BALANCE.REWEIGHTERS", ["Halve"]))
     assert len(model.reweighters) == 1
 
 
@@ -149,11 +149,11 @@ def test_class_statistics_of_another_length(tmp_path):
     rows = [{**row, "name": f"c{i}"} for i in range(4)]
     path.write_text(json.dumps({"num_images": 10, "classes": rows}))
     refuse(
-        r"CLASS_STATISTICS: .*counts.json has 4 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 6",
+        r"CLASS_COUNTS_FILE: .*counts.json has 4 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 6",
         "faster",
         "MODEL.BALANCE.CLS_LOSS",
         "EQL",
-        "MODEL.BALANCE.CLASS_STATISTICS",
+        "MODEL.BALANCE.CLASS_COUNTS_FILE",
         str(path),
     )
 
@@ -171,7 +171,7 @@ def test_class_quantities_of_another_length_from_python(kind, cls, loss, name):
     cfg = small_cfg(kind)
     shape = () if kind == "retinanet" else (ShapeSpec(channels=8),)
     with pytest.raises(
-        ValueError, match=rf"{name} has \d entries; allowed is one for each of the model's 6 class"
+        ValueError, match=rf"{name} has \d entries; must be one for each of the model's 6 class"
     ):
         cls(cfg, *shape, cls_loss=loss)
 
@@ -185,7 +185,7 @@ def test_class_frequency_that_is_no_list_of_shares(values):
 def test_eql_without_counts_says_what_to_give():
     refuse(
         r"class statistics need DATASETS.TRAIN, which is empty: give "
-        r"MODEL.BALANCE.CLASS_STATISTICS",
+        r"MODEL.BALANCE.CLASS_COUNTS_FILE",
         "faster",
         "MODEL.BALANCE.CLS_LOSS",
         "EQL",
@@ -193,27 +193,27 @@ def test_eql_without_counts_says_what_to_give():
 
 
 def test_eql_on_a_torch_data_set_says_what_to_give():
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self):
             return 1
 
-    DatasetCatalog.register("torch_pictures", Pictures)
+    DatasetCatalog.register("torch_images", Images)
     try:
         refuse(
-            r"torch_pictures is a Pictures and no list of dicts: give "
-            r"MODEL.BALANCE.CLASS_STATISTICS",
+            r"torch_images is a Images and no list of dicts: give "
+            r"MODEL.BALANCE.CLASS_COUNTS_FILE",
             "faster",
             "MODEL.BALANCE.CLS_LOSS",
             "EQL",
             "DATASETS.TRAIN",
-            ("torch_pictures",),
+            ("torch_images",),
         )
     finally:
-        DatasetCatalog.remove("torch_pictures")
+        DatasetCatalog.remove("torch_images")
 
 
 def test_statistics_from_the_checkpoint_need_no_data():
-    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.CLASS_STATISTICS", "checkpoint"]
+    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.CLASS_COUNTS_FILE", "checkpoint"]
     model = build_model(small_cfg("faster", *keys))
     assert model.roi_heads.box_predictor.cls_loss.class_frequency.shape == (CLASSES,)
 

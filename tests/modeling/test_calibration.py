@@ -22,8 +22,8 @@ def test_gamma_zero_changes_nothing_and_zeros_stay():
     assert norcal(probs, torch.tensor([9.0, 0.0]), 1.0)[:, 1].tolist() == [0, 0]
 
 
-def test_a_model_without_it_and_with_it(statistics_file):
-    keys = ["MODEL.BALANCE.NORCAL.GAMMA", 1.0, "MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+def test_a_model_without_it_and_with_it(counts_file):
+    keys = ["MODEL.BALANCE.NORCAL.GAMMA", 1.0, "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     keys += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
     plain = build_model(small_cfg("faster", *keys[4:])).eval()
     ours = build_model(small_cfg("faster", *keys)).eval()
@@ -38,14 +38,14 @@ def test_a_model_without_it_and_with_it(statistics_file):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["MODEL.BALANCE.NORCAL.GAMMA", -1.0], "NORCAL.GAMMA is -1.0; allowed is a number of at"),
+        (["MODEL.BALANCE.NORCAL.GAMMA", -1.0], "NORCAL.GAMMA is -1.0; must be a number of at"),
         (
             ["MODEL.BALANCE.NORCAL.GAMMA", 0.5, "MODEL.BALANCE.CLS_LOSS", "SigmoidCE"],
             "NORCAL.GAMMA calibrates .* and CLS_LOSS SigmoidCE is a sigmoid loss; set it to 0",
         ),
     ],
 )
-def test_what_cannot_work_is_refused(overrides, message, statistics_file):
-    keys = [*overrides, "MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+def test_what_cannot_work_is_refused(overrides, message, counts_file):
+    keys = [*overrides, "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     with pytest.raises(ValueError, match=message):
         build_model(small_cfg("faster", *keys))

@@ -131,7 +131,7 @@ def test_half_precision_maps_meet_float_weights_and_come_back_in_half():
     assert torch.equal(found, expected.bfloat16())
 
 
-def test_no_picture_gives_an_empty_map_with_gradient():
+def test_no_image_gives_an_empty_map_with_gradient():
     layer = DeformConv(4, 6, 3, stride=2, padding=1, norm=nn.BatchNorm2d(6))
     found = layer.eval()(torch.rand(0, 4, 6, 8), torch.rand(0, 18, 3, 4))
     assert found.shape == (0, 6, 3, 4)

@@ -46,7 +46,7 @@ def capture(monkeypatch, model):
 
 
 def statistics_keys(file):
-    return ["MODEL.BALANCE.CLASS_STATISTICS", file]
+    return ["MODEL.BALANCE.CLASS_COUNTS_FILE", file]
 
 
 @pytest.mark.parametrize("empty", [(), (0,), (0, 1)], ids=["objects", "one empty", "all empty"])
@@ -104,8 +104,8 @@ def test_inference_equals_stock():
 
 @pytest.mark.parametrize("empty", [(), (0,), (0, 1)], ids=["objects", "one empty", "all empty"])
 @pytest.mark.parametrize("loss", DENSE)
-def test_every_dense_loss_trains(loss, empty, statistics_file):
-    keys = ["MODEL.BALANCE.CLS_LOSS", loss, *statistics_keys(statistics_file)]
+def test_every_dense_loss_trains(loss, empty, counts_file):
+    keys = ["MODEL.BALANCE.CLS_LOSS", loss, *statistics_keys(counts_file)]
     model = build_model(small_cfg("fcos", *keys))
     inputs = make_inputs(empty=empty)
     losses, grads = step(model, inputs)
@@ -121,8 +121,8 @@ def test_every_dense_loss_trains(loss, empty, statistics_file):
 
 
 @pytest.mark.parametrize("loss", DENSE)
-def test_every_dense_loss_is_finite_in_half_precision(loss, statistics_file):
-    keys = ["MODEL.BALANCE.CLS_LOSS", loss, *statistics_keys(statistics_file)]
+def test_every_dense_loss_is_finite_in_half_precision(loss, counts_file):
+    keys = ["MODEL.BALANCE.CLS_LOSS", loss, *statistics_keys(counts_file)]
     keys += ["MODEL.BALANCE.BOX_LOSS", "GHMR" if loss == "GHMC" else "GIoU"]
     # P7 must not be 1 x 1: torch's bfloat16 convolution returns NaN gradients there
     keys += ["MODEL.FCOS.IN_FEATURES", "['p3', 'p4', 'p5']"]
@@ -187,25 +187,25 @@ def test_samples_hold_every_point_with_ids_unique_over_the_batch(monkeypatch):
     assert samples.num_levels == 5 and (samples.level[:64] == 0).all()
     boxes = torch.cat([x["instances"].gt_boxes.tensor for x in inputs])
     classes = torch.cat([x["instances"].gt_classes for x in inputs])
-    assert samples.gt_index.min() >= 0 and samples.gt_index.max() > 2  # objects of both pictures
+    assert samples.gt_index.min() >= 0 and samples.gt_index.max() > 2  # objects of both images
     assert torch.equal(samples.gt_boxes, boxes[samples.gt_index])
     assert torch.equal(samples.labels[samples.pos], classes[samples.gt_index])
     owner = torch.tensor([0] * 3 + [2] * 3)
     assert torch.equal(samples.image[samples.pos], owner[samples.gt_index])
 
 
-def test_image_level_labels_reach_the_loss(statistics_file, monkeypatch):
+def test_image_level_labels_reach_the_loss(counts_file, monkeypatch):
     inputs = make_inputs(
         empty=(1,), neg_category_ids=[[2], [6]], not_exhaustive_category_ids=[[4], []]
     )
-    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", *statistics_keys(statistics_file)]
+    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", *statistics_keys(counts_file)]
     model = build_model(small_cfg("fcos", *keys))
     seen = capture(monkeypatch, model)
     step(model, inputs)
     annotated = set(inputs[0]["instances"].gt_classes.tolist())
-    rows = [set(row.nonzero().flatten().tolist()) for row in seen[0].listed]
+    rows = [set(row.nonzero().flatten().tolist()) for row in seen[0].verified]
     assert rows == [annotated | {1, 3}, {5}]  # raw ids begin at 1
-    assert seen[0].partial.nonzero().tolist() == [[0, 3]]
+    assert seen[0].not_exhaustive.nonzero().tolist() == [[0, 3]]
 
 
 def test_reweighters_and_guided_scaling_change_the_losses_they_are_for():
@@ -213,8 +213,8 @@ def test_reweighters_and_guided_scaling_change_the_losses_they_are_for():
     found = {}
     for name, keys in {
         "plain": [],
-        "ISR": ["MODEL.BALANCE.REWEIGHT", ["ISR"]],
-        "CARL": ["MODEL.BALANCE.REWEIGHT", ["CARL"]],
+        "ISR": ["MODEL.BALANCE.REWEIGHTERS", ["ISR"]],
+        "CARL": ["MODEL.BALANCE.REWEIGHTERS", ["CARL"]],
         "guided": ["MODEL.BALANCE.GUIDED_SCALE", 2.0],
     }.items():
         model = build_model(small_cfg("fcos", *keys))
@@ -237,13 +237,13 @@ def test_ghm_c_counts_level_by_level():
     step(model, make_inputs())
     density = model.cls_loss.density
     assert density.scales.shape == (5, 30)
-    assert density.batch.sum() == 2 * CLASSES  # the last level: one point in each picture
+    assert density.batch.sum() == 2 * CLASSES  # the last level: one point in each image
 
 
 @pytest.mark.parametrize("loss", ["GHMC", "EQL", "EFL"])
-def test_state_of_the_losses_is_saved(loss, statistics_file):
+def test_state_of_the_losses_is_saved(loss, counts_file):
     keys = ["MODEL.BALANCE.CLS_LOSS", loss, "MODEL.BALANCE.BOX_LOSS", "GHMR"]
-    cfg = small_cfg("fcos", *keys, *statistics_keys(statistics_file))
+    cfg = small_cfg("fcos", *keys, *statistics_keys(counts_file))
     model, resumed = build_model(cfg), build_model(cfg)
     step(model, make_inputs())
     resumed.load_state_dict(model.state_dict())
@@ -268,11 +268,11 @@ def test_p6_and_p7_come_from_p5():
     }
 
 
-def test_softmax_losses_are_refused_by_name(statistics_file):
+def test_softmax_losses_are_refused_by_name(counts_file):
     refused = sorted({name for name, _ in CLS_LOSSES} - set(DENSE))
     assert "SoftmaxCE" in refused
     for name in refused:
-        keys = ["MODEL.BALANCE.CLS_LOSS", name, *statistics_keys(statistics_file)]
+        keys = ["MODEL.BALANCE.CLS_LOSS", name, *statistics_keys(counts_file)]
         with pytest.raises(ValueError, match=rf"CLS_LOSS {name} .*FCOS.*Focal"):
             build_model(small_cfg("fcos", *keys))
 

@@ -1,4 +1,4 @@
-"""BalancedFCOS on two gloo ranks trains as one process on both pictures, centerness included."""
+"""BalancedFCOS on two gloo ranks trains as one process on both images, centerness included."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ CASES = [("", ""), ("GHMC", "GHMR"), ("QFL", "SmoothL1")]
 STEPS = 2  # in the second one rank 1 has no object
 
 
-def train(case, pictures):
-    """Losses, gradients and normaliser of each step on some of the two pictures."""
+def train(case, images):
+    """Losses, gradients and normaliser of each step on some of the two images."""
     torch.manual_seed(0)
     keys = ["MODEL.RESNETS.NORM", "FrozenBN"]  # BN has statistics of each rank
     keys += ["MODEL.BALANCE.CLS_LOSS", case[0], "MODEL.BALANCE.BOX_LOSS", case[1]]
@@ -26,7 +26,7 @@ def train(case, pictures):
             one["image"] = one["image"].double()
         model.zero_grad()
         with EventStorage(0):
-            losses = model([inputs[index] for index in pictures])
+            losses = model([inputs[index] for index in images])
         sum(losses.values()).backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         values = {name: value.detach() for name, value in losses.items()}

@@ -13,7 +13,7 @@ STEPS = 3  # in the second one rank 1 has no object at all
 
 
 def train(rank):
-    """What the box head holds after each step on one picture."""
+    """What the box head holds after each step on one image."""
     torch.manual_seed(0)
     model = build_model(small_cfg("faster", *MEMORY)).train()
     torch.manual_seed(rank)  # each rank draws for itself
@@ -53,7 +53,7 @@ def test_mean_scores_are_those_of_all_ranks(two_ranks):
         before = first["state"]
 
 
-def test_each_rank_keeps_the_rows_of_its_own_pictures(two_ranks):
+def test_each_rank_keeps_the_rows_of_its_own_images(two_ranks):
     for steps in two_ranks:
         seen = set()
         for step in steps:

@@ -70,7 +70,7 @@ def test_drawn_rows_train_box_head_and_classifier_and_no_box(kind):
     train_step(model, make_inputs(seed=1))
     heads = model.roi_heads
     gradients = {}
-    # pictures without objects: all positive rows are drawn ones
+    # images without objects: all positive rows are drawn ones
     with watched(lambda samples, boxes, cls, box: gradients.setdefault(len(gradients), cls)):
         train_step(model, make_inputs(seed=2, empty=(0, 1)))
     for stage, rows in gradients.items():
@@ -138,7 +138,7 @@ def test_evaluation_and_passes_without_gradient_leave_the_memory_alone():
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
 def test_mining_passes_draw_nothing(kind):
-    keys = ["MODEL.BALANCE.REWEIGHT", ["OHEM"], "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 8]
+    keys = ["MODEL.BALANCE.PROPOSAL_SAMPLER", "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 8]
     model = build_model(small_cfg(kind, *MEMORY, *keys)).train()
     for seed in range(2):
         seen, losses = watch(model, make_inputs(seed=seed))
@@ -152,7 +152,7 @@ def test_mining_passes_draw_nothing(kind):
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
 @pytest.mark.parametrize("warm", [False, True])
-def test_pictures_without_objects_train(kind, warm):
+def test_images_without_objects_train(kind, warm):
     model = build_model(small_cfg(kind, *MEMORY)).train()
     if warm:
         train_step(model, make_inputs())
@@ -165,7 +165,7 @@ def test_pictures_without_objects_train(kind, warm):
         assert layer.cls_score.weight.grad.isfinite().all()
 
 
-def test_masks_and_boxes_of_the_pictures_are_those_of_the_pictures():
+def test_masks_and_boxes_of_the_images_are_those_of_the_images():
     keys = ["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True]
     model = build_model(small_cfg("mask", *MEMORY, *keys)).train()
     for seed in range(2):
@@ -187,14 +187,14 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ([NODE + "CAPACITY", 5], "capacity=5 is not allowed; a whole number of at least 6"),
+        ([NODE + "CAPACITY", 5], "capacity=5 is not allowed; an integer of at least 6"),
         ([NODE + "PER_CLASS", 0], "per_class=0"),
         ([NODE + "CLASSES_PER_STEP", 0], "classes_per_step=0"),
         ([NODE + "FEATURES_PER_CLASS", 0], "features_per_class=0"),
         (["MODEL.BALANCE.BOX_LOSS", "GHMR"], "BOX_LOSS GHMR counts all rows; BOX_LOSS that work"),
-        (["MODEL.BALANCE.REWEIGHT", ["ISR"]], "REWEIGHT ISR compares the boxes of positives"),
+        (["MODEL.BALANCE.REWEIGHTERS", ["ISR"]], "REWEIGHTERS ISR compares the boxes of positives"),
         (["MODEL.BALANCE.GUIDED_SCALE", 2.0], "GUIDED_SCALE compares the boxes of positives"),
-        (["MODEL.BALANCE.CLS_LOSS", "Seesaw"], "CLS_LOSS is 'Seesaw'; allowed is LOCE"),
+        (["MODEL.BALANCE.CLS_LOSS", "Seesaw"], "CLS_LOSS is 'Seesaw'; must be LOCE"),
     ],
 )
 def test_what_cannot_work_is_refused(keys, expected):

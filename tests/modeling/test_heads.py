@@ -14,8 +14,8 @@ from d2_balance.losses import Samples
 from ..conftest import CLASSES, make_inputs, small_cfg
 
 
-def eql_cfg(kind, statistics_file, *overrides):
-    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+def eql_cfg(kind, counts_file, *overrides):
+    keys = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     return small_cfg(kind, *keys, *overrides)
 
 
@@ -41,8 +41,8 @@ def capture(monkeypatch, model):
 
 
 @pytest.mark.parametrize("kind", ["faster", "mask", "cascade"])
-def test_sigmoid_heads_start_at_the_prior(kind, statistics_file):
-    model = build_model(eql_cfg(kind, statistics_file))
+def test_sigmoid_heads_start_at_the_prior(kind, counts_file):
+    model = build_model(eql_cfg(kind, counts_file))
     for predictor in predictors(model):
         bias = predictor.cls_score.bias
         assert torch.allclose(bias, torch.full_like(bias, -math.log(999)))
@@ -63,8 +63,8 @@ def test_softmax_head_keeps_a_bias_of_zero():
 
 
 @pytest.mark.parametrize(("column", "outputs"), [(True, CLASSES + 1), (False, CLASSES)])
-def test_sigmoid_outputs_with_and_without_background_column(column, outputs, statistics_file):
-    cfg = eql_cfg("faster", statistics_file, "MODEL.BALANCE.BACKGROUND_COLUMN", column)
+def test_sigmoid_outputs_with_and_without_background_column(column, outputs, counts_file):
+    cfg = eql_cfg("faster", counts_file, "MODEL.BALANCE.BACKGROUND_COLUMN", column)
     model = build_model(cfg)
     predictor = predictors(model)[0]
     assert predictor.cls_score.out_features == outputs
@@ -81,7 +81,7 @@ def test_sigmoid_outputs_with_and_without_background_column(column, outputs, sta
 
 
 @pytest.mark.parametrize("column", [True, False])
-def test_checkpoints_of_both_output_sizes_load(column, statistics_file, tmp_path):
+def test_checkpoints_of_both_output_sizes_load(column, counts_file, tmp_path):
     # K + 1 outputs: any Detectron2 checkpoint; K outputs: the EQL authors' release
     source = build_model(small_cfg("mask", balanced=False))
     state = source.state_dict()
@@ -90,7 +90,7 @@ def test_checkpoints_of_both_output_sizes_load(column, statistics_file, tmp_path
         for name in (score + "weight", score + "bias"):
             state[name] = state[name][:CLASSES]
     torch.save({"model": state}, tmp_path / "model.pth")
-    cfg = eql_cfg("mask", statistics_file, "MODEL.BALANCE.BACKGROUND_COLUMN", column)
+    cfg = eql_cfg("mask", counts_file, "MODEL.BALANCE.BACKGROUND_COLUMN", column)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(str(tmp_path / "model.pth"))
     loaded = model.state_dict()
@@ -101,36 +101,36 @@ def test_checkpoints_of_both_output_sizes_load(column, statistics_file, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster", "cascade"])
-def test_image_level_labels_reach_the_loss(kind, statistics_file, monkeypatch):
+def test_image_level_labels_reach_the_loss(kind, counts_file, monkeypatch):
     # raw ids are 1-based: class 2 absent, class 4 present but not fully marked
     inputs = make_inputs(
         empty=(1,),
         neg_category_ids=[[2], [6]],
         not_exhaustive_category_ids=[[4], []],
     )
-    model = build_model(eql_cfg(kind, statistics_file))
+    model = build_model(eql_cfg(kind, counts_file))
     seen = capture(monkeypatch, model)
     with EventStorage(0):
         model(inputs)
     assert len(seen) == (3 if kind == "cascade" else 1)
     annotated = set(inputs[0]["instances"].gt_classes.tolist())
     for samples in seen:
-        rows = [set(row.nonzero().flatten().tolist()) for row in samples.listed]
+        rows = [set(row.nonzero().flatten().tolist()) for row in samples.verified]
         assert rows == [annotated | {1, 3}, {5}]
-        assert samples.partial.nonzero().tolist() == [[0, 3]]
+        assert samples.not_exhaustive.nonzero().tolist() == [[0, 3]]
         assert set(samples.image.tolist()) == {0, 1}
-        expected = samples.listed[samples.image]
-        assert torch.equal(samples.row_listed, expected)
+        expected = samples.verified[samples.image]
+        assert torch.equal(samples.sample_verified, expected)
     if kind != "retinanet":
-        assert all(layer.listed is layer.partial is None for layer in predictors(model))
+        assert all(layer.verified is layer.not_exhaustive is None for layer in predictors(model))
 
 
-def test_batches_without_image_level_labels_have_no_mask(statistics_file, monkeypatch):
-    model = build_model(eql_cfg("faster", statistics_file))
+def test_batches_without_image_level_labels_have_no_mask(counts_file, monkeypatch):
+    model = build_model(eql_cfg("faster", counts_file))
     seen = capture(monkeypatch, model)
     with EventStorage(0):
         model(make_inputs())
-    assert seen[0].listed is seen[0].partial is None
+    assert seen[0].verified is seen[0].not_exhaustive is None
 
 
 @pytest.mark.parametrize("images", [0, 2])
@@ -190,8 +190,8 @@ def test_class_specific_deltas_are_those_of_the_label(monkeypatch):
     assert torch.equal(samples.pred_deltas, expected)
 
 
-def test_cascade_stages_have_their_own_state_and_transform(statistics_file):
-    model = build_model(eql_cfg("cascade", statistics_file, "MODEL.BALANCE.BOX_LOSS", "GHMR"))
+def test_cascade_stages_have_their_own_state_and_transform(counts_file):
+    model = build_model(eql_cfg("cascade", counts_file, "MODEL.BALANCE.BOX_LOSS", "GHMR"))
     stages = predictors(model)
     with EventStorage(0):
         model(make_inputs())
@@ -213,9 +213,9 @@ def test_ghm_r_sees_unit_weights_in_roi_heads(monkeypatch):
     torch.testing.assert_close(targets[0] * weights, seen[0].target_deltas)
 
 
-def test_half_precision_step(statistics_file):
+def test_half_precision_step(counts_file):
     for kind, loss in (("retinanet", "GHMC"), ("faster", "EQL"), ("retinanet", "DR")):
-        keys = ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file, "MODEL.BALANCE.CLS_LOSS", loss]
+        keys = ["MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file, "MODEL.BALANCE.CLS_LOSS", loss]
         model = build_model(small_cfg(kind, *keys))
         with EventStorage(0), torch.autocast("cpu", dtype=torch.bfloat16):
             # P7 must not be 1 x 1: torch's bfloat16 convolution returns NaN gradients there

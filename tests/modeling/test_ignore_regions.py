@@ -19,7 +19,7 @@ SIZE = 64
 
 
 def with_regions(inputs, seed=0, count=2):
-    """The inputs with random regions, every third picture without."""
+    """The inputs with random regions, every third image without."""
     generator = torch.Generator().manual_seed(seed)
     for index, record in enumerate(inputs):
         if index % 3 == 2:
@@ -31,7 +31,7 @@ def with_regions(inputs, seed=0, count=2):
 
 
 def inside(boxes, record, ioa=0.5):
-    """How many boxes a region of the picture covers, with the areas written out."""
+    """How many boxes a region of the image covers, with the areas written out."""
     regions = torch.as_tensor(record.get("ignore_boxes", ())).reshape(-1, 1, 4)
     if not len(boxes) or not len(regions):
         return 0
@@ -43,7 +43,7 @@ def inside(boxes, record, ioa=0.5):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Rows that reach the losses: (name of the part, boxes, labels) of each picture."""
+    """Rows that reach the losses: (name of the part, boxes, labels) of each image."""
     found = []
     rpn_losses, head_losses = BalancedRPN.losses, BalancedFastRCNNOutputLayers.losses
 
@@ -87,7 +87,7 @@ def random_boxes(count, generator, side=24.0):
 
 
 def chosen_rows(model, anchors, objects, boxes, regions, stage):
-    """(boxes, labels) that RPN, RoI heads and a later cascade stage take from one picture."""
+    """(boxes, labels) that RPN, RoI heads and a later cascade stage take from one image."""
     rpn, heads = model.proposal_generator, model.roi_heads
     rpn._regions = heads._regions = regions
     (labels,), _ = rpn.label_and_sample_anchors([anchors], [objects])
@@ -106,7 +106,7 @@ def positives(rows):
     return [{*map(tuple, boxes[labels < CLASSES].tolist())} for boxes, labels in rows]
 
 
-def test_a_thousand_pictures_keep_positives_and_lose_background_in_regions():
+def test_a_thousand_images_keep_positives_and_lose_background_in_regions():
     """Sampling takes all positives here: fewer than half of the rows match an object."""
     model = build_model(small_cfg("cascade", *RPN)).train()
     maps = [torch.zeros(1, 1, -(-SIZE // s), -(-SIZE // s)) for s in (4, 8, 16, 32, 64)]
@@ -136,10 +136,10 @@ def test_a_thousand_pictures_keep_positives_and_lose_background_in_regions():
     "keys",
     [
         (),
-        ("MODEL.BALANCE.REWEIGHT", ["OHEM"]),
-        ("MODEL.BALANCE.REWEIGHT", ["ISRN"]),
-        ("MODEL.BALANCE.REWEIGHT", ["IoUBalanced"]),
-        ("MODEL.BALANCE.SAMPLE_PROPOSALS", False, "MODEL.BALANCE.RPN.SAMPLE", False),
+        ("MODEL.BALANCE.PROPOSAL_SAMPLER", "OHEM"),
+        ("MODEL.BALANCE.PROPOSAL_SAMPLER", "ISRN"),
+        ("MODEL.BALANCE.PROPOSAL_SAMPLER", "IoUBalanced"),
+        ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.RPN.SAMPLING_FREE", True),
     ],
 )
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
@@ -155,7 +155,7 @@ def test_every_way_of_choosing_proposals_leaves_regions_alone(seen, kind, keys):
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
 def test_positives_are_those_without_regions(seen, kind):
     """Sampling is off, so that all rows are seen; later stages refine what the first one keeps."""
-    off = ("MODEL.BALANCE.SAMPLE_PROPOSALS", False, "MODEL.BALANCE.RPN.SAMPLE", False)
+    off = ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.RPN.SAMPLING_FREE", True)
     model = build_model(small_cfg(kind, *RPN, *off))
     inputs = with_regions(make_inputs(6, 3, SIZE))
     for record in inputs:  # the regions hold the objects too
@@ -240,7 +240,7 @@ def build_again(model, kind):
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "mask", "cascade"])
-def test_pictures_without_regions_train_as_ever(kind):
+def test_images_without_regions_train_as_ever(kind):
     model = build_model(small_cfg(kind, *(RPN if kind in ("mask", "cascade") else ())))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plain = losses(model, make_inputs())
@@ -253,7 +253,7 @@ def test_pictures_without_regions_train_as_ever(kind):
     assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
-def test_a_picture_that_is_one_region_and_has_no_object_trains_nothing(seen):
+def test_a_image_that_is_one_region_and_has_no_object_trains_nothing(seen):
     model = build_model(small_cfg("cascade", *RPN))
     inputs = make_inputs(1, empty=(0,))
     inputs[0]["ignore_boxes"] = [[-200.0, -200, 300, 300]]

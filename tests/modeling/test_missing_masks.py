@@ -18,7 +18,7 @@ def losses(model, inputs):
 
 
 def flagged(flags):
-    """Two pictures of two objects; `flags` say which of them have a mask, and noise is the rest."""
+    """Two images of two objects; `flags` say which of them have a mask, and noise is the rest."""
     inputs = make_inputs(2, 2)
     for record, own in zip(inputs, flags, strict=True):
         if own is not None:
@@ -52,7 +52,7 @@ def test_a_batch_without_masks_has_a_mask_loss_of_zero_with_gradient():
 
 
 def test_sampling_free_heads_leave_them_out_before_the_cap():
-    cfg = small_cfg("mask", "MODEL.BALANCE.SAMPLE_PROPOSALS", False)
+    cfg = small_cfg("mask", "MODEL.BALANCE.SAMPLING_FREE", True)
     model = build_model(cfg)
     found = losses(model, flagged([[False, False], [False, False]]))
     assert found["loss_mask"] == 0

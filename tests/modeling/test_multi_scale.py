@@ -32,7 +32,7 @@ def model_of(kind, *overrides):
     return cfg, model
 
 
-def pictures():
+def images():
     return [{**record, "height": 90, "width": 100} for record in make_inputs(images=2)]
 
 
@@ -45,12 +45,12 @@ def pictures():
         ("cascade", ["MODEL.MASK_ON", "True"]),
     ],
 )
-def test_equal_to_detectron2(kind, overrides, statistics_file):
-    overrides = [*overrides, "MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+def test_equal_to_detectron2(kind, overrides, counts_file):
+    overrides = [*overrides, "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     cfg, model = model_of(kind, *overrides)
     with torch.no_grad():
-        ours = AugmentedRCNN(cfg, model)(pictures())
-        stock = GeneralizedRCNNWithTTA(cfg, model, batch_size=1)(pictures())
+        ours = AugmentedRCNN(cfg, model)(images())
+        stock = GeneralizedRCNNWithTTA(cfg, model, batch_size=1)(images())
     for mine, theirs in zip(ours, stock, strict=True):
         mine, theirs = mine["instances"], theirs["instances"]
         assert len(mine) == len(theirs) > 5
@@ -64,18 +64,18 @@ def test_equal_to_detectron2(kind, overrides, statistics_file):
             assert instances_to_coco_json(mine, 1)[0]["segmentation"]["size"] == [90, 100]
 
 
-def test_scores_are_those_of_our_heads(statistics_file):
-    counts = ["MODEL.BALANCE.CLASS_STATISTICS", statistics_file]
+def test_scores_are_those_of_our_heads(counts_file):
+    counts = ["MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file]
     cfg, model = model_of("faster", "MODEL.BALANCE.NORCAL.GAMMA", "2.0", *counts)
     predictor = model.roi_heads.box_predictor
     with torch.no_grad():
         predictor.cls_score.weight.zero_()
         predictor.cls_score.bias.copy_(torch.tensor([0.5, 0, 0, 0, 0, 0, 0]))
-        found = AugmentedRCNN(cfg, model)(pictures())
+        found = AugmentedRCNN(cfg, model)(images())
         predictor.norcal_gamma = 0.0
-        plain = AugmentedRCNN(cfg, model)(pictures())
+        plain = AugmentedRCNN(cfg, model)(images())
     best = [result[0]["instances"].pred_classes[0].item() for result in (found, plain)]
-    assert best == [CLASSES - 1, 0]  # 1 and 400 training pictures
+    assert best == [CLASSES - 1, 0]  # 1 and 400 training images
 
 
 def test_masks_are_pasted_one_by_one():
@@ -93,14 +93,14 @@ def test_masks_are_pasted_one_by_one():
     assert SoftMasks(soft[:0]).to_bitmasks(boxes[:0], 5, 6).tensor.tensor.shape == (0, 5, 6)
 
 
-def test_a_picture_without_detections_has_no_masks():
+def test_a_image_without_detections_has_no_masks():
     cfg, model = model_of("mask", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
     with torch.no_grad():
-        found = AugmentedRCNN(cfg, model)(pictures())[0]["instances"]
+        found = AugmentedRCNN(cfg, model)(images())[0]["instances"]
     assert len(found) == len(found.pred_masks) == 0 and instances_to_coco_json(found, 1) == []
 
 
-def test_the_loader_leaves_the_picture_as_it_is():
+def test_the_loader_leaves_the_image_as_it_is():
     cfg = small_cfg("faster", *AUG)
     assert augmentation_config(cfg).INPUT.MIN_SIZE_TEST == 0 and cfg.INPUT.MIN_SIZE_TEST == 800
 

@@ -37,13 +37,13 @@ def record(model, monkeypatch):
     return calls
 
 
-REWEIGHT = "MODEL.BALANCE.REWEIGHT"
+SAMPLER = "MODEL.BALANCE.PROPOSAL_SAMPLER"
 
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
 @pytest.mark.parametrize("loss", ["", "SigmoidCE", "Seesaw"])
 def test_ohem_trains_with_few_proposals_in_every_stage(kind, loss, monkeypatch):
-    options = (REWEIGHT, ["OHEM"], "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 7)
+    options = (SAMPLER, "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 7)
     model = build(kind, *options, "MODEL.BALANCE.CLS_LOSS", loss)
     calls = record(model, monkeypatch)
     losses = train_step(model, make_inputs(3, empty=(1,)))
@@ -57,7 +57,7 @@ def test_ohem_trains_with_few_proposals_in_every_stage(kind, loss, monkeypatch):
 
 
 def test_later_stages_choose_among_all_refined_boxes(monkeypatch):
-    model = build("cascade", REWEIGHT, ["OHEM"], "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 3)
+    model = build("cascade", SAMPLER, "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 3)
     seen = []
     stock = model.roi_heads.select
 
@@ -75,7 +75,7 @@ def test_later_stages_choose_among_all_refined_boxes(monkeypatch):
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
 def test_ohem_selects_what_the_losses_of_the_whole_set_say(kind, monkeypatch):
     """The proposals that reach the loss are the hardest of a pass over all of them."""
-    options = (REWEIGHT, ["OHEM"], "MODEL.BALANCE.OHEM.NMS_THRESHOLD", 1.0)
+    options = (SAMPLER, "OHEM", "MODEL.BALANCE.OHEM.NMS_THRESHOLD", 1.0)
     model = build(kind, *options, "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 5)
     heads, chosen = model.roi_heads, []
     stock = heads.select
@@ -121,11 +121,11 @@ def test_row_losses_are_cross_entropy_and_l1_of_each_row(monkeypatch):
             row += 1
 
 
-@pytest.mark.parametrize("selector", ["OHEM", "ISRN"])
-def test_a_mining_pass_leaves_batch_norm_the_state_and_random_numbers_alone(selector):
+@pytest.mark.parametrize("proposal_sampler", ["OHEM", "ISRN"])
+def test_a_mining_pass_leaves_batch_norm_the_state_and_random_numbers_alone(proposal_sampler):
     model = build("faster", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.NORM", "BN",
-                  "MODEL.BALANCE.CLS_LOSS", "DropLoss", REWEIGHT, [selector],
-                  "MODEL.BALANCE.CLASS_STATISTICS", "checkpoint")  # fmt: skip
+                  "MODEL.BALANCE.CLS_LOSS", "DropLoss", SAMPLER, proposal_sampler,
+                  "MODEL.BALANCE.CLASS_COUNTS_FILE", "checkpoint")  # fmt: skip
     heads = model.roi_heads
     heads.box_head.add_module("dropout", torch.nn.Dropout(0.5))
     before = copy.deepcopy(heads.state_dict())
@@ -152,7 +152,7 @@ def test_a_mining_pass_leaves_batch_norm_the_state_and_random_numbers_alone(sele
 
 
 def test_isr_n_weights_reach_the_loss(monkeypatch):
-    model = build("faster", REWEIGHT, ["ISRN"], "MODEL.BALANCE.ISRN.SCORE_THRESHOLD", 0.0)
+    model = build("faster", SAMPLER, "ISRN", "MODEL.BALANCE.ISRN.SCORE_THRESHOLD", 0.0)
     calls = record(model, monkeypatch)
     layers = model.roi_heads.box_predictor
     captured = []
@@ -176,13 +176,13 @@ def test_isr_n_weights_reach_the_loss(monkeypatch):
 @pytest.mark.parametrize("agnostic", [True, False])
 @pytest.mark.parametrize("loss", ["SoftmaxCE", "SigmoidCE", "Seesaw"])
 def test_mined_boxes_are_those_of_the_highest_class(loss, agnostic, monkeypatch):
-    model = build("faster", REWEIGHT, ["ISRN"], "MODEL.BALANCE.CLS_LOSS", loss,
+    model = build("faster", SAMPLER, "ISRN", "MODEL.BALANCE.CLS_LOSS", loss,
                   "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic)  # fmt: skip
     heads, layers = model.roi_heads, model.roi_heads.box_predictor
     torch.nn.init.normal_(layers.cls_score.weight, std=2.0)
     torch.nn.init.normal_(layers.bbox_pred.weight, std=1.0)
     seen = []
-    stock, mined = heads.selector.forward, layers.predict_boxes
+    stock, mined = heads.proposal_sampler.forward, layers.predict_boxes
 
     def select(candidates, *others):
         seen.append(candidates)
@@ -192,7 +192,7 @@ def test_mined_boxes_are_those_of_the_highest_class(loss, agnostic, monkeypatch)
         seen.append((predictions, proposals))
         return mined(predictions, proposals)
 
-    monkeypatch.setattr(heads.selector, "forward", select)
+    monkeypatch.setattr(heads.proposal_sampler, "forward", select)
     monkeypatch.setattr(layers, "predict_boxes", boxes)
     train_step(model, make_inputs(2))
     ((scores, deltas), proposals), candidates = seen
@@ -215,7 +215,7 @@ def test_mined_boxes_are_those_of_the_highest_class(loss, agnostic, monkeypatch)
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
 def test_without_drawing_every_labelled_proposal_trains_and_masks_are_capped(kind, monkeypatch):
-    cap = ("MODEL.BALANCE.SAMPLE_PROPOSALS", False, "MODEL.BALANCE.MASKS_PER_IMAGE", 2)
+    cap = ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.MASKS_PER_IMAGE", 2)
     model = build(kind, *cap, "MODEL.MASK_ON", True)
     calls = record(model, monkeypatch)
     masks = []
@@ -236,7 +236,7 @@ def test_without_drawing_every_labelled_proposal_trains_and_masks_are_capped(kin
 
 def test_ignored_proposals_never_train(monkeypatch):
     bands = ("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.1, 0.6], "MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1])
-    model = build("faster", *bands, "MODEL.BALANCE.SAMPLE_PROPOSALS", False)
+    model = build("faster", *bands, "MODEL.BALANCE.SAMPLING_FREE", True)
     calls = record(model, monkeypatch)
     train_step(model, make_inputs(2))
     assert sum(map(len, calls[0])) < 86
@@ -244,7 +244,7 @@ def test_ignored_proposals_never_train(monkeypatch):
 
 
 def test_selectors_do_nothing_at_inference():
-    plain, chosen = build("cascade").eval(), build("cascade", REWEIGHT, ["OHEM"]).eval()
+    plain, chosen = build("cascade").eval(), build("cascade", SAMPLER, "OHEM").eval()
     inputs = make_inputs(1)
     with torch.no_grad():
         first, second = plain(inputs)[0]["instances"], chosen(inputs)[0]["instances"]
@@ -254,10 +254,13 @@ def test_selectors_do_nothing_at_inference():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((REWEIGHT, ["OHEM", "ISRN"]), "OHEM and ISRN"),
-        ((REWEIGHT, ["OHEM"], "MODEL.BALANCE.SAMPLE_PROPOSALS", False), "OHEM.*SAMPLE_PROPOSALS"),
-        ((REWEIGHT, ["ISRN"], "MODEL.BALANCE.CLS_LOSS", "DR"), "ISRN.*CLS_LOSS DR"),
-        ((REWEIGHT, ["OHEM"], "MODEL.BALANCE.BOX_LOSS", "GHMR"), "OHEM.*BOX_LOSS GHMR"),
+        (
+            ("MODEL.BALANCE.REWEIGHTERS", ["OHEM"]),
+            "set MODEL.BALANCE.PROPOSAL_SAMPLER OHEM instead",
+        ),
+        ((SAMPLER, "OHEM", "MODEL.BALANCE.SAMPLING_FREE", True), "OHEM.*SAMPLING_FREE"),
+        ((SAMPLER, "ISRN", "MODEL.BALANCE.CLS_LOSS", "DR"), "ISRN.*CLS_LOSS DR"),
+        ((SAMPLER, "OHEM", "MODEL.BALANCE.BOX_LOSS", "GHMR"), "OHEM.*BOX_LOSS GHMR"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
@@ -265,16 +268,18 @@ def test_what_cannot_work_is_refused(options, message):
         build("faster", *options)
 
 
-def test_every_elementwise_loss_can_be_mined(statistics_file):
+def test_every_elementwise_loss_can_be_mined(counts_file):
     for name, cls in CLS_LOSSES:
         if cls.elementwise:
-            model = build("faster", "MODEL.BALANCE.CLASS_STATISTICS", statistics_file,
-                          "MODEL.BALANCE.CLS_LOSS", name, REWEIGHT, ["OHEM"])  # fmt: skip
+            model = build("faster", "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file,
+                          "MODEL.BALANCE.CLS_LOSS", name, SAMPLER, "OHEM")  # fmt: skip
             assert sum(train_step(model, make_inputs(2, empty=(0,))).values()).isfinite(), name
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
-@pytest.mark.parametrize("selector", ["OHEM", "ISRN", "IoUBalanced"])
-def test_dense_heads_refuse_selectors(kind, selector):
-    with pytest.raises(ValueError, match=f"REWEIGHT {selector} chooses proposals and .* has none"):
-        build(kind, REWEIGHT, ["ISR", selector])
+@pytest.mark.parametrize("proposal_sampler", ["OHEM", "ISRN", "IoUBalanced"])
+def test_dense_heads_refuse_proposal_samplers(kind, proposal_sampler):
+    with pytest.raises(
+        ValueError, match=f"{SAMPLER} {proposal_sampler} samples proposals and .* has none"
+    ):
+        build(kind, SAMPLER, proposal_sampler)

@@ -20,12 +20,12 @@ CASES = {
     "retinanet": ("MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "GHMR"),
     "fcos": (),
 }
-DENSE = ("retinanet", "fcos")  # which draw nothing and so equal one process on both pictures
+DENSE = ("retinanet", "fcos")  # which draw nothing and so equal one process on both images
 SIZE, STEPS = 64, 4
 
 
-def pictures(step):
-    """One picture for each rank; the second one is an ordinary one in every step.
+def images(step):
+    """One image for each rank; the second one is an ordinary one in every step.
 
     The first has regions, then boxes without masks and image-level labels, then is one region
     without an object, and then is ordinary, too.
@@ -58,7 +58,7 @@ def train(kind, ranks):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     steps = []
     for step in range(STEPS):
-        inputs = pictures(step)
+        inputs = images(step)
         optimizer.zero_grad()
         with EventStorage(0):
             losses = run([inputs[rank] for rank in ranks])
@@ -98,7 +98,7 @@ def test_ranks_stay_equal(two_ranks, kind):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_dense_heads_equal_one_process_on_both_pictures(two_ranks, kind):
+def test_dense_heads_equal_one_process_on_both_images(two_ranks, kind):
     expected, state = train(kind, [0, 1])
     for (_, grads), (_, joined) in zip(two_ranks[0][kind][0], expected, strict=True):
         for name, grad in joined.items():

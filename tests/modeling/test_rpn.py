@@ -91,12 +91,19 @@ def test_ghm_per_level_gets_the_levels():
     values = {}
     for per_level in (True, False):
         torch.manual_seed(0)
-        keys = [key("CLS_LOSS"), "GHMC", key("GHMC.PER_LEVEL"), per_level, key("SAMPLE"), False]
+        keys = [
+            key("CLS_LOSS"),
+            "GHMC",
+            key("GHMC.PER_LEVEL"),
+            per_level,
+            key("SAMPLING_FREE"),
+            True,
+        ]
         model = build_model(rpn_cfg(*keys))
         seen = watch(model.proposal_generator)
         losses, _ = rpn_step(model, empty=(0, 1))
         values[per_level] = losses["loss_rpn_cls"].item()
-    # nothing is ignored in two empty pictures: 3 anchors for each cell of strides 4 to 64
+    # nothing is ignored in two empty images: 3 anchors for each cell of strides 4 to 64
     assert seen[0].level.bincount().tolist() == [6 * cells for cells in (256, 64, 16, 4, 1)]
     assert seen[0].num_levels == 5
     assert values[True] != pytest.approx(values[False], rel=0.1)
@@ -115,7 +122,7 @@ def test_arguments_of_the_rpn_are_its_own():
 def test_without_sampling_every_anchor_that_is_not_ignored_counts():
     """Focal loss with gamma 0, alpha -1 is cross-entropy: p = 0.5 everywhere gives log 2 each."""
     keys = [key("CLS_LOSS"), "Focal", key("FOCAL.GAMMA"), 0.0, key("FOCAL.ALPHA"), -1.0]
-    model = build_model(rpn_cfg(*keys, key("SAMPLE"), False))
+    model = build_model(rpn_cfg(*keys, key("SAMPLING_FREE"), True))
     rpn = model.proposal_generator
     torch.nn.init.zeros_(rpn.rpn_head.objectness_logits.weight)
     seen = watch(rpn)
@@ -133,14 +140,21 @@ def test_weights_are_of_the_rpn_alone():
     torch.manual_seed(0)
     plain, _ = rpn_step(build_model(rpn_cfg()))
     torch.manual_seed(0)
-    keys = [key("CLS_WEIGHT"), 3.0, key("BOX_WEIGHT"), 5.0, "MODEL.RPN.BBOX_REG_LOSS_WEIGHT", 2.0]
+    keys = [
+        key("CLS_LOSS_WEIGHT"),
+        3.0,
+        key("BOX_LOSS_WEIGHT"),
+        5.0,
+        "MODEL.RPN.BBOX_REG_LOSS_WEIGHT",
+        2.0,
+    ]
     heavy, _ = rpn_step(build_model(rpn_cfg(*keys)))
     torch.testing.assert_close(heavy["loss_rpn_cls"], 3 * plain["loss_rpn_cls"])
     torch.testing.assert_close(heavy["loss_rpn_loc"], 10 * plain["loss_rpn_loc"])
 
 
 def test_guided_scaling_brings_the_loss_to_the_size_of_the_box_loss():
-    keys = [key("SAMPLE"), False, key("GUIDED_SCALE"), 2.0, key("CLS_WEIGHT"), 7.0]
+    keys = [key("SAMPLING_FREE"), True, key("GUIDED_SCALE"), 2.0, key("CLS_LOSS_WEIGHT"), 7.0]
     losses, _ = rpn_step(build_model(rpn_cfg(*keys)))
     torch.testing.assert_close(losses["loss_rpn_cls"], 2 * losses["loss_rpn_loc"])
 

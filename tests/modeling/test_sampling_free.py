@@ -126,7 +126,7 @@ def test_classification_losses_are_twice_the_box_losses(kind, prior_file):
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
-def test_pictures_without_objects_keep_the_graph(kind, prior_file):
+def test_images_without_objects_keep_the_graph(kind, prior_file):
     losses, model = step(kind, prior_file, *GUIDED, empty=(0, 1))
     assert losses["loss_cls"].item() == 0.0
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -144,7 +144,7 @@ def test_roi_box_loss_is_a_mean_over_positives(prior_file):
 
 
 def test_everything_together_without_sampling(prior_file):
-    keys = ("MODEL.BALANCE.SAMPLE_PROPOSALS", False, "MODEL.BALANCE.RPN.SAMPLE", False)
+    keys = ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.RPN.SAMPLING_FREE", True)
     keys += ("MODEL.BALANCE.RPN.GUIDED_SCALE", 1.0, "MODEL.BALANCE.CLASS_THRESHOLDS", True)
     losses, _ = step("mask", prior_file, *GUIDED, *keys)
     torch.testing.assert_close(losses["loss_rpn_cls"], losses["loss_rpn_loc"])
@@ -179,8 +179,8 @@ def test_thresholds_without_counts_are_refused(kind):
         build_model(small_cfg(kind, "MODEL.BALANCE.CLASS_THRESHOLDS", True))
 
 
-def test_softmax_losses_with_outputs_of_their_own_are_refused(prior_file, statistics_file):
-    keys = ("MODEL.BALANCE.CLS_LOSS", "Seesaw", "MODEL.BALANCE.CLASS_STATISTICS", statistics_file)
+def test_softmax_losses_with_outputs_of_their_own_are_refused(prior_file, counts_file):
+    keys = ("MODEL.BALANCE.CLS_LOSS", "Seesaw", "MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file)
     with pytest.raises(ValueError, match="MODEL.BALANCE.PRIOR_FILE sets the start of softmax"):
         build_model(cfg_of("faster", prior_file, *keys))
 

@@ -1,4 +1,4 @@
-"""A folder with pictures and configs, and stand-ins for training and prediction."""
+"""A directory with images and configs, and stand-ins for training and prediction."""
 
 import json
 
@@ -10,13 +10,13 @@ from .recipes import SMALL, Fakes, annotations
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name, first, count in (("train", 1, 10), ("val", 101, 4)):
         (tmp_path / f"{name}.json").write_text(json.dumps(annotations(first, count)))
         for i in range(first, first + count):
-            Image.new("RGB", (64, 64), (i, 90, 200 - i)).save(tmp_path / f"pictures/{i}.jpg")
+            Image.new("RGB", (64, 64), (i, 90, 200 - i)).save(tmp_path / f"images/{i}.jpg")
     model = FASTER.replace("META_ARCHITECTURE: GeneralizedRCNN", "META_ARCHITECTURE: BalancedRCNN")
     model = model.replace("StandardROIHeads", "BalancedStandardROIHeads")
     model = model.replace(
@@ -28,5 +28,5 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fakes(folder, monkeypatch):
+def fakes(directory, monkeypatch):
     return Fakes(monkeypatch)

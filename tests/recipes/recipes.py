@@ -25,7 +25,7 @@ VERSION: 2
 
 
 def annotations(first, count):
-    """LVIS style, one or two objects a picture."""
+    """LVIS style, one or two objects an image."""
     images, objects = [], []
     for i in range(first, first + count):
         images.append(
@@ -48,7 +48,7 @@ def annotations(first, count):
 def recipe(**changes):
     content = {
         "output": "out",
-        "datasets": [[f"challenge_{n}", f"{n}.json", "pictures"] for n in ("train", "val")],
+        "datasets": [[f"challenge_{n}", f"{n}.json", "images"] for n in ("train", "val")],
         "stages": [
             {
                 "name": "two",
@@ -126,11 +126,11 @@ def with_second_files(content, **changes):
     Path("counts.json").write_text(json.dumps({"num_images": 10, "classes": counts}))
     found = annotations(201, 6)
     for i in range(201, 207):
-        Image.new("RGB", (64, 64), (i, 40, 90)).save(f"pictures/{i}.jpg")
+        Image.new("RGB", (64, 64), (i, 40, 90)).save(f"images/{i}.jpg")
     found["categories"] = [{"id": c["id"], "name": f"a {c['name']}"} for c in found["categories"]]
     Path("more.json").write_text(json.dumps(found))
     Path("map.yaml").write_text("a rare: rare\na often: often\n")
-    external = {"NAME": "more", "JSON": "more.json", "IMAGES": "pictures", "TARGET": "parts_rest"}
+    external = {"NAME": "more", "JSON": "more.json", "IMAGES": "images", "TARGET": "parts_rest"}
     content["stages"][3]["train"] = ["parts_rest", "more"]
     content["stages"][3]["overrides"] = {
         "DATASETS": {
@@ -145,7 +145,7 @@ def with_second_files(content, **changes):
         "MODEL": {
             "PROPOSAL_GENERATOR": {"NAME": "BalancedRPN"},
             "BALANCE": {
-                "CLASS_STATISTICS": changes.get("counts", "counts.json"),
+                "CLASS_COUNTS_FILE": changes.get("counts", "counts.json"),
                 "CLS_LOSS": "EQL",
             },
         },
@@ -170,10 +170,10 @@ class Fakes:
         if self.fails == work.stage.name:
             Path(work.path("half.json")).write_text("broken")
             raise stages.StageError("train_net.py ended with status 3")
-        folder = Path(config["OUTPUT_DIR"])
-        (folder / "inference").mkdir(parents=True, exist_ok=True)
+        directory = Path(config["OUTPUT_DIR"])
+        (directory / "inference").mkdir(parents=True, exist_ok=True)
         if work.stage.kind == "train":
-            (folder / "model_final.pth").write_text("weights")
+            (directory / "model_final.pth").write_text("weights")
             return
         name = config["DATASETS"]["TEST"][0]
         file = next(e[1] for e in config["DATASETS"]["REGISTER"] if e[0] == name)
@@ -184,10 +184,10 @@ class Fakes:
             for i in truth["images"]
             for n, c in enumerate(truth["categories"])
         ]
-        (folder / f"inference/predictions_{name}.json").write_text(json.dumps(found))
+        (directory / f"inference/predictions_{name}.json").write_text(json.dumps(found))
 
 
-def contents(folder):
+def contents(directory):
     return {
-        p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != LOCK_FILE
+        p: p.read_bytes() for p in Path(directory).rglob("*") if p.is_file() and p.name != LOCK_FILE
     }

@@ -24,14 +24,14 @@ def start(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_inside_a_training(folder, number):
+def test_a_killed_run_goes_on_inside_a_training(directory, number):
     content = recipe()
     content["stages"][2]["overrides"]["SOLVER"] = {"MAX_ITER": 2}
     with_second_files(content)
     content["stages"][3]["overrides"]["SOLVER"] = {"MAX_ITER": 40, "CHECKPOINT_PERIOD": 2}
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     process = start()
-    checkpoint = folder / "out/model/run/last_checkpoint"
+    checkpoint = directory / "out/model/run/last_checkpoint"
     for _ in range(3000):
         if checkpoint.exists() or process.poll() is not None:
             break
@@ -40,15 +40,15 @@ def test_a_killed_run_goes_on_inside_a_training(folder, number):
     printed = process.communicate(timeout=60)[0]
     expected = 128 + number if number == signal.SIGTERM else -number
     assert process.returncode == expected, printed
-    assert not (folder / "out/model/done.json").exists()
+    assert not (directory / "out/model/done.json").exists()
     before = contents("out/expert")
     process = start("--resume")
     printed = process.communicate(timeout=500)[0]
     assert process.returncode == 0, printed
     assert "expert (train): done before" in printed
-    log = (folder / "out/logs/model.log").read_text()
+    log = (directory / "out/logs/model.log").read_text()
     resumed = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
     assert resumed[0] == 0 and 0 < resumed[1] < 40
     assert "ignore regions from" in log and "2 classes of more are classes of parts_rest" in log
     assert contents("out/expert") == before
-    assert "11 of 11 stages" in (folder / "out/report.md").read_text()
+    assert "11 of 11 stages" in (directory / "out/report.md").read_text()

@@ -1,4 +1,4 @@
-"""The project's recipes, and the data sets that stages make."""
+"""The project's recipes, and the datasets that stages make."""
 
 import pytest
 
@@ -63,7 +63,7 @@ def test_classes_that_are_left_out_leave_no_trace():
         keep_classes(data, None, None, "x")
 
 
-def test_a_split_has_each_picture_once():
+def test_a_split_has_each_image_once():
     data = annotations(1, 20)
     rest, held = split(data, 0.25, 0)
     ids = [{i["id"] for i in part["images"]} for part in (rest, held)]

@@ -26,7 +26,7 @@ from .recipes import NAMES, recipe, run, with_second_files
         ((1, "shar"), 1, "unknown field 'shar'; did you mean share"),
         ((1, "share"), None, "split needs share"),
         ((2, "config"), "gone.yaml", "config 'gone.yaml' does not exist in"),
-        ((2, "train"), ["nothing"], "stage expert: the data set 'nothing' is neither registered"),
+        ((2, "train"), ["nothing"], "stage expert: the dataset 'nothing' is neither registered"),
         ((2, "overrides"), {"SOLVER": {"MAX": 1}}, "stage expert: overrides: .*SOLVER.MAX"),
         ((4, "model"), "modell", "held.: model: 'modell' is no stage of kind train before this"),
         ((7, "inputs"), [{"predictions": "model"}], r"inputs\[0\]: 'model' is no stage of kind"),
@@ -36,7 +36,7 @@ from .recipes import NAMES, recipe, run, with_second_files
         ((9, "factors"), "merged", "factors: 'merged' is no stage of kind fit"),
     ],
 )
-def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, value, message):
+def test_recipes_that_cannot_work_are_refused(directory, fakes, capsys, place, value, message):
     content = recipe()
     content["stages"][place[0]][place[1]] = value
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
@@ -50,10 +50,10 @@ def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, valu
     [
         ("classes", "from", ["challenge_train"], "a text"),
         ("classes", "keep", "rare", "a list of names"),
-        ("classes", "every", [0, 1], r"\[n, first\], two whole numbers"),
+        ("classes", "every", [0, 1], r"\[n, first\], two integers"),
         ("split", "share", 1, r"a number in \(0, 1\)"),
         ("split", "share", "half", r"a number in \(0, 1\)"),
-        ("split", "seed", 0.5, "a whole number"),
+        ("split", "seed", 0.5, "an integer"),
         ("train", "config", 3, "a text"),
         ("train", "train", "parts_rest", "a list of names"),
         ("train", "test", ["challenge_val", 3], "a list of names"),
@@ -63,22 +63,22 @@ def test_recipes_that_cannot_work_are_refused(folder, fakes, capsys, place, valu
         ("ensemble", "method", "mean", "one of nms, soft-nms, wbf"),
         ("ensemble", "iou", 1, r"a number in \[0, 1\)"),
         ("ensemble", "inputs", "model", "a list of inputs"),
-        ("ensemble", "max_dets", -1, "a whole number of at least 0"),
+        ("ensemble", "max_dets", -1, "an integer of at least 0"),
         ("fit", "method", "wbf", "one of groups, norcal"),
         ("fit", "metric", "AP50", "one of AP, APr, APc, APf"),
-        ("rescore", "max_dets", "all", "a whole number of at least 0"),
+        ("rescore", "max_dets", "all", "an integer of at least 0"),
         ("evaluate", "train", ["challenge_train"], "a text"),
     ],
 )
 def test_values_that_a_field_cannot_have_are_refused(
-    folder, fakes, capsys, kind, key, value, allowed
+    directory, fakes, capsys, kind, key, value, allowed
 ):
     content = recipe()
     stage = next(stage for stage in content["stages"] if stage["kind"] == kind)
     stage[key] = value
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2 and fakes.calls == []
-    expected = rf"recipe.yaml: stage \d+ \({stage['name']}\): {key} is .*; allowed is {allowed}"
+    expected = rf"recipe.yaml: stage \d+ \({stage['name']}\): {key} is .*; must be {allowed}"
     assert re.search(expected, capsys.readouterr().err)
 
 
@@ -97,13 +97,13 @@ def test_every_field_has_its_values():
         ),
         ({"external": {"JSON": "gone.json"}}, r"EXTERNAL\[0\]: the annotation file 'gone.json'"),
         ({"external": {"CLASS_MAP": "gone.yaml"}}, r"EXTERNAL\[0\]: the class map 'gone.yaml'"),
-        ({"external": {"TARGET": "parts"}}, r"EXTERNAL\[0\]: TARGET 'parts' is no data set of the"),
-        ({"external": {"NAME": "mor"}}, "the data set 'more' is neither registered"),
-        ({"counts": "gone.json"}, "CLASS_STATISTICS: the file 'gone.json' does not exist"),
+        ({"external": {"TARGET": "parts"}}, r"EXTERNAL\[0\]: TARGET 'parts' is no dataset of the"),
+        ({"external": {"NAME": "mor"}}, "the dataset 'more' is neither registered"),
+        ({"counts": "gone.json"}, "CLASS_COUNTS_FILE: the file 'gone.json' does not exist"),
     ],
 )
 def test_second_files_are_looked_for_before_the_first_stage(
-    folder, fakes, capsys, changes, message
+    directory, fakes, capsys, changes, message
 ):
     with_second_files(recipe(), **changes)
     assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
@@ -151,7 +151,9 @@ def with_maps(content):
         ("two.yaml", "often: oft", r"merged: inputs\[1\]: .*'often': challenge_val has no class"),
     ],
 )
-def test_class_maps_are_checked_before_the_first_stage(folder, fakes, capsys, file, text, message):
+def test_class_maps_are_checked_before_the_first_stage(
+    directory, fakes, capsys, file, text, message
+):
     with_maps(recipe())
     Path(file).write_text(text + "\n")
     assert run() == 2 and fakes.calls == [] and not os.path.exists("out")
@@ -159,7 +161,7 @@ def test_class_maps_are_checked_before_the_first_stage(folder, fakes, capsys, fi
 
 
 def test_class_maps_of_classes_that_are_not_known_yet_are_left_to_their_stage(
-    folder, fakes, monkeypatch
+    directory, fakes, monkeypatch
 ):
     with_maps(recipe())
     monkeypatch.setattr(DataSets, "file", lambda self, name: None)
@@ -168,11 +170,11 @@ def test_class_maps_of_classes_that_are_not_known_yet_are_left_to_their_stage(
     assert fakes.calls == ["expert", "model", "held", "val", "expert_val"]
 
 
-def test_classes_are_known_of_files_and_of_what_stages_make_of_them(folder):
+def test_classes_are_known_of_files_and_of_what_stages_make_of_them(directory):
     recipe()
     found = Recipe.read("recipe.yaml")
     lists = class_maps.ClassLists(found, DataSets(found.datasets))
-    register_json("challenge_known", "train.json", "pictures")
+    register_json("challenge_known", "train.json", "images")
     try:
         for name in ("challenge_train", "challenge_known", "parts_rest", "parts_held"):
             assert [c["name"] for c in lists.of_set(name)] == NAMES
@@ -186,14 +188,14 @@ def test_classes_are_known_of_files_and_of_what_stages_make_of_them(folder):
     assert lists.of_set("nothing") is None
 
 
-def test_maps_of_finished_stages_are_not_read_again(folder, fakes, monkeypatch):
+def test_maps_of_finished_stages_are_not_read_again(directory, fakes, monkeypatch):
     with_maps(recipe())
     assert run() == 0
     monkeypatch.setattr(class_maps, "read_class_map", None)
     assert run("--resume") == 0
 
 
-def test_check_knows_data_sets_without_their_files(folder, capsys):
+def test_check_knows_data_sets_without_their_files(directory, capsys):
     content = recipe()
     with_second_files(content)
     for file in ("train.json", "val.json", "more.json"):
@@ -203,14 +205,14 @@ def test_check_knows_data_sets_without_their_files(folder, capsys):
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2
     message = capsys.readouterr().err
-    assert "recipe.yaml: stage model: the data set 'challenge_vla' is neither" in message
+    assert "recipe.yaml: stage model: the dataset 'challenge_vla' is neither" in message
     content["stages"][3]["test"] = ["challenge_val"]
     external = content["stages"][3]["overrides"]["DATASETS"]["EXTERNAL"]
     external[0]["TARGET"] = "parts_rets"
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2
     message = capsys.readouterr().err
-    assert "stage model: DATASETS.EXTERNAL[0]: TARGET 'parts_rets' is no data set" in message
+    assert "stage model: DATASETS.EXTERNAL[0]: TARGET 'parts_rets' is no dataset" in message
     external[0] = "more"
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2

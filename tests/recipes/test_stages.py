@@ -15,12 +15,12 @@ from d2_balance.recipes.runner import Runner
 from .recipes import contents, recipe, run
 
 
-def test_all_stages_run_and_the_report_has_each(folder, fakes, capsys):
+def test_all_stages_run_and_the_report_has_each(directory, fakes, capsys):
     recipe()
     assert run() == 0
     assert fakes.calls == ["expert", "model", "held", "val", "expert_val"]
-    text = (folder / "out/report.md").read_text()
-    assert "11 of 11 stages" in text and (folder / "out/report.html").stat().st_size > 1000
+    text = (directory / "out/report.md").read_text()
+    assert "11 of 11 stages" in text and (directory / "out/report.html").stat().st_size > 1000
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     head = [cell.strip() for cell in rows["stage"].split("|")]
     assert [c for c in head if "box" in c] == [
@@ -28,24 +28,24 @@ def test_all_stages_run_and_the_report_has_each(folder, fakes, capsys):
     ]
     values = dict(zip(head, (c.strip() for c in rows["val"].split("|")), strict=True))
     assert values["evaluated on"] == "challenge_val" and float(values["box APf"]) > 50
-    merged = json.loads((folder / "out/merged/predictions.json").read_text())
+    merged = json.loads((directory / "out/merged/predictions.json").read_text())
     assert len(merged) == 4 * 4  # the expert's two classes join the model's four
-    assert len(json.loads((folder / "out/rescored/predictions.json").read_text())) == 4 * 2
-    config = yaml.safe_load((folder / "out/model/config.yaml").read_text())
-    assert config["MODEL"]["WEIGHTS"] == str(folder / "out/expert/run/model_final.pth")
-    two = json.loads((folder / "out/two/annotations.json").read_text())
+    assert len(json.loads((directory / "out/rescored/predictions.json").read_text())) == 4 * 2
+    config = yaml.safe_load((directory / "out/model/config.yaml").read_text())
+    assert config["MODEL"]["WEIGHTS"] == str(directory / "out/expert/run/model_final.pth")
+    two = json.loads((directory / "out/two/annotations.json").read_text())
     assert [c["name"] for c in two["categories"]] == ["rare", "often"]
 
 
 @pytest.mark.parametrize("stage", ["expert", "model", "val"])
-def test_a_run_goes_on_behind_the_stage_that_failed(folder, fakes, capsys, stage):
+def test_a_run_goes_on_behind_the_stage_that_failed(directory, fakes, capsys, stage):
     recipe()
     fakes.fails = stage
     assert run() == 1
     assert f"stage {stage}: train_net.py ended with status 3" in capsys.readouterr().err
     before = contents("out")
-    assert not (folder / f"out/{stage}/done.json").exists()
-    assert "not done" in (folder / "out/report.md").read_text()
+    assert not (directory / f"out/{stage}/done.json").exists()
+    assert "not done" in (directory / "out/report.md").read_text()
     fakes.fails, fakes.calls = "", []
     assert run("--resume") == 0
     assert (
@@ -61,50 +61,50 @@ def test_a_run_goes_on_behind_the_stage_that_failed(folder, fakes, capsys, stage
     assert not list(Path("out").glob(".*.partial"))
 
 
-def test_figures_of_a_training_are_of_the_first_test_set(folder, fakes):
+def test_figures_of_a_training_are_of_the_first_test_set(directory, fakes):
     content = recipe()
     content["stages"][3]["test"] = ["parts_held", "challenge_val"]
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run() == 0
     for name, ap in (("parts_held", 11.0), ("challenge_val", 22.0)):
-        path = folder / f"out/model/run/inference/evaluation_{name}.json"
+        path = directory / f"out/model/run/inference/evaluation_{name}.json"
         path.write_text(json.dumps({"results": {"bbox": {"AP": ap}}}))
     assert run("--resume") == 0
-    text = (folder / "out/report.md").read_text()
+    text = (directory / "out/report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| model "))
     assert "parts_held" in row and "11.0" in row
 
 
-def test_pictures_without_annotations_are_no_evaluation(folder, fakes, capsys):
+def test_images_without_annotations_are_no_evaluation(directory, fakes, capsys):
     content = recipe()
     content["stages"][-1]["dataset"] = "bare"
-    content["datasets"].append(["bare", "bare.json", "pictures"])
+    content["datasets"].append(["bare", "bare.json", "images"])
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     truth = json.loads(Path("val.json").read_text()) | {"annotations": []}
     Path("bare.json").write_text(json.dumps(truth))
     assert run() == 1
-    assert "stage again: the data set bare has no annotations" in capsys.readouterr().err
+    assert "stage again: the dataset bare has no annotations" in capsys.readouterr().err
 
 
-def test_a_finished_run_does_nothing(folder, fakes):
+def test_a_finished_run_does_nothing(directory, fakes):
     recipe()
     assert run() == 0
     before, fakes.calls = contents("out"), []
     assert run("--resume") == 0 and fakes.calls == [] and contents("out") == before
 
 
-def test_a_folder_that_is_not_empty_needs_resume(folder, fakes, capsys):
+def test_a_directory_that_is_not_empty_needs_resume(directory, fakes, capsys):
     recipe()
-    (folder / "out").mkdir()
-    (folder / "out/mine.txt").write_text("x")
+    (directory / "out").mkdir()
+    (directory / "out/mine.txt").write_text("x")
     assert run() == 2
     assert "out is not empty, and nothing is overwritten: pass --resume" in capsys.readouterr().err
-    assert list((folder / "out").iterdir()) == [folder / "out/mine.txt"]
+    assert list((directory / "out").iterdir()) == [directory / "out/mine.txt"]
 
 
-def test_two_runs_do_not_share_a_folder(folder, fakes, capsys):
+def test_two_runs_do_not_share_a_directory(directory, fakes, capsys):
     recipe()
-    (folder / "out").mkdir()
+    (directory / "out").mkdir()
     code = (
         "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
         "print('held', flush=True); sys.stdin.read()"
@@ -118,7 +118,7 @@ def test_two_runs_do_not_share_a_folder(folder, fakes, capsys):
     assert run() == 0
 
 
-def test_what_another_run_has_finished_meanwhile_is_not_done_again(folder, fakes):
+def test_what_another_run_has_finished_meanwhile_is_not_done_again(directory, fakes):
     recipe()
     first, second = (Runner(Recipe.read("recipe.yaml"), "out", resume=True) for _ in range(2))
     second.run()
@@ -146,7 +146,7 @@ def cut(path):
         (lambda: cut("out/again/done.json"), "out/again/done.json"),
     ],
 )
-def test_what_is_missing_on_resume_is_named(folder, fakes, capsys, spoil, message):
+def test_what_is_missing_on_resume_is_named(directory, fakes, capsys, spoil, message):
     recipe()
     assert run() == 0
     spoil()
@@ -155,7 +155,7 @@ def test_what_is_missing_on_resume_is_named(folder, fakes, capsys, spoil, messag
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_overrides_of_predictions_are_checked_before_the_first_stage(folder, fakes, capsys):
+def test_the_overrides_of_predictions_are_checked_before_the_first_stage(directory, fakes, capsys):
     for overrides, expected in (
         ({"TEST": {"DETECTION_PER_IMAGE": 3}}, "TEST.DETECTION_PER_IMAGE"),
         ({"TEST": {"DETECTIONS_PER_IMAGE": "all"}}, "DETECTIONS_PER_IMAGE"),
@@ -170,7 +170,7 @@ def test_the_overrides_of_predictions_are_checked_before_the_first_stage(folder,
             assert "stage held: overrides: " in error and expected in error
 
 
-def test_a_training_does_not_go_on_with_other_settings(folder, fakes, capsys):
+def test_a_training_does_not_go_on_with_other_settings(directory, fakes, capsys):
     content = recipe()
     fakes.fails = "model"
     assert run() == 1
@@ -185,7 +185,7 @@ def test_a_training_does_not_go_on_with_other_settings(folder, fakes, capsys):
     assert run("--resume") == 0 and "model" in fakes.calls
 
 
-def test_other_settings_are_not_mixed_with_what_is_done(folder, fakes, capsys):
+def test_other_settings_are_not_mixed_with_what_is_done(directory, fakes, capsys):
     content = recipe()
     assert run() == 0
     content["stages"][8]["max_dets"] = 3
@@ -199,5 +199,7 @@ def test_other_settings_are_not_mixed_with_what_is_done(folder, fakes, capsys):
     remove("out/rescored")
     assert run("--resume") == 0
     recipe()
-    (folder / "small.yaml").write_text((folder / "small.yaml").read_text() + "\nOUTPUT_DIR: x\n")
+    (directory / "small.yaml").write_text(
+        (directory / "small.yaml").read_text() + "\nOUTPUT_DIR: x\n"
+    )
     assert run("--resume") == 2

@@ -10,8 +10,9 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils.events import EventStorage
 
 from d2_balance.losses import DR, Focal, Samples, SigmoidCE, SoftmaxCE
+from d2_balance.losses._kernels.ranks import rank_within
 from d2_balance.reweight import CARL, ISR, REWEIGHTERS
-from d2_balance.reweight.prime_samples import hierarchical_rank, rank_within
+from d2_balance.reweight.isr import hierarchical_rank
 
 from ..conftest import make_inputs, small_cfg
 
@@ -137,7 +138,7 @@ def test_objects_have_ids_of_their_own_over_the_batch(kind, agnostic, monkeypatc
         return forward(self, samples, cls, box)
 
     monkeypatch.setattr(ISR, "forward", record)
-    keys = ["MODEL.BALANCE.REWEIGHT", ["ISR", "CARL"]]
+    keys = ["MODEL.BALANCE.REWEIGHTERS", ["ISR", "CARL"]]
     keys += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic or kind == "cascade"]
     model = build_model(small_cfg(kind, *keys))
     inputs = make_inputs(images=4, objects=3, empty=(1,))
@@ -154,16 +155,18 @@ def test_objects_have_ids_of_their_own_over_the_batch(kind, agnostic, monkeypatc
 
 
 def test_losses_without_rows_are_refused():
-    keys = ["MODEL.BALANCE.REWEIGHT", ["ISR"], "MODEL.BALANCE.CLS_LOSS", "DR"]
-    with pytest.raises(ValueError, match="REWEIGHT ISR weights single rows and CLS_LOSS DR has no"):
+    keys = ["MODEL.BALANCE.REWEIGHTERS", ["ISR"], "MODEL.BALANCE.CLS_LOSS", "DR"]
+    with pytest.raises(
+        ValueError, match="REWEIGHTERS ISR weights single rows and CLS_LOSS DR has no"
+    ):
         build_model(small_cfg("retinanet", *keys))
     assert not DR.elementwise
 
 
 @pytest.mark.parametrize("loss", ["EQLv2", "Seesaw"])
 def test_scores_that_are_no_plain_sigmoid_or_softmax_are_refused(loss):
-    keys = ["MODEL.BALANCE.REWEIGHT", ["CARL"], "MODEL.BALANCE.CLS_LOSS", loss]
-    match = f"REWEIGHT CARL reads class scores off the logits and CLS_LOSS {loss} has outputs"
+    keys = ["MODEL.BALANCE.REWEIGHTERS", ["CARL"], "MODEL.BALANCE.CLS_LOSS", loss]
+    match = f"REWEIGHTERS CARL reads class scores off the logits and CLS_LOSS {loss} has outputs"
     with pytest.raises(ValueError, match=match):
         build_model(small_cfg("faster", *keys))
 

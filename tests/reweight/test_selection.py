@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from d2_balance.reweight import ISRN, OHEM, Candidates, IoUBalanced
+from d2_balance.sampling import ISRN, OHEM, Candidates, IoUBalanced
 from d2_balance.sampling.iou_balanced import draw_evenly
 
 K = 3
@@ -105,12 +105,12 @@ def test_ohem_takes_a_loss_that_is_no_number_last():
 
 
 @pytest.mark.parametrize(
-    "selector", [OHEM(), ISRN(), IoUBalanced()], ids=lambda s: type(s).__name__
+    "proposal_sampler", [OHEM(), ISRN(), IoUBalanced()], ids=lambda s: type(s).__name__
 )
 @pytest.mark.parametrize(("count", "positives"), [(0, 0), (1, 0), (1, 1), (5, 0), (5, 5)])
-def test_few_proposals_are_all_kept(selector, count, positives):
+def test_few_proposals_are_all_kept(proposal_sampler, count, positives):
     spread = torch.arange(count).unsqueeze(1) * 100.0 + torch.tensor([0.0, 0.0, 9.0, 9.0])
-    (chosen,) = selector([candidates(count, positives, boxes=spread)], 512, 0.25)
+    (chosen,) = proposal_sampler([candidates(count, positives, boxes=spread)], 512, 0.25)
     assert sorted(chosen.keep.tolist()) == list(range(count))
     assert chosen.weight is None or chosen.weight.isfinite().all()
 

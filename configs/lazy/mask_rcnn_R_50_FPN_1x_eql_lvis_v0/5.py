@@ -30,7 +30,7 @@ heads.box_predictor.cls_loss = L(EQL)(
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.dataset.names = TRAIN
 dataloader.test.dataset.names = "lvis_v0.5_val"
-del dataloader.evaluator  # by data set, with AP of groups
+del dataloader.evaluator  # by dataset, with AP of groups
 optimizer = model_zoo.get_config("common/optim.py").SGD
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
 train = model_zoo.get_config("common/train.py").train

@@ -1,4 +1,4 @@
-"""Class maps: which class of one data set is which class of another.
+"""Class maps: which class of one dataset is which class of another.
 
 A map is a YAML or JSON file of lines `source class: target class`. Either side is a class name or a
 synset; `null` on the right leaves the class out on purpose:

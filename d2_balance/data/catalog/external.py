@@ -1,6 +1,6 @@
 """Training sets of other classes: their shared classes train, the rest of the classes is unknown.
 
-A picture of Open Images says nothing about most LVIS classes, has boxes and no masks, and says of
+An image of Open Images says nothing about most LVIS classes, has boxes and no masks, and says of
 some classes that they are absent. An external set is registered with the classes of a target set:
 its annotations are mapped by a class map, and its image-level labels list what is known.
 """
@@ -28,7 +28,7 @@ from .register import resolve_path
 KEY = "DATASETS.EXTERNAL"
 _TEXTS = ("NAME", "JSON", "IMAGES", "TARGET")
 _FORM = (
-    "{NAME: name, JSON: file, IMAGES: folder, TARGET: training set whose classes it has}, with "
+    "{NAME: name, JSON: file, IMAGES: directory, TARGET: training set whose classes it has}, with "
     "CLASS_MAP: file and EXHAUSTIVE: True or False where needed"
 )
 NEGATIVE, NOT_EXHAUSTIVE = IMAGE_LABEL_KEYS
@@ -42,7 +42,7 @@ def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
     Each comes with its place for messages.
 
     Raises:
-        ValueError: naming the entry, if it has another form, or a file or folder does not exist.
+        ValueError: naming the entry, if it has another form, or a file or directory does not exist.
     """
     found = []
     for key, entry in entries_as_given(cfg):
@@ -61,12 +61,12 @@ def entries_as_given(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
         key = f"{KEY}[{number}]"
         allowed = {*_TEXTS, "CLASS_MAP", "EXHAUSTIVE"}
         if not isinstance(entry, dict) or not {*_TEXTS} <= set(entry) <= allowed:
-            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+            raise ValueError(f"{key} is {entry!r}; must be {_FORM}")
         texts = [entry[field] for field in _TEXTS] + [entry.get("CLASS_MAP", "")]
         if not all(isinstance(text, str) for text in texts) or not isinstance(
             entry.get("EXHAUSTIVE", False), bool
         ):
-            raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+            raise ValueError(f"{key} is {entry!r}; must be {_FORM}")
         found.append((key, entry))
     return found
 
@@ -78,8 +78,8 @@ def register_external_from_config(cfg: CfgNode) -> list[str]:
         The names, in the order of the list.
 
     Raises:
-        ValueError: naming the entry, if it has another form, if a file or folder does not exist, if
-            the target is unknown, or if the name belongs to another data set.
+        ValueError: naming the entry, if it has another form, if a file or directory does not exist, if
+            the target is unknown, or if the name belongs to another dataset.
     """
     names = []
     for key, entry in external_entries(cfg):
@@ -106,7 +106,7 @@ def register_external(
         json_file, image_root: as `register_json`.
         target: registered training set whose classes and ids the records get.
         class_map: file, see `class_map.py`; "" goes by name and synset.
-        exhaustive: whether all objects of the shared classes are annotated in every picture, as in
+        exhaustive: whether all objects of the shared classes are annotated in every image, as in
             COCO: a shared class without annotation is verified to be absent then. False: only
             `neg_category_ids` of the file say so, as for Open Images.
         key: what to name in error messages.
@@ -117,14 +117,14 @@ def register_external(
     json_file, image_root, class_map = _find(json_file, image_root, class_map, key)
     if target not in DatasetCatalog or target == name:
         raise ValueError(
-            f"{key}: TARGET {target!r} is not a registered data set with other pictures; allowed "
+            f"{key}: TARGET {target!r} is not a registered dataset with other images; allowed "
             "is the training set whose classes the model learns"
         )
     arguments = (json_file, image_root, name, target, class_map, exhaustive)
     if name in DatasetCatalog:
         if is_external(name) and DatasetCatalog[name].args == arguments:
             return
-        raise ValueError(f"{key}: the name {name!r} is taken by another data set; choose another")
+        raise ValueError(f"{key}: the name {name!r} is taken by another dataset; choose another")
     DatasetCatalog.register(name, functools.partial(load_external, *arguments))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
 
@@ -132,14 +132,14 @@ def register_external(
 def _find(json_file: str, image_root: str, class_map: str, key: str) -> tuple[str, str, str]:
     """The three places as `resolve_path` finds them; "" stays."""
     json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
-    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
+    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the image directory")
     if class_map:
         class_map = resolve_path(class_map, PathManager.isfile, f"{key}: the class map")
     return json_file, image_root, class_map
 
 
 def is_external(name: str) -> bool:
-    """Whether `register_external` registered a data set."""
+    """Whether `register_external` registered a dataset."""
     loader = DatasetCatalog[name] if name in DatasetCatalog else None
     return isinstance(loader, functools.partial) and loader.func is load_external
 

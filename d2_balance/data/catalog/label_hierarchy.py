@@ -44,7 +44,7 @@ class LabelHierarchy:
     def expand(
         self, positives: Iterable[str], negatives: Iterable[str]
     ) -> tuple[set[str], set[str]]:
-        """Everything that the labels of one picture imply.
+        """Everything that the labels of one image imply.
 
         Returns:
             Positive and negative labels. Where both claim a label, it is positive: an annotator

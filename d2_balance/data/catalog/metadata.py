@@ -1,4 +1,4 @@
-"""What Detectron2's MetadataCatalog knows about a data set, loaded where that is needed."""
+"""What Detectron2's MetadataCatalog knows about a dataset, loaded where that is needed."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from detectron2.data.datasets import lvis_v0_5_categories, lvis_v1_categories
 
 
 def loaded_metadata(name: str) -> Metadata:
-    """Metadata of a registered data set with ``thing_classes`` filled in.
+    """Metadata of a registered dataset with ``thing_classes`` filled in.
 
     Most sets write their class names into the metadata only when they are loaded. This loads the
     set if, and only if, the names are missing.
@@ -19,7 +19,7 @@ def loaded_metadata(name: str) -> Metadata:
     if MetadataCatalog.get(name).get("thing_classes") is None:
         if name not in DatasetCatalog:
             raise ValueError(
-                f"the data set {name!r} is not registered: add it to DATASETS.REGISTER or correct "
+                f"the dataset {name!r} is not registered: add it to DATASETS.REGISTER or correct "
                 "the name in DATASETS.TRAIN or DATASETS.TEST"
             )
         DatasetCatalog.get(name)
@@ -27,7 +27,7 @@ def loaded_metadata(name: str) -> Metadata:
 
 
 def target_categories(name: str) -> list[dict[str, Any]]:
-    """Categories of a data set as class maps take them: id of the file, name, and synset if known.
+    """Categories of a dataset as class maps take them: id of the file, name, and synset if known.
 
     Raises:
         ValueError: if the set is not registered, or has no class names.
@@ -74,7 +74,7 @@ def category_names(name: str) -> dict[int, str]:
     """
     classes = loaded_metadata(name).get("thing_classes")
     if classes is None:
-        raise ValueError(f"the data set {name!r} has no thing_classes in its metadata")
+        raise ValueError(f"the dataset {name!r} has no thing_classes in its metadata")
     mapping = id_map(name) or {index + 1: index for index in range(len(classes))}
     by_index = {index: raw for raw, index in mapping.items()}
     return {by_index[index]: class_name for index, class_name in enumerate(classes)}

@@ -12,13 +12,13 @@ from detectron2.utils.file_io import PathManager
 from ..annotations import annotation_style, load_json
 
 _KEYS = ("NAME", "JSON", "IMAGES")
-_FORM = "{NAME: name, JSON: file, IMAGES: folder} or [name, file, folder], each a text"
+_FORM = "{NAME: name, JSON: file, IMAGES: directory} or [name, file, directory], each a text"
 
 
 def register_from_config(cfg: CfgNode) -> list[str]:
     """Register every entry of DATASETS.REGISTER.
 
-    An entry is ``{NAME: ..., JSON: ..., IMAGES: ...}`` or ``[name, json, folder]``. Calling this
+    An entry is ``{NAME: ..., JSON: ..., IMAGES: ...}`` or ``[name, json, directory]``. Calling this
     again with equal entries changes nothing.
 
     The entries of DATASETS.EXTERNAL are registered after them, see `external.py`.
@@ -27,8 +27,8 @@ def register_from_config(cfg: CfgNode) -> list[str]:
         The names, in the order of the lists.
 
     Raises:
-        ValueError: naming the entry, if it has another form, if its file or folder does not exist
-            or if its name belongs to another data set.
+        ValueError: naming the entry, if it has another form, if its file or directory does not exist
+            or if its name belongs to another dataset.
     """
     entries = cfg.DATASETS.REGISTER
     if not isinstance(entries, list | tuple):
@@ -48,26 +48,26 @@ def register_json(name: str, json_file: str, image_root: str, key: str = "regist
     """Register one COCO- or LVIS-style file.
 
     Sets json_file, image_root and evaluator_type ("lvis" or "coco") in the metadata. The file is
-    parsed when the data set is first asked for; the rest of the metadata (thing_classes and others,
+    parsed when the dataset is first asked for; the rest of the metadata (thing_classes and others,
     see `load_json`) is there from then on, and `loaded_metadata` gives it in any case.
 
     Args:
         name: the name for DATASETS.TRAIN or DATASETS.TEST.
         json_file: relative to the working directory or to $DETECTRON2_DATASETS, or absolute.
-        image_root: folder of the pictures, found in the same way.
+        image_root: directory of the images, found in the same way.
         key: what to name in error messages.
 
     Raises:
-        ValueError: if file or folder does not exist, or if the name belongs to another set.
+        ValueError: if file or directory does not exist, or if the name belongs to another set.
     """
     json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
-    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the picture folder")
+    image_root = resolve_path(image_root, PathManager.isdir, f"{key}: the image directory")
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
         if _registered_as(name) == (json_file, image_root, name):
             return
         raise ValueError(
-            f"{key}: the name {name!r} is taken by another data set "
+            f"{key}: the name {name!r} is taken by another dataset "
             f"({metadata.get('json_file', 'one without an annotation file')}); choose another name"
         )
     try:
@@ -75,7 +75,7 @@ def register_json(name: str, json_file: str, image_root: str, key: str = "regist
         metadata.set(json_file=json_file, image_root=image_root, evaluator_type=style)
     except AssertionError as error:
         raise ValueError(
-            f"{key}: the metadata of {name!r} belong to another data set; choose another name"
+            f"{key}: the metadata of {name!r} belong to another dataset; choose another name"
         ) from error
     DatasetCatalog.register(name, functools.partial(load_json, json_file, image_root, name))
 
@@ -89,12 +89,12 @@ def registered_file(name: str) -> str | None:
 def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
     if isinstance(entry, dict):
         if set(entry) != set(_KEYS):
-            raise ValueError(f"{key} has the keys {sorted(entry)}; allowed is {_FORM}")
+            raise ValueError(f"{key} has the keys {sorted(entry)}; must be {_FORM}")
         entry = [entry[field] for field in _KEYS]
     if not isinstance(entry, list | tuple) or len(entry) != 3:
-        raise ValueError(f"{key} is {entry!r}; allowed is {_FORM}")
+        raise ValueError(f"{key} is {entry!r}; must be {_FORM}")
     if not all(isinstance(value, str) and value for value in entry):
-        raise ValueError(f"{key} is {list(entry)!r}; allowed is {_FORM}")
+        raise ValueError(f"{key} is {list(entry)!r}; must be {_FORM}")
     return tuple(entry)
 
 
@@ -102,7 +102,7 @@ def resolve_path(path: str, exists: Callable[[str], bool], what: str) -> str:
     """The path as given or below $DETECTRON2_DATASETS, absolute where it is a local one.
 
     Args:
-        path: of a file or folder.
+        path: of a file or directory.
         exists: whether a path is there.
         what: what it is, for the message.
 

@@ -17,11 +17,11 @@ MALFORMED_BOX = "box is missing or not four numbers"
 NOT_FINITE = "box is not finite"
 NEGATIVE_SIZE = "box of negative size"
 NO_AREA = "box of no area"
-OUTSIDE = "box outside the picture"
+OUTSIDE = "box outside the image"
 BAD_POLYGON = "polygon of fewer than 3 points or of an odd number of coordinates"
 NOT_A_MASK = "segmentation is neither lists of finite coordinates nor an RLE"
-RLE_SIZE = "RLE mask of another size than the picture"
-RLE_RUNS = "RLE mask whose runs do not fill the picture"
+RLE_SIZE = "RLE mask of another size than the image"
+RLE_RUNS = "RLE mask whose runs do not fill the image"
 
 # Files round coordinates to two decimals, so x + w may pass the border by that much.
 _BORDER_TOLERANCE = 0.011
@@ -33,12 +33,12 @@ _reports: dict[str, "BadAnnotations"] = {}
 
 @dataclass
 class BadAnnotations:
-    """What was left out or mended in one annotation file.
+    """What was left out or fixed in one annotation file.
 
     Attributes:
         json_file: path of the file.
         skipped: ids of the annotations that were left out, by reason.
-        clipped: ids of annotations whose box stuck out of the picture and was cut at its border.
+        clipped: ids of annotations whose box stuck out of the image and was cut at its border.
         trimmed: ids of annotations that lost broken polygons and kept sound ones.
     """
 
@@ -65,7 +65,7 @@ class BadAnnotations:
         lines = [f"{self.json_file}: {self.total} bad annotation(s) skipped"]
         lines += [f"  skipped: {reason}: {_ids(ids)}" for reason, ids in self.skipped.items()]
         if self.clipped:
-            lines.append(f"  kept, box clipped at the border of the picture: {_ids(self.clipped)}")
+            lines.append(f"  kept, box clipped at the border of the image: {_ids(self.clipped)}")
         if self.trimmed:
             lines.append(f"  kept without their broken polygons: {_ids(self.trimmed)}")
         return "\n".join(lines)
@@ -77,7 +77,7 @@ class Findings:
 
     Attributes:
         skip: positions to leave out.
-        boxes: boxes that replace those of the file, clipped to the picture.
+        boxes: boxes that replace those of the file, clipped to the image.
         segmentations: polygons that replace those of the file.
         report: the same by annotation id.
     """
@@ -121,7 +121,7 @@ def find_bad_annotations(
 
 
 def bad_annotations(dataset_name: str) -> BadAnnotations | None:
-    """Report of a data set, for the summary of a run.
+    """Report of a dataset, for the summary of a run.
 
     Returns:
         The report; None if the set was not loaded yet or has a loader of its own.
@@ -130,9 +130,9 @@ def bad_annotations(dataset_name: str) -> BadAnnotations | None:
 
 
 def remember(dataset_name: str, report: BadAnnotations) -> None:
-    """Keep the report of a data set, and log it unless the same one was logged before."""
+    """Keep the report of a dataset, and log it unless the same one was logged before."""
     if report and _reports.get(dataset_name) != report:
-        logger.warning("Data set %s: %s", dataset_name, report.describe())
+        logger.warning("Dataset %s: %s", dataset_name, report.describe())
     _reports[dataset_name] = report
 
 
@@ -182,7 +182,7 @@ def _box_array(annotations: list[dict]) -> tuple[np.ndarray, np.ndarray]:
             malformed[position] = False
             try:
                 boxes[position] = box
-            except OverflowError:  # a whole number of more than 308 digits; stays NaN
+            except OverflowError:  # an integer of more than 308 digits; stays NaN
                 pass
     return boxes, malformed
 

@@ -1,4 +1,4 @@
-"""What training never sees: classes without an object, and pictures that are left out."""
+"""What training never sees: classes without an object, and images that are left out."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -40,16 +40,16 @@ def log_unseen_classes(
         more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
         logger.warning(
             f"{len(unseen)} classes of {sets[1]} have no object in {sets[0]}, and their AP will be "
-            f"0: {', '.join(unseen[:_SHOWN])}{more}; add training pictures of them, or take them "
+            f"0: {', '.join(unseen[:_SHOWN])}{more}; add training images of them, or take them "
             "out of both files"
         )
     return unseen
 
 
 def log_left_out_negatives(dataset_dicts: Iterable[dict[str, Any]], name: str) -> int:
-    """Say how many pictures have verified image-level labels and are left out for want of objects.
+    """Say how many images have verified image-level labels and are left out for want of objects.
 
-    Detectron2 leaves pictures without objects out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is
+    Detectron2 leaves images without objects out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is
     False. The published LVIS results were trained so, hence this is no warning.
 
     Returns:
@@ -62,7 +62,7 @@ def log_left_out_negatives(dataset_dicts: Iterable[dict[str, Any]], name: str) -
     )
     if count:
         logger.info(
-            f"{count} pictures of {name} have image-level labels and no object to train on; they "
+            f"{count} images of {name} have image-level labels and no object to train on; they "
             "are left out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
         )
     return count

@@ -123,7 +123,7 @@ def _unique_ids(
     wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, allowed)]
     if wrong:
         raise ValueError(
-            f"{json_file}: {table!r}: 'id' is {_some(wrong)}; it must be a whole number"
+            f"{json_file}: {table!r}: 'id' is {_some(wrong)}; it must be an integer"
             f"{'' if integer else ' or a text'}"
         )
     if len(set(ids)) < len(ids):
@@ -176,10 +176,10 @@ def check_num_classes(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
 
     Args:
         cfg: the configuration.
-        names: data sets; all of DATASETS.TRAIN and DATASETS.TEST if not given.
+        names: datasets; all of DATASETS.TRAIN and DATASETS.TEST if not given.
 
     Raises:
-        ValueError: naming the data set and the key to set.
+        ValueError: naming the dataset and the key to set.
     """
     if names is None:
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -190,15 +190,15 @@ def check_num_classes(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
 
 
 def check_class_count(cfg: CfgNode, name: str, count: int) -> None:
-    """Compare the number of classes of one data set with that of the model.
+    """Compare the number of classes of one dataset with that of the model.
 
     Raises:
-        ValueError: naming the data set and the key to set.
+        ValueError: naming the dataset and the key to set.
     """
     if count != configured_num_classes(cfg):
         key = num_classes_key(cfg)
         raise ValueError(
-            f"the data set {name!r} has {count} classes, but {key} is "
+            f"the dataset {name!r} has {count} classes, but {key} is "
             f"{configured_num_classes(cfg)}: set {key} to {count}"
         )
 
@@ -241,12 +241,12 @@ def check_masks(
 ) -> None:
     """Check that every object that is trained on has a mask, in the format that is configured.
 
-    Detectron2 takes the first object's word for all objects of a picture and fails in the middle of
+    Detectron2 takes the first object's word for all objects of an image and fails in the middle of
     training. Call this where MODEL.MASK_ON is set; ``mask_format`` is INPUT.MASK_FORMAT;
     ``boxes_too`` allows objects without a mask, which train the box head only.
 
     Raises:
-        ValueError: naming the data set, a picture and what to set.
+        ValueError: naming the dataset, an image and what to set.
     """
     bare, encoded = [], []
     for record in dataset_dicts:
@@ -259,12 +259,12 @@ def check_masks(
             encoded.append(record["file_name"])
     if bare:
         raise ValueError(
-            f"the data set {name!r} has objects without 'segmentation' in {len(bare)} picture(s), "
+            f"the dataset {name!r} has objects without 'segmentation' in {len(bare)} image(s), "
             f"first {bare[0]}: set MODEL.MASK_ON False or add the masks"
         )
     if encoded:
         raise ValueError(
-            f"the data set {name!r} has RLE masks in {len(encoded)} picture(s), first "
+            f"the dataset {name!r} has RLE masks in {len(encoded)} image(s), first "
             f"{encoded[0]}: set INPUT.MASK_FORMAT bitmask"
         )
 

@@ -1,9 +1,9 @@
 """The built-in long-tail set `mini_lvis_train` / `mini_lvis_val`: a first run needs no download.
 
-600 training and 200 validation pictures of about 160 pixels are rendered on first use and written
+600 training and 200 validation images of about 160 pixels are rendered on first use and written
 in the format of LVIS v1: masks, frequency groups, verified-absent classes and classes that are not
-annotated exhaustively. The 30 classes fall off from 400 to 5 training pictures; see
-`mini_lvis_shapes` for what they look like. The validation set has at least 16 pictures of each
+annotated exhaustively. The 30 classes fall off from 400 to 5 training images; see
+`mini_lvis_shapes` for what they look like. The validation set has at least 16 images of each
 class, so that the AP of rare classes can be measured.
 """
 
@@ -21,17 +21,17 @@ from ..groups import groups_from_counts
 from .scene import render_image
 from .shapes import CLASSES
 
-VERSION = "v1"  # raise it with every change of the pictures or of the annotations
+VERSION = "v1"  # raise it with every change of the images or of the annotations
 NUM_IMAGES = {"train": 600, "val": 200}
 NAMES = {"mini_lvis_train": "train", "mini_lvis_val": "val"}
 SEED = 2003_05176
 
 MAX_CLASSES_PER_IMAGE = 6
-MIN_VAL_IMAGES = 16  # pictures of a class in the validation set, at its full size
+MIN_VAL_IMAGES = 16  # images of a class in the validation set, at its full size
 
 
 def train_image_counts(num_train: int = NUM_IMAGES["train"]) -> list[int]:
-    """Number of training pictures of each class, in the order of the category ids.
+    """Number of training images of each class, in the order of the category ids.
 
     A Zipf-Mandelbrot law c = 400 ((1 + q) / (k + q))^s with rank k = 1..30, q = 7.5, and s such
     that the last class has 5: 6 frequent, 15 common and 9 rare classes by the cut points of LVIS.
@@ -46,30 +46,30 @@ def train_image_counts(num_train: int = NUM_IMAGES["train"]) -> list[int]:
 
 
 def val_image_counts(num_val: int = NUM_IMAGES["val"]) -> list[int]:
-    """Number of validation pictures of each class: a quarter of its training pictures, or 16."""
+    """Number of validation images of each class: a quarter of its training images, or 16."""
     scale = num_val / NUM_IMAGES["val"]
     return [max(1, round(max(MIN_VAL_IMAGES, c / 4) * scale)) for c in train_image_counts()]
 
 
 def frequency_group(image_count: int) -> str:
-    """LVIS frequency group: "r" for 1-10 training pictures, "c" for 11-100, "f" above."""
+    """LVIS frequency group: "r" for 1-10 training images, "c" for 11-100, "f" above."""
     return groups_from_counts([image_count])[0]
 
 
 def register_mini_lvis(root: str | None = None) -> None:
     """Registers `mini_lvis_train` and `mini_lvis_val` with Detectron2. Nothing is rendered yet.
 
-    The pictures are rendered when the catalog is first asked for one of the two. A second call
-    with the same folder changes nothing, one with another folder registers anew.
+    The images are rendered when the catalog is first asked for one of the two. A second call
+    with the same directory changes nothing, one with another directory registers anew.
 
     Args:
-        root: folder of the set; `$DETECTRON2_DATASETS/mini_lvis` by default.
+        root: directory of the set; `$DETECTRON2_DATASETS/mini_lvis` by default.
     """
     if root is None:
         root = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "mini_lvis")
-    folder = os.path.join(root, VERSION)
+    directory = os.path.join(root, VERSION)
     for name, split in NAMES.items():
-        json_file = _json_file(folder, split)
+        json_file = _json_file(directory, split)
         if name in DatasetCatalog:
             if MetadataCatalog.get(name).get("json_file") == json_file:
                 continue
@@ -80,7 +80,7 @@ def register_mini_lvis(root: str | None = None) -> None:
         counts = train_image_counts()
         MetadataCatalog.get(name).set(
             json_file=json_file,
-            image_root=folder,
+            image_root=directory,
             evaluator_type="lvis",
             thing_classes=[cls.name for cls in CLASSES],
             thing_dataset_id_to_contiguous_id={i: i - 1 for i in ids},
@@ -92,11 +92,11 @@ def load_mini_lvis(root: str, name: str) -> list[dict]:
     """Loads one of the two sets as Detectron2's standard dicts, and renders them if needed.
 
     Args:
-        root: folder of the set.
+        root: directory of the set.
         name: "mini_lvis_train" or "mini_lvis_val".
 
     Returns:
-        One dict per picture. `neg_category_ids` and `not_exhaustive_category_ids` hold the ids of
+        One dict per image. `neg_category_ids` and `not_exhaustive_category_ids` hold the ids of
         the file, which start at 1; `category_id` of an annotation starts at 0.
     """
     json_file = build_mini_lvis(root)[name]
@@ -133,60 +133,62 @@ def build_mini_lvis(root: str, force: bool = False) -> dict[str, str]:
     renders and the others wait for it.
 
     Args:
-        root: folder of the set.
+        root: directory of the set.
         force: render again what is there.
 
     Returns:
         The JSON file of each set by its name.
 
     Raises:
-        FileNotFoundError: if the folder is there but a JSON file in it is missing.
-        OSError: if the folder cannot be written.
+        FileNotFoundError: if the directory is there but a JSON file in it is missing.
+        OSError: if the directory cannot be written.
     """
     return _build(root, NUM_IMAGES, force)
 
 
 def _build(root: str, num_images: dict[str, int], force: bool = False) -> dict[str, str]:
-    folder = os.path.join(root, VERSION)
-    paths = {name: _json_file(folder, split) for name, split in NAMES.items()}
-    if force or not os.path.isdir(folder):
+    directory = os.path.join(root, VERSION)
+    paths = {name: _json_file(directory, split) for name, split in NAMES.items()}
+    if force or not os.path.isdir(directory):
         try:
             os.makedirs(root, exist_ok=True)
-            with file_lock(folder):
+            with file_lock(directory):
                 # Another process may have finished while this one waited for the lock.
-                if force or not os.path.isdir(folder):
-                    _render_and_move(folder, num_images)
+                if force or not os.path.isdir(directory):
+                    _render_and_move(directory, num_images)
         except OSError as e:
             raise OSError(
                 f"mini_lvis cannot be rendered into {root}: {e}. Set the environment variable "
-                "DETECTRON2_DATASETS to a folder that can be written"
+                "DETECTRON2_DATASETS to a directory that can be written"
             ) from e
     for path in paths.values():
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing; delete {folder} to have it rendered anew")
+            raise FileNotFoundError(
+                f"{path} is missing; delete {directory} to have it rendered anew"
+            )
     return paths
 
 
-def _json_file(folder: str, split: str) -> str:
-    return os.path.join(folder, f"mini_lvis_{split}.json")
+def _json_file(directory: str, split: str) -> str:
+    return os.path.join(directory, f"mini_lvis_{split}.json")
 
 
-def _render_and_move(folder: str, num_images: dict[str, int]) -> None:
-    part, old = folder + ".part", folder + ".old"
+def _render_and_move(directory: str, num_images: dict[str, int]) -> None:
+    part, old = directory + ".part", directory + ".old"
     for leftover in (part, old):  # of a killed run; the lock says that nobody is at work on it
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         _render(part, num_images)
-        if os.path.isdir(folder):
-            os.replace(folder, old)
-        os.replace(part, folder)
+        if os.path.isdir(directory):
+            os.replace(directory, old)
+        os.replace(part, directory)
     finally:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _render(folder: str, num_images: dict[str, int]) -> None:
-    """Writes pictures and JSON files of both splits into a new folder."""
+def _render(directory: str, num_images: dict[str, int]) -> None:
+    """Writes images and JSON files of both splits into a new directory."""
     counts = {
         "train": train_image_counts(num_images["train"]),
         "val": val_image_counts(num_images["val"]),
@@ -198,20 +200,20 @@ def _render(folder: str, num_images: dict[str, int]) -> None:
         delay=2,  # seconds; a short rendering shows no bar
     )
     with progress:
-        train = _render_split(folder, "train", counts["train"], num_images["train"], progress)
-        val = _render_split(folder, "val", counts["val"], num_images["val"], progress)
+        train = _render_split(directory, "train", counts["train"], num_images["train"], progress)
+        val = _render_split(directory, "val", counts["val"], num_images["val"], progress)
     # As in LVIS, counts and frequency groups of both files are those of the training set.
     categories = _categories(train["annotations"])
     for split, data in (("train", train), ("val", val)):
-        with open(_json_file(folder, split), "w") as f:
+        with open(_json_file(directory, split), "w") as f:
             json.dump(data | {"categories": categories}, f, separators=(",", ":"))
 
 
 def _render_split(
-    folder: str, split: str, counts: list[int], num_images: int, progress: tqdm
+    directory: str, split: str, counts: list[int], num_images: int, progress: tqdm
 ) -> dict:
-    """Writes the pictures of one split; returns its LVIS data, still without categories."""
-    os.makedirs(os.path.join(folder, split))
+    """Writes the images of one split; returns its LVIS data, still without categories."""
+    os.makedirs(os.path.join(directory, split))
     seed = [SEED, list(NAMES.values()).index(split)]
     first_id = 1 if split == "train" else NUM_IMAGES["train"] + 1
     may_omit = {j for j, n in enumerate(train_image_counts()) if frequency_group(n) != "r"}
@@ -221,7 +223,7 @@ def _render_split(
         image_id = first_id + index
         image, record, objects = render_image(image_id, class_indices, may_omit, rng)
         file_name = f"{split}/{image_id:06d}.jpg"
-        image.save(os.path.join(folder, file_name), quality=95, subsampling=0)
+        image.save(os.path.join(directory, file_name), quality=95, subsampling=0)
         images.append(record | {"file_name": file_name, "coco_url": f"mini_lvis/{file_name}"})
         annotations.extend(objects)
         progress.update()
@@ -231,12 +233,12 @@ def _render_split(
 
 
 def _plan(counts: list[int], num_images: int, rng: np.random.Generator) -> list[list[int]]:
-    """Draws the class indices of each picture, so that class j is in exactly counts[j] of them."""
+    """Draws the class indices of each image, so that class j is in exactly counts[j] of them."""
     plan = [[] for _ in range(num_images)]
     for j in sorted(range(len(counts)), key=lambda j: counts[j]):
         room = [i for i, classes in enumerate(plan) if len(classes) < MAX_CLASSES_PER_IMAGE]
         chosen = rng.permutation(room)
-        if counts[j] == max(counts):  # no picture stays empty
+        if counts[j] == max(counts):  # no image stays empty
             chosen = sorted(chosen, key=lambda i: len(plan[i]) > 0)
         for i in chosen[: counts[j]]:
             plan[i].append(j)

@@ -1,4 +1,4 @@
-"""Composes the pictures of the built-in long-tail set and outlines what is visible in them."""
+"""Composes the images of the built-in long-tail set and outlines what is visible in them."""
 
 from dataclasses import dataclass
 
@@ -14,21 +14,21 @@ MIN_KEY_VISIBLE = 0.7  # the same for the part that tells its class
 MIN_PART_AREA = 4.0  # pixels; smaller visible fragments are not outlined
 POSITIONS_PER_SIZE = 12
 MAX_OBJECTS_PER_IMAGE = 9
-NUM_NEGATIVE = (4, 8)  # verified-absent classes of a picture
-NOT_EXHAUSTIVE_SHARE = 0.05  # of the pictures with several objects of one class
+NUM_NEGATIVE = (4, 8)  # verified-absent classes of an image
+NOT_EXHAUSTIVE_SHARE = 0.05  # of the images with several objects of one class
 SIZES = [(160, 160)] * 6 + [(128, 160)] * 2 + [(160, 128)] * 2  # height, width
 
 
 @dataclass
 class SceneObject:
-    """One object, with its masks cut to the window `rows`, `columns` of the picture."""
+    """One object, with its masks cut to the window `rows`, `columns` of the image."""
 
     class_index: int
     rows: slice
     columns: slice
     mask: np.ndarray  # bool, silhouette
     key: np.ndarray  # bool, the part that tells the class
-    full_area: int  # pixels, with the part outside of the picture
+    full_area: int  # pixels, with the part outside of the image
     full_key: int
 
 
@@ -36,7 +36,7 @@ class Scene:
     """A background on which objects are placed one above the other.
 
     Args:
-        height, width: of the picture in pixels.
+        height, width: of the image in pixels.
         rng: source of everything random.
     """
 
@@ -66,7 +66,7 @@ class Scene:
             if diameter <= MIN_DIAMETER:
                 raise RuntimeError(
                     f"no room for a {CLASSES[class_index].name} among {len(self.objects)} objects "
-                    f"in a picture of {self.width}x{self.height} pixels"
+                    f"in an image of {self.width}x{self.height} pixels"
                 )
             diameter = max(MIN_DIAMETER, 0.8 * diameter)
 
@@ -109,7 +109,7 @@ class Scene:
         else:
             y, x = self.rng.uniform(0, self.height), self.rng.uniform(0, self.width)
         half = size / 2
-        # Objects may stick out of the picture by a quarter of their size.
+        # Objects may stick out of the image by a quarter of their size.
         y = min(max(y, half / 2), self.height - half / 2)
         x = min(max(x, half / 2), self.width - half / 2)
         return round(y - half), round(x - half)
@@ -126,16 +126,16 @@ def _recognisable(owner: np.ndarray, index: int, obj: SceneObject) -> bool:
 def render_image(
     image_id: int, class_indices: list[int], may_omit: set[int], rng: np.random.Generator
 ) -> tuple[Image.Image, dict, list[dict]]:
-    """Renders one picture with one to three objects of each class asked for.
+    """Renders one image with one to three objects of each class asked for.
 
     Args:
-        image_id: id of the picture.
+        image_id: id of the image.
         class_indices: the classes in it, as indices of `CLASSES`.
         may_omit: classes of which an object may stay without annotation.
         rng: source of everything random.
 
     Returns:
-        The picture; its LVIS record without file name; its annotations, still without ids.
+        The image; its LVIS record without file name; its annotations, still without ids.
     """
     height, width = SIZES[int(rng.integers(len(SIZES)))]
     scene = Scene(height, width, rng)

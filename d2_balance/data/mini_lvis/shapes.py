@@ -176,25 +176,25 @@ def draw_background(height: int, width: int, rng: np.random.Generator) -> Image.
     """A dull textured background: a gradient, low-frequency noise, and often stripes or checks."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     base = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.3), rng.uniform(0.3, 0.75)))
-    picture = np.empty((height, width, 3), dtype=np.float32)
-    picture[:] = 255 * base
+    image = np.empty((height, width, 3), dtype=np.float32)
+    image[:] = 255 * base
 
-    slope = rng.uniform(-30, 30, size=2).tolist()
-    picture += (slope[0] * (x / width - 0.5) + slope[1] * (y / height - 0.5))[..., None]
+    grad = rng.uniform(-30, 30, size=2).tolist()
+    image += (grad[0] * (x / width - 0.5) + grad[1] * (y / height - 0.5))[..., None]
 
     cells = int(rng.integers(4, 10))
     coarse = Image.fromarray(rng.integers(0, 256, size=(cells, cells, 3), dtype=np.uint8))
     noise = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
-    picture += (noise - 127.5) * rng.uniform(0.1, 0.3)
+    image += (noise - 127.5) * rng.uniform(0.1, 0.3)
 
     kind, period = rng.integers(0, 4), rng.uniform(8, 32)
     steer = rng.uniform(-1, 1, size=2).tolist()
     wave = np.abs((steer[0] * x + steer[1] * y) / period % 2 - 1) - 0.5  # triangle wave, +-0.5
     if kind == 1:
-        picture += (rng.uniform(15, 35) * wave)[..., None]
+        image += (rng.uniform(15, 35) * wave)[..., None]
     elif kind == 2:
-        picture += (rng.uniform(10, 25) * np.sign(wave))[..., None]
+        image += (rng.uniform(10, 25) * np.sign(wave))[..., None]
     elif kind == 3:
         checks = (x // period + y // period) % 2 - 0.5
-        picture += (rng.uniform(10, 25) * checks)[..., None]
-    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+        image += (rng.uniform(10, 25) * checks)[..., None]
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))

@@ -4,14 +4,14 @@ With N_f positive of N rows and C outputs per row, a classifier that says pi eve
 
     L(pi) = -log pi - (N C / N_f - 1) log(1 - pi)        per positive row,
 
-least at pi* = N_f / (N C), which is the sigmoid of b = -log(N C / N_f - 1). Thresholds at test:
+least at pi* = N_f / (N C), which is the sigmoid of b = -log(N C / N_f - 1). Thresholds at test time:
 theta_j = (N_f / N) N_j / sum_k N_k with N_j objects of class j.
 
 Source: Chen et al., Is Heuristic Sampling Necessary in Training Deep Object Detectors?,
 arXiv:1909.04868, equations 1 to 3 and 7.
 
-Rows are labelled as the model labels them in training, from sizes and boxes alone: no picture is
-read, and no network runs. Every picture is resized to the middle one of the training sizes and
+Rows are labelled as the model labels them in training, from sizes and boxes alone: no image is
+read, and no network runs. Every image is resized to the middle one of the training sizes and
 padded by itself; crops and flips are left out.
 """
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from d2_balance.utils.files import atomic_path
 
 from ..annotations import read_json
-from ..class_counts import ClassStatistics
+from ..class_counts import ClassCounts
 
 RETINANET, FCOS, RPN, ROI_HEADS = PARTS = ("RetinaNet", "FCOS", "RPN", "ROIHeads")
 _COUNTS = ("positives", "rows", "outputs")
@@ -42,7 +42,7 @@ _COUNTS = ("positives", "rows", "outputs")
 
 @dataclass(frozen=True)
 class PartCount:
-    """Rows of one part of a model, summed over the pictures that were looked at.
+    """Rows of one part of a model, summed over the images that were looked at.
 
     Attributes:
         positives: N_f, rows with an object; above 0 and below `rows`.
@@ -94,8 +94,8 @@ class ForegroundPrior:
         parts: counts by name of the model's part, names out of `PARTS`.
         instance_count: K objects of each class in the whole training set.
         class_names: K names.
-        num_images: pictures whose rows were counted, at least 1.
-        total_images: pictures of the training set.
+        num_images: images whose rows were counted, at least 1.
+        total_images: images of the training set.
         source: file that the counts come from, for messages.
     """
 
@@ -118,8 +118,8 @@ class ForegroundPrior:
         """Counts on DATASETS.TRAIN as the training loader sees it.
 
         Args:
-            cfg: full config; its data sets are registered.
-            max_images: of more pictures than this a random sample is counted; 0 takes all.
+            cfg: full config; its datasets are registered.
+            max_images: of more images than this a random sample is counted; 0 takes all.
             seed: of the sample.
             progress: whether to show a bar.
 
@@ -131,7 +131,7 @@ class ForegroundPrior:
             row_counters,  # needs Detectron2's models, which import this package
         )
 
-        statistics = ClassStatistics.from_config(cfg)
+        statistics = ClassCounts.from_config(cfg)
         counters = row_counters(cfg)
         records = get_detection_dataset_dicts(
             tuple(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -139,7 +139,7 @@ class ForegroundPrior:
         if max_images and len(records) > max_images:
             records = random.Random(seed).sample(records, max_images)
         totals = {name: [0, 0] for name in counters}
-        for record in tqdm(records, unit=" pictures", disable=not progress):
+        for record in tqdm(records, unit=" images", disable=not progress):
             size, boxes = _sized(cfg, record)
             for name, counter in counters.items():
                 for i, count in enumerate(counter(size, boxes)):
@@ -218,16 +218,16 @@ def _require(path: str, place: str, entry: Any, fields: Sequence[str]) -> None:
     for name in fields:
         value = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{path}: {place}: {name!r} must be a whole number from 0 on")
+            raise ValueError(f"{path}: {place}: {name!r} must be an integer from 0 on")
 
 
 def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tensor]:
-    """Height and width of a picture in training, and its objects (M, 4), x0 y0 x1 y1 inside it."""
+    """Height and width of an image in training, and its objects (M, 4), x0 y0 x1 y1 inside it."""
     from detectron2.structures import BoxMode
 
     if "height" not in record or "width" not in record:
         raise ValueError(
-            f"{record.get('file_name', 'a picture')} has no height and width in its data set"
+            f"{record.get('file_name', 'an image')} has no height and width in its dataset"
         )
     boxes = [
         BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
@@ -242,7 +242,7 @@ def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tenso
 def training_size(
     cfg: CfgNode, size: tuple[int, int], boxes: Tensor
 ) -> tuple[tuple[int, int], Tensor]:
-    """A picture as training resizes it.
+    """An image as training resizes it.
 
     Args:
         cfg: full config.

@@ -1,4 +1,4 @@
-"""Counts the rows (anchors, proposals) of a picture by the rules of the model's training."""
+"""Counts the rows (anchors, proposals) of an image by the rules of the model's training."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class PointCounter:
 
 
 class AnchorGrid:
-    """Anchors of a picture by its size, from the shapes of the feature maps alone."""
+    """Anchors of an image by its size, from the shapes of the feature maps alone."""
 
     def __init__(self, backbone: Backbone, shapes: list[ShapeSpec], generator: nn.Module) -> None:
         self._padding = {
@@ -196,7 +196,7 @@ class AnchorGrid:
         return other
 
     def __call__(self, size: tuple[int, int]) -> list[Boxes]:
-        """Anchors of each level for one picture of (height, width)."""
+        """Anchors of each level for one image of (height, width)."""
         shapes = self._map_sizes(size)
         if self._known is None or self._known[0] != shapes:
             maps = [torch.empty(1, 1, *shape, device="meta") for shape in shapes]

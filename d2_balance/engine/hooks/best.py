@@ -48,12 +48,12 @@ def check_best(cfg: CfgNode) -> None:
     if not node.METRIC:
         if node.PATIENCE:
             raise ValueError(
-                f"TEST.BEST.PATIENCE is {node.PATIENCE} and TEST.BEST.METRIC is empty; allowed is "
+                f"TEST.BEST.PATIENCE is {node.PATIENCE} and TEST.BEST.METRIC is empty; must be "
                 "the name of a metric, such as bbox/AP, or PATIENCE 0."
             )
         return
     if node.MODE not in MODES:
-        raise ValueError(f"TEST.BEST.MODE is {node.MODE!r}; allowed is max or min.")
+        raise ValueError(f"TEST.BEST.MODE is {node.MODE!r}; must be max or min.")
     if node.PATIENCE < 0 or not 0 <= node.MIN_DELTA < math.inf:
         raise ValueError(
             f"TEST.BEST.PATIENCE is {node.PATIENCE} and TEST.BEST.MIN_DELTA {node.MIN_DELTA}; "
@@ -68,7 +68,7 @@ def check_best(cfg: CfgNode) -> None:
     if node.PATIENCE and metric_period(cfg) < 1:
         raise ValueError(
             "TEST.BEST.PATIENCE counts evaluations, and TEST.EVAL_PERIOD is 0, which evaluates at "
-            "the end only; allowed is an EVAL_PERIOD of at least 1, or PATIENCE 0."
+            "the end only; must be an EVAL_PERIOD of at least 1, or PATIENCE 0."
         )
     if not losses:
         _check_name(cfg, node.METRIC)

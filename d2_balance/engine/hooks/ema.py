@@ -32,7 +32,7 @@ def check_ema(cfg: CfgNode) -> None:
     """
     node = cfg.SOLVER.EMA
     if not 0 <= node.DECAY < 1:
-        raise ValueError(f"SOLVER.EMA.DECAY is {node.DECAY}; allowed is a number in [0, 1).")
+        raise ValueError(f"SOLVER.EMA.DECAY is {node.DECAY}; must be a number in [0, 1).")
     if node.ENABLED and cfg.TEST.PRECISE_BN.ENABLED:
         raise ValueError(
             "TEST.PRECISE_BN measures the statistics of the weights, and SOLVER.EMA evaluates "

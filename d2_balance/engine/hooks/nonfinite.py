@@ -1,7 +1,7 @@
 """Ends a run whose loss is no longer finite, with a message that says why.
 
 The check stands between the backward pass and the step of the optimizer, so that no weights and no
-checkpoint are spoilt. What it costs in healthy iterations is a sum of the losses, which Detectron2
+checkpoint are corrupt. What it costs in healthy iterations is a sum of the losses, which Detectron2
 reads at the same place, and with several ranks one number that they add up.
 
 In mixed precision the losses are looked at before they are scaled, so that an overflow of scaled
@@ -33,8 +33,8 @@ _OVERFLOW = (
     "In float32 the loss of this batch is finite: half precision has overflowed in the forward "
     "pass. Set SOLVER.AMP.PRECISION bf16 or SOLVER.AMP.ENABLED False."
 )
-_BAD_INPUT = "Mend these pictures or their annotations, or take them out."
-_SHOWN = 8  # pictures and classes that a message lists
+_BAD_INPUT = "Mend these images or their annotations, or take them out."
+_SHOWN = 8  # images and classes that a message lists
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class NonFiniteLossError(FloatingPointError):
         message: what a user reads.
         iteration: from 0.
         losses: names in the loss dict that are not finite; empty where the model gave no losses.
-        pictures: file names (or image ids) of the pictures they come from.
+        images: file names (or image ids) of the images they come from.
         classes: names of the classes they come from; empty where no class stands out.
         everywhere: whether all ranks raise the same error.
     """
@@ -57,13 +57,13 @@ class NonFiniteLossError(FloatingPointError):
         *,
         iteration: int,
         losses: Iterable[str] = (),
-        pictures: Iterable[str] = (),
+        images: Iterable[str] = (),
         classes: Iterable[str] = (),
         everywhere: bool = True,
     ) -> None:
         super().__init__(message)
         self.iteration = iteration
-        self.losses, self.pictures, self.classes = tuple(losses), tuple(pictures), tuple(classes)
+        self.losses, self.images, self.classes = tuple(losses), tuple(images), tuple(classes)
         self.everywhere = everywhere
 
 
@@ -75,7 +75,7 @@ class Report:
         losses: values of the losses that are not finite.
         parameter: name of the first parameter that is not finite, "" for none.
         bad_input: whether the batch itself is not finite.
-        pictures: name of each suspect picture and what is wrong with it.
+        images: name of each suspect image and what is wrong with it.
         classes: names of the classes, without repetition.
         overflow: whether the loss is finite in float32.
         saved: file with the batch, "" for none.
@@ -84,7 +84,7 @@ class Report:
     losses: dict[str, float] = field(default_factory=dict)
     parameter: str = ""
     bad_input: bool = False
-    pictures: dict[str, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     overflow: bool = False
     saved: str = ""
@@ -148,14 +148,14 @@ class FiniteLosses(HookBase):
         return _error([self._report()], self.trainer.iter, everywhere=False, cause=str(cause))
 
     def error_of_step(self, parameter: str) -> NonFiniteLossError:
-        """The error where the step of a finite loss has spoilt the weights."""
-        names = [picture_name(record) for record in self._batch]
+        """The error where the step of a finite loss has corrupt the weights."""
+        names = [image_name(record) for record in self._batch]
         return NonFiniteLossError(
             f"The step of iteration {self.trainer.iter} has made the weights infinite or NaN, "
-            f"though its loss was finite; the first such parameter is {parameter}. The pictures of "
+            f"though its loss was finite; the first such parameter is {parameter}. The images of "
             f"the batch were {_listed(names)}. {_BAD_WEIGHTS}",
             iteration=self.trainer.iter,
-            pictures=names,
+            images=names,
         )
 
     def _report(self) -> Report:
@@ -175,13 +175,13 @@ class FiniteLosses(HookBase):
             logger.exception("The batch of the loss that is not finite could not be run again.")
             found = bad_inputs(batch)
         finally:
-            self._batch = batch  # the hooks have seen the pictures that were run again
-        if not found.pictures:
-            report.pictures = {picture_name(record): "" for record in batch}
+            self._batch = batch  # the hooks have seen the images that were run again
+        if not found.images:
+            report.images = {image_name(record): "" for record in batch}
             return report
-        suspects = sorted(found.pictures)
+        suspects = sorted(found.images)
         report.bad_input = found.bad_input
-        report.pictures = {picture_name(batch[i]): found.pictures[i] for i in suspects}
+        report.images = {image_name(batch[i]): found.images[i] for i in suspects}
         classes = set().union(*(found.classes[i] for i in suspects))
         report.classes = [self._class_name(index) for index in sorted(classes)]
         return report
@@ -235,8 +235,8 @@ def errors_without_traceback() -> Iterator[None]:
         log.removeFilter(shorten)
 
 
-def picture_name(record: dict[str, Any]) -> str:
-    """How a message calls a picture: its file name, or its id where there is none."""
+def image_name(record: dict[str, Any]) -> str:
+    """How a message calls an image: its file name, or its id where there is none."""
     return str(record.get("file_name") or f"image_id {record.get('image_id', 'unknown')}")
 
 
@@ -257,7 +257,7 @@ def _error(
 ) -> NonFiniteLossError:
     """Joins the reports of the ranks to one error."""
     losses = {name: value for report in reports for name, value in report.losses.items()}
-    pictures = {name: what for report in reports for name, what in report.pictures.items()}
+    images = {name: what for report in reports for name, what in report.images.items()}
     classes = list(dict.fromkeys(name for report in reports for name in report.classes))
     parameter = next((report.parameter for report in reports if report.parameter), "")
     if cause:
@@ -269,9 +269,9 @@ def _error(
         text.append(f"The weights are not finite; the first such parameter is {parameter}.")
     if classes:
         text.append(f"Classes: {_listed(classes)}.")
-    shown = [f"{name} ({what})" if what else name for name, what in pictures.items()]
+    shown = [f"{name} ({what})" if what else name for name, what in images.items()]
     if shown:
-        text.append(f"Pictures: {_listed(shown)}.")
+        text.append(f"Images: {_listed(shown)}.")
     bad_input = any(report.bad_input for report in reports)
     if any(report.overflow for report in reports):
         text.append(_OVERFLOW)
@@ -283,7 +283,7 @@ def _error(
         " ".join(text),
         iteration=iteration,
         losses=losses,
-        pictures=pictures,
+        images=images,
         classes=classes,
         everywhere=everywhere,
     )

@@ -60,12 +60,12 @@ def check_beta_decay(cfg: CfgNode) -> None:
     rules = {
         "MODE": (node.MODE in BETA_MODES, f"one of {', '.join(BETA_MODES)}"),
         "AMOUNT": (0 <= node.AMOUNT < math.inf, "a number of at least 0"),
-        "PERIOD": (node.PERIOD >= 1, "a whole number of at least 1"),
+        "PERIOD": (node.PERIOD >= 1, "an integer of at least 1"),
         "MIN": (0 <= node.MIN < math.inf, "a number of at least 0"),
     }
     for key, (allowed, rule) in rules.items():
         if not allowed:
-            raise ValueError(f"MODEL.BALANCE.BETA_DECAY.{key} is {node[key]!r}; allowed is {rule}.")
+            raise ValueError(f"MODEL.BALANCE.BETA_DECAY.{key} is {node[key]!r}; must be {rule}.")
 
 
 class BetaDecay(HookBase):

@@ -1,8 +1,8 @@
 """Losses on the test sets while a run trains, which leave the run as it was.
 
-A picture is measured by itself, as one of IMS_PER_BATCH pictures that are all like it: normalisers
+An image is measured by itself, as one of IMS_PER_BATCH images that are all like it: normalisers
 and densities see what they would see of such a batch, and the result depends neither on the number
-of processes nor on which pictures come together. Batch norms use what they have counted so far.
+of processes nor on which images come together. Batch norms use what they have counted so far.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ def check_validation_loss(cfg: CfgNode) -> None:
     if node.PERIOD < 0 or node.IMAGES < 0:
         raise ValueError(
             f"TEST.LOSS.PERIOD is {node.PERIOD} and TEST.LOSS.IMAGES {node.IMAGES}; allowed are "
-            "whole numbers of at least 0."
+            "integers of at least 0."
         )
     if node.PERIOD and not cfg.DATASETS.TEST:
         raise ValueError(
-            "TEST.LOSS.PERIOD is above 0 and DATASETS.TEST is empty; allowed is at least one data "
+            "TEST.LOSS.PERIOD is above 0 and DATASETS.TEST is empty; must be at least one data "
             "set, or PERIOD 0."
         )
 
 
 class ValidationLoss(HookBase):
-    """Writes the mean losses over the pictures of all test sets, as val_loss/<name>.
+    """Writes the mean losses over the images of all test sets, as val_loss/<name>.
 
-    Every rank measures its share of the pictures. val_loss/total_loss is their sum.
+    Every rank measures its share of the images. val_loss/total_loss is their sum.
 
     Args:
         model: wrapped in DDP or not.
-        pictures: what the model takes in training, with annotations; indexed, a sequence.
+        images: what the model takes in training, with annotations; indexed, a sequence.
         period: iterations between two measurements, at least 1; the last iteration is measured too.
         batch: IMS_PER_BATCH.
-        seed: what a picture draws at random is a function of it and of the picture.
-        num_workers: loading processes.
+        seed: what an image draws at random is a function of it and of the image.
+        num_workers: workers.
         weights: makes a block in which the model has the weights that are measured.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        pictures: Any,
+        images: Any,
         period: int,
         *,
         batch: int,
@@ -78,7 +78,7 @@ class ValidationLoss(HookBase):
         weights: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model = getattr(model, "module", model)
-        self._pictures, self._period, self._batch = pictures, period, batch
+        self._images, self._period, self._batch = images, period, batch
         self._seed, self._num_workers, self._weights = max(seed, 0), num_workers, weights
 
     @classmethod
@@ -93,7 +93,7 @@ class ValidationLoss(HookBase):
             return None
         return cls(
             model,
-            validation_pictures(cfg),
+            validation_images(cfg),
             cfg.TEST.LOSS.PERIOD,
             batch=cfg.SOLVER.IMS_PER_BATCH,
             seed=cfg.SEED,
@@ -111,18 +111,18 @@ class ValidationLoss(HookBase):
                 logger.info(f"Losses on the test sets: total {losses['total_loss']:.4g}")
 
     def measure(self) -> dict[str, float]:
-        """The mean losses of all pictures; every rank must call this.
+        """The mean losses of all images; every rank must call this.
 
         Returns:
             Name to mean, on every rank.
         """
         rank, ranks = comm.get_rank(), comm.get_world_size()
-        mine = range(rank, len(self._pictures), ranks)
+        mine = range(rank, len(self._images), ranks)
         with _unchanged(self._model), self._weights():
             found = [self._losses(i, record) for i, record in zip(mine, self._load(mine))]  # noqa: B905
         everything = [losses for part in comm.all_gather(found) for losses in part]
         names = sorted({name for losses in everything for name in losses})
-        # fsum is exact: the mean does not depend on how the pictures were shared out
+        # fsum is exact: the mean does not depend on how the images were shared out
         means = {n: math.fsum(x.get(n, 0.0) for x in everything) / len(everything) for n in names}
         return means | {"total_loss": math.fsum(means.values())}
 
@@ -131,7 +131,7 @@ class ValidationLoss(HookBase):
         generator = torch.Generator().manual_seed(self._seed)
         return iter(
             DataLoader(
-                torch.utils.data.Subset(self._pictures, indices),
+                torch.utils.data.Subset(self._images, indices),
                 batch_size=None,
                 num_workers=self._num_workers,
                 generator=generator,
@@ -160,8 +160,8 @@ class ValidationLoss(HookBase):
         return dict(zip(losses, values, strict=True))
 
 
-def validation_pictures(cfg: CfgNode) -> Any:
-    """The pictures of DATASETS.TEST at the size of the test, with annotations, without chance."""
+def validation_images(cfg: CfgNode) -> Any:
+    """The images of DATASETS.TEST at the size of the test, with annotations, without chance."""
     limit, dicts = cfg.TEST.LOSS.IMAGES, []
     for name in cfg.DATASETS.TEST:
         found = get_detection_dataset_dicts(
@@ -179,7 +179,7 @@ def _as_it_is(record: Any) -> Any:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Training mode with batch norms and dropout as at test; generators and modes are put back."""
+    """Training mode with batch norms and dropout as at test time; generators and modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     model.train()

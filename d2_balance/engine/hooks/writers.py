@@ -35,7 +35,7 @@ def check_logs(cfg: CfgNode) -> None:
         return
     if cfg.LOG.WANDB_MODE not in WANDB_MODES:
         raise ValueError(
-            f"LOG.WANDB_MODE is {cfg.LOG.WANDB_MODE!r}; allowed is {' or '.join(WANDB_MODES)}."
+            f"LOG.WANDB_MODE is {cfg.LOG.WANDB_MODE!r}; must be {' or '.join(WANDB_MODES)}."
         )
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -152,15 +152,15 @@ class ClassAP(HookBase):
 
     Args:
         writer: of TensorBoard; None: this process writes nothing.
-        folder: where the evaluators put their tables.
+        directory: where the evaluators put their tables.
         datasets: names of the test sets.
         period: TEST.EVAL_PERIOD.
     """
 
     def __init__(
-        self, writer: ClassAPWriter | None, folder: str, datasets: Sequence[str], period: int
+        self, writer: ClassAPWriter | None, directory: str, datasets: Sequence[str], period: int
     ) -> None:
-        self._writer, self._folder = writer, folder
+        self._writer, self._directory = writer, directory
         self._datasets, self._period = datasets, period
 
     def after_step(self) -> None:
@@ -175,7 +175,7 @@ class ClassAP(HookBase):
     def _write(self) -> None:
         for dataset in self._datasets if self._writer is not None else ():
             name = f"per_class_ap_{file_name_of(dataset)}.json"
-            path = os.path.join(self._folder, name)
+            path = os.path.join(self._directory, name)
             if os.path.isfile(path):
                 with open(path, encoding="utf-8") as file:
                     records = json.load(file)

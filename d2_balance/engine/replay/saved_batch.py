@@ -26,19 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSaver:
-    """Writes batches to files `replay_<iteration>_rank<rank>.pt` of a folder.
+    """Writes batches to files `replay_<iteration>_rank<rank>.pt` of a directory.
 
     Args:
         model: whose weights go with them; not wrapped in DDP.
         config: the run's config as YAML.
-        folder: OUTPUT_DIR.
+        directory: OUTPUT_DIR.
         class_names: K names; None: unknown.
     """
 
     def __init__(
-        self, model: nn.Module, config: str, folder: str, class_names: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        config: str,
+        directory: str,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        self._model, self._config, self._folder = model, config, folder
+        self._model, self._config, self._directory = model, config, directory
         self._names = class_names
 
     def save(
@@ -61,7 +65,7 @@ class BatchSaver:
             Path of the file; "" where it cannot be written, which is logged.
         """
         name = f"replay_{iteration:07d}_rank{comm.get_rank()}.pt"
-        path = os.path.join(self._folder, name)
+        path = os.path.join(self._directory, name)
         content = {
             "format": FORMAT,
             "config": self._config,
@@ -88,13 +92,13 @@ def load_saved_batch(path: str) -> dict[str, Any]:
         ValueError: the file is not there or is none of a saved batch.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path} does not exist; allowed is a file replay_*.pt of a run.")
+        raise ValueError(f"{path} does not exist; must be a file replay_*.pt of a run.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise their own
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "batch" not in content:
-        raise ValueError(f"{path} is no saved batch; allowed is a file replay_*.pt of a run.")
+        raise ValueError(f"{path} is no saved batch; must be a file replay_*.pt of a run.")
     content["batch"] = [_record(plain) for plain in content["batch"]]
     return content
 

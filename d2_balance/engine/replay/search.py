@@ -1,4 +1,4 @@
-"""Runs a batch again to find the pictures and classes whose loss is not finite."""
+"""Runs a batch again to find the images and classes whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """What is known about a batch, by index of the picture.
+    """What is known about a batch, by index of the image.
 
     Args:
-        pictures: suspect pictures and what is wrong with them.
+        images: suspect images and what is wrong with them.
         classes: indices of the classes that stand out.
-        bad_input: whether the pictures or their annotations are not finite themselves.
+        bad_input: whether the images or their annotations are not finite themselves.
     """
 
-    pictures: dict[int, str] = field(default_factory=dict)
+    images: dict[int, str] = field(default_factory=dict)
     classes: dict[int, set[int]] = field(default_factory=dict)
     bad_input: bool = False
 
-    def add(self, picture: int, what: str, classes: Iterable[int] = ()) -> None:
-        """Notes what is wrong with a picture; what was noted first stays."""
-        self.pictures.setdefault(picture, what)
-        self.classes.setdefault(picture, set()).update(classes)
+    def add(self, image: int, what: str, classes: Iterable[int] = ()) -> None:
+        """Notes what is wrong with an image; what was noted first stays."""
+        self.images.setdefault(image, what)
+        self.classes.setdefault(image, set()).update(classes)
 
 
 class Replay:
@@ -70,7 +70,7 @@ class Replay:
         self.losses: dict[str, float] = {}  # of the whole batch, once it was run
 
     def run(self) -> Found:
-        """Looks at the inputs, then at the rows of all heads, then at each picture alone."""
+        """Looks at the inputs, then at the rows of all heads, then at each image alone."""
         found = bad_inputs(self._batch)
         if found.bad_input:
             return found
@@ -78,16 +78,16 @@ class Replay:
         with self._untouched():
             finite = self._forward(self._batch, rows)
             alone = [i for i, x in enumerate(self._batch) if self._forward([x]) is False]
-        # A picture of which both are true is the cause: batch norm and the state of the losses
-        # carry what is not finite from one picture to the others.
-        both = [index for index in rows.pictures if index in alone]
-        for index in both or rows.pictures or alone:
-            what = rows.pictures.get(index, "its loss is not finite when it is run alone")
+        # An image of which both are true is the cause: batch norm and the state of the losses
+        # carry what is not finite from one image to the others.
+        both = [index for index in rows.images if index in alone]
+        for index in both or rows.images or alone:
+            what = rows.images.get(index, "its loss is not finite when it is run alone")
             found.add(index, what, rows.classes.get(index, ()))
-        if not found.pictures:
+        if not found.images:
             what = "its loss was finite when it was run again"
             if finite is False:
-                what = "one of these pictures, or all of them together"
+                what = "one of these images, or all of them together"
             for index in range(len(self._batch)):
                 found.add(index, what)
         return found
@@ -109,7 +109,7 @@ class Replay:
             if speaks_of_non_finite(error):
                 return False
             # such as batch norm over a single value
-            logger.debug(f"{type(error).__name__} when {len(batch)} pictures were run: {error}")
+            logger.debug(f"{type(error).__name__} when {len(batch)} images were run: {error}")
             return None
         losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
         if rows is not None:
@@ -118,7 +118,7 @@ class Replay:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Saves the buffers; those that the failed step has spoilt start from zero meanwhile."""
+        """Saves the buffers; those that the failed step has corrupt start from zero meanwhile."""
         model = self._model
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         joined = [m for m in model.modules() if isinstance(m, _JOINING_RANKS) and m.training]
@@ -163,7 +163,7 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def bad_inputs(batch: list[dict[str, Any]]) -> Found:
-    """Pictures with pixels or ground truth boxes that are not finite."""
+    """Images with pixels or ground truth boxes that are not finite."""
     found = Found()
     for index, record in enumerate(batch):
         if not record["image"].isfinite().all():
@@ -174,14 +174,14 @@ def bad_inputs(batch: list[dict[str, Any]]) -> Found:
         bad = ~objects.gt_boxes.tensor.isfinite().all(dim=1)
         if bad.any():
             found.add(index, "a ground truth box is not finite", objects.gt_classes[bad].tolist())
-    found.bad_input = bool(found.pictures)
+    found.bad_input = bool(found.images)
     return found
 
 
 def _bad_rows(
     found: Found, samples: Samples, boxes: tuple[Tensor, ...], cls: Tensor, box: Tensor
 ) -> None:
-    """Notes the pictures and classes of what is not finite in one head; the first cause counts."""
+    """Notes the images and classes of what is not finite in one head; the first cause counts."""
     pred, target = boxes[:2]
     rows = torch.arange(len(samples.labels), device=samples.labels.device)
     for what, values, of, has_classes in (
@@ -195,14 +195,14 @@ def _bad_rows(
         # a 0-d loss of a set belongs to no row
         if values is None or values.dim() == 0 or values.isfinite().all():
             continue
-        pictures, classes = _pairs(samples, ~values.isfinite(), of, has_classes).unbind(1)
-        for picture, column in zip(pictures.tolist(), classes.tolist(), strict=True):
-            found.add(picture, what, [column] if column < samples.num_classes else [])
+        images, classes = _pairs(samples, ~values.isfinite(), of, has_classes).unbind(1)
+        for image, column in zip(images.tolist(), classes.tolist(), strict=True):
+            found.add(image, what, [column] if column < samples.num_classes else [])
         return
 
 
 def _pairs(samples: Samples, bad: Tensor, rows: Tensor, has_classes: bool) -> Tensor:
-    """Pairs of picture and class that are not finite, each once; class K is none.
+    """Pairs of image and class that are not finite, each once; class K is none.
 
     Columns of classes name their class where the row has others that are finite. Without columns
     the label does.

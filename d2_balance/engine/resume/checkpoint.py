@@ -45,7 +45,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
     Args:
         model: wrapped in DDP or not.
-        save_dir: folder of the run.
+        save_dir: directory of the run.
         cfg: saved with the model, and compared when a run is resumed; None: neither.
         save_to_disk: None: on the first rank only.
         checkpointables: see Detectron2.
@@ -168,7 +168,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
             )
         if broken:
             logger.warning(
-                f"Broken checkpoints are passed over: {', '.join(broken)}. The run continues from "
+                f"Broken checkpoints are skipped: {', '.join(broken)}. The run continues from "
                 f"{chosen}; what came after it is done again."
             )
         return chosen, self._on_all_ranks(chosen, checkpoint)
@@ -231,27 +231,27 @@ class BalancedCheckpointer(DetectionCheckpointer):
             raise ValueError(f"{filename} cannot be loaded: {_first_line(error)}") from error
 
 
-def resumable_files(folder: str) -> list[str]:
-    """Checkpoints of the run in a folder, the one to resume from first.
+def resumable_files(directory: str) -> list[str]:
+    """Checkpoints of the run in a directory, the one to resume from first.
 
     That is the one that `last_checkpoint` names, whether it is there or not, then the numbered ones
     from the last to the first, then the final one.
     """
-    tag = os.path.join(folder, _LAST)
+    tag = os.path.join(directory, _LAST)
     named = ""
     if os.path.isfile(tag):
         with open(tag) as file:
             named = file.read().strip()
-    if not os.path.isdir(folder):
+    if not os.path.isdir(directory):
         return []
-    names = os.listdir(folder)
+    names = os.listdir(directory)
     numbered = sorted((name for name in names if _NUMBERED.fullmatch(name)), reverse=True)
     if _NUMBERED.fullmatch(named):
         # later ones are left from a run before, or were not whole when they were named
         numbered = [name for name in numbered if name < named]
     found = [named] if named else []
     found += [name for name in (*numbered, _FINAL) if name in names and name != named]
-    return [os.path.join(folder, name) for name in found]
+    return [os.path.join(directory, name) for name in found]
 
 
 def _load_plain(path: str) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def _load_plain(path: str) -> dict[str, Any]:
         ) from error
 
 
-def _remove_unfinished(folder: str) -> None:
+def _remove_unfinished(directory: str) -> None:
     """Removes temporary files of checkpoints that a kill has left."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.pth.*.tmp")):
+    for path in glob.glob(os.path.join(glob.escape(directory), "*.pth.*.tmp")):
         os.remove(path)
 
 

@@ -1,8 +1,8 @@
 """The training data as a stream that can be entered at any iteration.
 
 Detectron2's loader starts its random order anew when a run is resumed. Here batch t of a rank is a
-function of the seed and of t: pictures are grouped by aspect ratio before they are loaded, and the
-augmentation of a picture is seeded by its position. Numbers of workers do not change the data.
+function of the seed and of t: images are grouped by aspect ratio before they are loaded, and the
+augmentation of an image is seeded by its position. Numbers of workers do not change the data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from d2_balance.data.training_set import SOURCE, training_records
 from ..errors import RunStopped
 from .random_state import seeded
 from .unreadable_images import KEY as BROKEN_KEY
-from .unreadable_images import BrokenPictures, SeededPictures
+from .unreadable_images import BrokenImages, SeededImages
 
 # Samplers of this package, besides those that Detectron2 builds by name.
 WEIGHTED = "WeightedRepeatFactorTrainingSampler"
@@ -45,7 +45,7 @@ TRAINING_SAMPLERS = (  # Detectron2 keeps no list of them
     *SAMPLERS,
 )
 
-_RESTARTS = 3  # of loading processes in a row, without a batch in between
+_RESTARTS = 3  # of workers in a row, without a batch in between
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class TrainStream:
     """Endless batches of one rank.
 
-    A picture that cannot be read is replaced, see `SeededPictures`. Loading processes that were
+    An image that cannot be read is replaced, see `SeededImages`. Loading processes that were
     killed are started again at the batch that is missing; where a batch was announced already, the
     error is one of the connection to the process.
 
@@ -62,11 +62,11 @@ class TrainStream:
         dataset_dicts: Detectron2's standard dicts.
         mapper: turns a dict into what the model takes.
         sampler: endless indices of this rank, the same ones each time it is iterated.
-        batch_size: pictures per batch of this rank.
-        group_by_aspect: whether a batch holds either wide or high pictures only.
-        num_workers: loading processes; 0 loads in this one.
+        batch_size: images per batch of this rank.
+        group_by_aspect: whether a batch holds either wide or high images only.
+        num_workers: workers; 0 loads in this one.
         seed: seeds the augmentations, at least 0.
-        max_broken: different pictures that may be unreadable before the run ends, at least 0.
+        max_broken: different images that may be unreadable before the run ends, at least 0.
 
     Attributes:
         start: batch at which the next iteration over the stream begins.
@@ -85,22 +85,22 @@ class TrainStream:
         max_broken: int = 0,
     ) -> None:
         self._wide = [group_by_aspect and d["width"] > d["height"] for d in dataset_dicts]
-        self._pictures = SeededPictures(dataset_dicts, mapper, self._wide, seed)
+        self._images = SeededImages(dataset_dicts, mapper, self._wide, seed)
         self._sampler, self._batch_size = sampler, batch_size
         self._num_workers, self._seed = num_workers, seed
-        self._broken = BrokenPictures(max_broken)
+        self._broken = BrokenImages(max_broken)
         self.start = 0
 
     @property
     def broken(self) -> dict[str, str]:
-        """Pictures that were skipped on this rank, and what was wrong with them."""
+        """Images that were skipped on this rank, and what was wrong with them."""
         return self._broken.found
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Batches from `start` on.
 
         Raises:
-            RunStopped: too many pictures cannot be read, or loading processes die again and again.
+            RunStopped: too many images cannot be read, or workers die again and again.
         """
         place, deaths = self.start, 0
         while True:
@@ -114,11 +114,11 @@ class TrainStream:
                 if isinstance(error, RuntimeError) and not _WORKER_DIED.search(str(error)):
                     raise
                 deaths += 1
-                text = f"A loading process has died ({error}); usually there was too little "
+                text = f"A worker has died ({error}); usually there was too little "
                 text += "memory: lower DATALOADER.NUM_WORKERS."
                 if deaths > _RESTARTS:
                     raise RunStopped(f"{text} --resume continues.") from error
-                logger.warning(f"{text} The loading processes start again at batch {place}.")
+                logger.warning(f"{text} The workers start again at batch {place}.")
 
     def state_dict(self) -> dict[str, Any]:
         return {"broken": self.broken}
@@ -128,7 +128,7 @@ class TrainStream:
 
     def _loaded(self, start: int) -> Iterator[list[dict]]:
         loader = DataLoader(
-            self._pictures,
+            self._images,
             batch_sampler=itertools.islice(self.batches(), start, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
@@ -140,7 +140,7 @@ class TrainStream:
             return iter(loader)
 
     def batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (position in the stream, index of the picture), from the first one on."""
+        """Batches of (position in the stream, index of the image), from the first one on."""
         waiting: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for position, index in enumerate(self._sampler):
             batch = waiting[self._wide[index]]
@@ -152,7 +152,7 @@ class TrainStream:
 
 @contextmanager
 def _deaths_found_when_waiting() -> Iterator[None]:
-    """Keeps PyTorch from raising wherever the run is when a loading process dies.
+    """Keeps PyTorch from raising wherever the run is when a worker dies.
 
     Its handler of SIGCHLD would break off a step that has changed the state of a loss already. The
     loader finds the death itself, within seconds, when the next batch is missing.
@@ -169,7 +169,7 @@ def _deaths_found_when_waiting() -> Iterator[None]:
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Checks the training sampler, repeat factors, and the limit of broken pictures.
+    """Checks the training sampler, repeat factors, and the limit of broken images.
 
     Raises:
         ValueError: naming the key and what is allowed.
@@ -182,22 +182,22 @@ def check_sampler(cfg: CfgNode) -> None:
         )
     if name in ("RepeatFactorTrainingSampler", WEIGHTED) and not threshold > 0:
         raise ValueError(
-            f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no picture; "
-            "allowed is a frequency above 0, below which classes are repeated (LVIS: 0.001)."
+            f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no image; "
+            "must be a frequency above 0, below which classes are repeated (LVIS: 0.001)."
         )
     check_weights_of_sets(cfg)
-    if cfg.DATALOADER.MAX_BROKEN_PICTURES < 0:
+    if cfg.DATALOADER.MAX_UNREADABLE_IMAGES < 0:
         raise ValueError(
-            f"{BROKEN_KEY} is {cfg.DATALOADER.MAX_BROKEN_PICTURES}; allowed is a whole number of "
+            f"{BROKEN_KEY} is {cfg.DATALOADER.MAX_UNREADABLE_IMAGES}; must be an integer of "
             "at least 0."
         )
 
 
 def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
-    """The training loader of a config: data sets, sampler and mapper as Detectron2 makes them.
+    """The training loader of a config: datasets, sampler and mapper as Detectron2 makes them.
 
     DATALOADER.SAMPLER_TRAIN takes the names of `TRAINING_SAMPLERS`. The order is seeded by SEED;
-    where that is negative, by a number that the ranks agree on. Data sets that are no list of dicts
+    where that is negative, by a number that the ranks agree on. Datasets that are no list of dicts
     get Detectron2's own loader, which a resumed run starts anew.
 
     Raises:
@@ -206,7 +206,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
     ranks = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % ranks:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; allowed is a multiple of the "
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; must be a multiple of the "
             f"number of processes, {ranks}."
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -218,7 +218,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
     with seeded(seed):
         parts = _loader_parts(given)
     if not isinstance(parts["dataset"], list):
-        logger.warning("The training set is no list of pictures; a resumed run starts it anew.")
+        logger.warning("The training set is no list of images; a resumed run starts it anew.")
         return build_detection_train_loader(**parts)
     return TrainStream(
         parts["dataset"],
@@ -228,7 +228,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         group_by_aspect=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
         seed=seed,
-        max_broken=cfg.DATALOADER.MAX_BROKEN_PICTURES,
+        max_broken=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
     )
 
 
@@ -244,7 +244,7 @@ def check_weights_of_sets(cfg: CfgNode) -> None:
         known = pair and entry[0] in cfg.DATASETS.TRAIN
         if not known or not isinstance(entry[1], int | float) or not entry[1] > 0:
             raise ValueError(
-                f"DATASETS.TRAIN_REPEAT_FACTOR has the entry {entry!r}; allowed is [name, factor] "
+                f"DATASETS.TRAIN_REPEAT_FACTOR has the entry {entry!r}; must be [name, factor] "
                 f"with a factor above 0 and a name of DATASETS.TRAIN: "
                 f"{', '.join(cfg.DATASETS.TRAIN)}."
             )
@@ -271,7 +271,7 @@ def _loader_parts(cfg: CfgNode) -> dict:
     records = parts["dataset"]
     if not isinstance(records, list):
         raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN {name} needs data sets that are lists of dicts; "
+            f"DATALOADER.SAMPLER_TRAIN {name} needs datasets that are lists of dicts; "
             "TrainingSampler works with others."
         )
     if name != WEIGHTED:

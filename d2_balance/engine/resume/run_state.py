@@ -2,7 +2,7 @@
 
 Random numbers and the data need no state: they are functions of the seed, the rank and the
 iteration (`SeedSteps`, `TrainStream`). What is left: scalars that the log still smooths, how far
-the log files had been written, buffers that differ between ranks, and pictures that were skipped.
+the log files had been written, buffers that differ between ranks, and images that were skipped.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class RunState(HookBase):
 
     Args:
         model: wrapped in DDP or not.
-        output_dir: folder of the log files.
+        output_dir: directory of the log files.
         period: iterations between two checkpoints.
     """
 
     def __init__(self, model: nn.Module, output_dir: str, period: int) -> None:
         self._model = getattr(model, "module", model)
-        self._folder, self._period = output_dir, period
+        self._directory, self._period = output_dir, period
         self._ranks: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] = {}
         self.finished = False  # whether all hooks of the iteration have run when it is saved
@@ -99,7 +99,7 @@ class RunState(HookBase):
         if before != now:
             logger.warning(
                 f"The run was saved by {before} processes and goes on with {now}. Weights, "
-                "optimizer and state of the losses are those of the checkpoint, and the pictures "
+                "optimizer and state of the losses are those of the checkpoint, and the images "
                 "of each iteration stay the same; how they are shared out and augmented does not, "
                 "and numbers of single processes (running means of plain batch norms, the memory "
                 "of LOCE) are those of the first one where there are none for a process."
@@ -129,7 +129,7 @@ class RunState(HookBase):
         return stream.state_dict() if hasattr(stream, "state_dict") else {}
 
     def _logs(self) -> list[tuple[str, str]]:
-        paths = [(name, os.path.join(self._folder, name)) for name in LOGS]
+        paths = [(name, os.path.join(self._directory, name)) for name in LOGS]
         return [(name, path) for name, path in paths if os.path.isfile(path)]
 
     def _writers(self) -> list[EventWriter]:

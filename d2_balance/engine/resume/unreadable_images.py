@@ -1,6 +1,6 @@
-"""Pictures that cannot be read: skipped, named and counted, up to a limit.
+"""Images that cannot be read: skipped, named and counted, up to a limit.
 
-Another picture takes the place of one that cannot be read. Which one is a function of the seed, the
+Another image takes the place of one that cannot be read. Which one is a function of the seed, the
 rank and the position, so that a resumed run and any number of workers see the same data.
 """
 
@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from ..errors import RunStopped
 from .random_state import seeded
 
-KEY = "DATALOADER.MAX_BROKEN_PICTURES"
-SKIPPED = "skipped_pictures"
-"""Key of a record: pictures that it stands for, and what was wrong with them."""
+KEY = "DATALOADER.MAX_UNREADABLE_IMAGES"
+SKIPPED = "skipped_images"
+"""Key of a record: images that it stands for, and what was wrong with them."""
 
-# What Pillow raises for files that are missing, cut off or no pictures, and Detectron2 where the
+# What Pillow raises for files that are missing, cut off or no images, and Detectron2 where the
 # size is not that of the annotations. Everything else is a mistake in the code and ends the run.
 UNREADABLE = (
     OSError,
@@ -37,18 +37,18 @@ UNREADABLE = (
     Image.DecompressionBombError,
     SizeMismatchError,
 )
-_TRIES = 10  # pictures that are tried for one place
+_TRIES = 10  # images that are tried for one place
 
 logger = logging.getLogger(__name__)
 
 
-class SeededPictures(Dataset):
-    """Pictures whose augmentation is seeded by the run's seed, the rank and the position.
+class SeededImages(Dataset):
+    """Images whose augmentation is seeded by the run's seed, the rank and the position.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
         mapper: turns a dict into what the model takes.
-        wide: whether each picture is wide; it is replaced by one of the same kind.
+        wide: whether each image is wide; it is replaced by one of the same kind.
         seed: at least 0.
     """
 
@@ -60,26 +60,26 @@ class SeededPictures(Dataset):
         seed: int,
     ) -> None:
         self._records = DatasetFromList(dataset_dicts, copy=False)
-        self._pictures = MapDataset(self._records, mapper)
+        self._images = MapDataset(self._records, mapper)
         self._wide = np.asarray(wide, dtype=bool)
         self._seed, self._rank = seed, comm.get_rank()
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The picture of (position in the stream, index); another one where it cannot be read.
+        """The image of (position in the stream, index); another one where it cannot be read.
 
         Without an image where too many could not be read.
         """
         position, index = key
         skipped: dict[str, str] = {}
         for attempt in range(_TRIES):
-            # the first key is without a number of its own, so that whole pictures stay as they are
+            # the first key is without a number of its own, so that whole images stay as they are
             more = (attempt,) if attempt else ()
             with seeded(self._seed, self._rank, position, *more):
                 try:
-                    record = self._pictures[index]
+                    record = self._images[index]
                 except UNREADABLE as error:
                     record = {}
                     skipped[self._name(index)] = f"{type(error).__name__}: {error}"
@@ -94,11 +94,11 @@ class SeededPictures(Dataset):
         return str(record.get("file_name") or f"image_id {record.get('image_id', index)}")
 
 
-class BrokenPictures:
-    """Counts the pictures that could not be read, on one rank.
+class BrokenImages:
+    """Counts the images that could not be read, on one rank.
 
     Args:
-        limit: different pictures that may be broken, at least 0.
+        limit: different images that may be broken, at least 0.
     """
 
     def __init__(self, limit: int) -> None:
@@ -109,7 +109,7 @@ class BrokenPictures:
         """Logs and counts what was skipped for a batch, and takes the notes off its records.
 
         Raises:
-            RunStopped: more pictures than the limit are broken, or none could be read.
+            RunStopped: more images than the limit are broken, or none could be read.
         """
         for record in batch:
             skipped = record.pop(SKIPPED, {})
@@ -117,7 +117,7 @@ class BrokenPictures:
                 self._add(name, reason)
             if skipped and not record:
                 raise RunStopped(
-                    f"{len(skipped)} pictures in a row cannot be read: {_listed(skipped)}. Is the "
+                    f"{len(skipped)} images in a row cannot be read: {_listed(skipped)}. Is the "
                     "disk of the training set there? --resume continues."
                 )
 
@@ -127,17 +127,17 @@ class BrokenPictures:
         self.found[name] = reason
         if len(self.found) > self._limit:
             raise RunStopped(
-                f"{len(self.found)} training pictures cannot be read and {KEY} is {self._limit}: "
+                f"{len(self.found)} training images cannot be read and {KEY} is {self._limit}: "
                 f"{_listed(self.found)}. Mend them or take them out, or raise {KEY}; --resume "
                 "continues."
             )
         logger.warning(
-            f"The picture {name} cannot be read and is skipped ({reason}); another one takes its "
+            f"The image {name} cannot be read and is skipped ({reason}); another one takes its "
             f"place. {len(self.found)} so far, {KEY} is {self._limit}."
         )
 
 
-def _listed(pictures: dict[str, str], shown: int = 8) -> str:
-    texts = [f"{name} ({reason})" for name, reason in pictures.items()]
+def _listed(images: dict[str, str], shown: int = 8) -> str:
+    texts = [f"{name} ({reason})" for name, reason in images.items()]
     more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
     return ", ".join(texts[:shown]) + more

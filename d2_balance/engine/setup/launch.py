@@ -97,7 +97,7 @@ def _check_torchrun(args: argparse.Namespace) -> None:
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if torch.cuda.is_available() and local >= gpus:
         raise ValueError(
-            f"torchrun has started more processes on this machine than its {gpus} GPUs; allowed is "
+            f"torchrun has started more processes on this machine than its {gpus} GPUs; must be "
             f"--nproc-per-node {gpus} at most."
         )
 
@@ -106,7 +106,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count()
     if args.num_gpus < 1 or (torch.cuda.is_available() and args.num_gpus > gpus):
         raise ValueError(
-            f"--num-gpus is {args.num_gpus}; allowed is a number from 1"
+            f"--num-gpus is {args.num_gpus}; must be a number from 1"
             + (f" to {gpus}, the GPUs of this machine." if torch.cuda.is_available() else ".")
         )
     if args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:

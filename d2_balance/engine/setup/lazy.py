@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from d2_balance.config import add_balance_config
-from d2_balance.data.class_counts import ClassStatistics
-from d2_balance.modeling.build import DATA_ARGUMENTS
+from d2_balance.data.class_counts import ClassCounts
+from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
 
 from ..clipping import clipped
 from ..resume.data_stream import TrainStream
@@ -56,10 +56,10 @@ _TRAIN_KEYS = {
 
 
 def dataset_quantity(names: Sequence[str], num_classes: int, quantity: str) -> Tensor:
-    """A quantity of training sets for the constructor of a loss, without pictures that are empty.
+    """A quantity of training sets for the constructor of a loss, without images that are empty.
 
     Args:
-        names: of the data sets.
+        names: of the datasets.
         num_classes: K.
         quantity: "class_frequency", "class_count" or "instance_count".
 
@@ -67,7 +67,7 @@ def dataset_quantity(names: Sequence[str], num_classes: int, quantity: str) -> T
         (K,) float64.
     """
     records = get_detection_dataset_dicts(names)
-    statistics = ClassStatistics.from_dataset_dicts(records, num_classes)
+    statistics = ClassCounts.from_dataset_dicts(records, num_classes)
     return torch.as_tensor(DATA_ARGUMENTS[quantity](statistics)).double()
 
 
@@ -186,7 +186,7 @@ def _model_keys(model: DictConfig) -> dict[str, Any]:
         keys[f"MODEL.BALANCE.{key}"] = name
         for argument in inspect.signature(_target(loss)).parameters.values():
             if argument.default is not argument.empty and argument.name in loss:
-                place = f"MODEL.BALANCE.{name.upper()}.{argument.name.upper()}"
+                place = f"MODEL.BALANCE.{name.upper()}.{argument_key(argument.name)}"
                 keys[place] = _plain(loss[argument.name])
     for part in ("cls_weight", "box_weight"):
         if part in head:
@@ -239,7 +239,7 @@ def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
             node = copy.deepcopy(cls.lazy.optimizer)
             node.params.model = model
             if "lr" in node:
-                node.lr = cfg.SOLVER.BASE_LR  # REFERENCE_BATCH may have scaled it
+                node.lr = cfg.SOLVER.BASE_LR  # REFERENCE_IMS_PER_BATCH may have scaled it
             return clipped(instantiate(node), cfg)
 
         @classmethod
@@ -273,7 +273,7 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
     ranks = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % ranks:
         raise ValueError(
-            f"dataloader.train.total_batch_size is {cfg.SOLVER.IMS_PER_BATCH}; allowed is a "
+            f"dataloader.train.total_batch_size is {cfg.SOLVER.IMS_PER_BATCH}; must be a "
             f"multiple of the number of processes, {ranks}."
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -290,12 +290,12 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
         group_by_aspect=node.get("aspect_ratio_grouping", True),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=seed,
-        max_broken=cfg.DATALOADER.MAX_BROKEN_PICTURES,
+        max_broken=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
     )
 
 
-def save_lazy(trainer: type[BalancedTrainer], folder: str) -> None:
-    """Writes the lazy config of a run to its folder, in the first process; for YAML none."""
+def save_lazy(trainer: type[BalancedTrainer], directory: str) -> None:
+    """Writes the lazy config of a run to its directory, in the first process; for YAML none."""
     lazy = getattr(trainer, "lazy", None)
     if lazy is not None and comm.is_main_process():
-        LazyConfig.save(lazy, os.path.join(folder, SAVED))
+        LazyConfig.save(lazy, os.path.join(directory, SAVED))

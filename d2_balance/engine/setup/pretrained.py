@@ -199,7 +199,7 @@ def check_weights_file(weights: str) -> None:
     if "://" not in path:
         if not PathManager.isfile(path):
             raise ValueError(
-                f"MODEL.WEIGHTS: the file {path!r} does not exist; allowed is a file, an address "
+                f"MODEL.WEIGHTS: the file {path!r} does not exist; must be a file, an address "
                 "of the model zoo (detectron2://...) or of torchvision (torchvision://resnet50), "
                 'or "" for random weights.'
             )

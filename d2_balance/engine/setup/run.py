@@ -1,4 +1,4 @@
-"""From the command line to a config that can run: keys, device, output folder, seed, messages."""
+"""From the command line to a config that can run: keys, device, output directory, seed, messages."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
     """Settles OUTPUT_DIR, MODEL.WEIGHTS and SEED; changes cfg and nothing on the disk.
 
-    - Training refuses a folder that holds a run, unless it resumes. Resuming where there is
+    - Training refuses a directory that holds a run, unless it resumes. Resuming where there is
       nothing starts afresh.
     - An evaluation writes beside a run: to OUTPUT_DIR/eval_1, eval_2 and so on. With `resume` it
       takes the last checkpoint of OUTPUT_DIR. Losses take class counts from the weights.
@@ -128,15 +128,15 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
     """
 
     def decide() -> tuple[str, str, int]:
-        folder, weights, seed = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED
-        if not (eval_only or resume) and holds_run(folder):
+        directory, weights, seed = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED
+        if not (eval_only or resume) and holds_run(directory):
             raise ValueError(
-                f"OUTPUT_DIR {folder} holds a run already, and nothing is overwritten: pass "
+                f"OUTPUT_DIR {directory} holds a run already, and nothing is overwritten: pass "
                 "--resume to continue it, or set another OUTPUT_DIR."
             )
-        saved = _config_of_run(folder) if resume else ""
+        saved = _config_of_run(directory) if resume else ""
         if resume and not eval_only:
-            check_same_model(saved, cfg, f"the run in {folder}")
+            check_same_model(saved, cfg, f"the run in {directory}")
         if seed < 0:
             seed = int((yaml.safe_load(saved) or {}).get("SEED", -1))
         if seed < 0:
@@ -144,25 +144,27 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
             seed = secrets.randbelow(2**31)
         if eval_only:
             if resume:
-                weights = last_checkpoint(folder) or weights
-            folder = _evaluation_folder(folder)
-        return folder, weights, seed
+                weights = last_checkpoint(directory) or weights
+            directory = _evaluation_directory(directory)
+        return directory, weights, seed
 
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = on_main_process(decide)
-    counted = cfg.MODEL.BALANCE.CLASS_STATISTICS or cfg.MODEL.BALANCE.NORCAL.GAMMA
-    if eval_only and not counted:  # NorCal needs counts at test, which stock weights do not carry
-        cfg.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+    counted = cfg.MODEL.BALANCE.CLASS_COUNTS_FILE or cfg.MODEL.BALANCE.NORCAL.GAMMA
+    if (
+        eval_only and not counted
+    ):  # NorCal needs counts at test time, which stock weights do not carry
+        cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
 
 
-def holds_run(folder: str) -> bool:
-    """Whether a folder holds results of training or of an evaluation.
+def holds_run(directory: str) -> bool:
+    """Whether a directory holds results of training or of an evaluation.
 
     A config.yaml alone does not count: it is there as well when a run was refused at its start.
     """
-    if not PathManager.isdir(folder):
+    if not PathManager.isdir(directory):
         return False
-    names = PathManager.ls(folder)
-    metrics = os.path.join(folder, "metrics.json")
+    names = PathManager.ls(directory)
+    metrics = os.path.join(directory, "metrics.json")
     return (
         "last_checkpoint" in names
         or "summary.md" in names
@@ -171,26 +173,26 @@ def holds_run(folder: str) -> bool:
     )
 
 
-def last_checkpoint(folder: str) -> str:
+def last_checkpoint(directory: str) -> str:
     """Path of the last checkpoint of a run, "" where there is none."""
-    return next(iter(resumable_files(folder)), "")
+    return next(iter(resumable_files(directory)), "")
 
 
-def _config_of_run(folder: str) -> str:
-    """The config.yaml of the run in a folder, "" where there is none."""
-    path = os.path.join(folder, "config.yaml")
-    if not (holds_run(folder) and PathManager.isfile(path)):
+def _config_of_run(directory: str) -> str:
+    """The config.yaml of the run in a directory, "" where there is none."""
+    path = os.path.join(directory, "config.yaml")
+    if not (holds_run(directory) and PathManager.isfile(path)):
         return ""
     with PathManager.open(path) as file:
         return file.read()
 
 
-def _evaluation_folder(folder: str) -> str:
-    """OUTPUT_DIR itself where it holds no run, else a folder in it that is not there yet."""
-    if not holds_run(folder):
-        return folder
+def _evaluation_directory(directory: str) -> str:
+    """OUTPUT_DIR itself where it holds no run, else a directory in it that is not there yet."""
+    if not holds_run(directory):
+        return directory
     number = 1
-    while PathManager.exists(found := os.path.join(folder, f"eval_{number}")):
+    while PathManager.exists(found := os.path.join(directory, f"eval_{number}")):
         number += 1
     return found
 

@@ -21,28 +21,28 @@ _BATCH, _RATE = "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR"
 
 
 def check_reference_batch(cfg: CfgNode) -> None:
-    """Checks SOLVER.REFERENCE_BATCH.
+    """Checks SOLVER.REFERENCE_IMS_PER_BATCH.
 
     Raises:
         ValueError: naming the key and what is allowed.
     """
-    if cfg.SOLVER.REFERENCE_BATCH < 0:
+    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
         raise ValueError(
-            f"SOLVER.REFERENCE_BATCH is {cfg.SOLVER.REFERENCE_BATCH}; allowed is 0, or the number "
-            "of pictures that the learning rate was chosen for."
+            f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; must be 0, or the number "
+            "of images that the learning rate was chosen for."
         )
-    if cfg.SOLVER.REFERENCE_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
+    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
-            "SOLVER.REFERENCE_BATCH scales by IMS_PER_BATCH and SOLVER.REFERENCE_WORLD_SIZE by the "
-            "number of GPUs; allowed is one of them, the other being 0."
+            "SOLVER.REFERENCE_IMS_PER_BATCH scales by IMS_PER_BATCH and SOLVER.REFERENCE_WORLD_SIZE by the "
+            "number of GPUs; must be one of them, the other being 0."
         )
 
 
 def scale_to_batch(cfg: CfgNode) -> str:
-    """Scales a config that was made for SOLVER.REFERENCE_BATCH pictures to IMS_PER_BATCH.
+    """Scales a config that was made for SOLVER.REFERENCE_IMS_PER_BATCH images to IMS_PER_BATCH.
 
     The learning rate grows with the batch (Goyal et al., arXiv:1706.02677); lengths, steps and
-    periods shrink, so that as many pictures are seen. REFERENCE_BATCH is IMS_PER_BATCH afterwards,
+    periods shrink, so that as many images are seen. REFERENCE_IMS_PER_BATCH is IMS_PER_BATCH afterwards,
     so that the config is not scaled twice.
 
     Args:
@@ -55,7 +55,7 @@ def scale_to_batch(cfg: CfgNode) -> str:
         ValueError: see `check_reference_batch`.
     """
     check_reference_batch(cfg)
-    before, now = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    before, now = cfg.SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if before in (0, now) or now < 1:
         return ""
     scale = now / before
@@ -68,7 +68,7 @@ def scale_to_batch(cfg: CfgNode) -> str:
             node = node[part]
         if node[name] > 0:
             node[name] = max(round(node[name] / scale), 1)
-    cfg.SOLVER.REFERENCE_BATCH = now
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = now
     return (
         f"The config was made for a batch of {before} and is scaled to {now}: BASE_LR "
         f"{cfg.SOLVER.BASE_LR:g}, WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS}, MAX_ITER "
@@ -89,7 +89,7 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
     Returns:
         The message; "" where there is nothing to say.
     """
-    if cfg.SOLVER.REFERENCE_BATCH or config_file.endswith(".py"):
+    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH or config_file.endswith(".py"):
         return ""
     batch = rate_batch = 16  # Detectron2's default, of the model zoo too
     where = "Detectron2's defaults"
@@ -102,7 +102,7 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
     rate = cfg.SOLVER.BASE_LR
     return (
         f"{_BATCH} is {batch}, and {_RATE} {rate:g} was chosen for {rate_batch} ({where}). "
-        f"SOLVER.REFERENCE_BATCH {rate_batch} scales it to {rate * batch / rate_batch:g}, and the "
+        f"SOLVER.REFERENCE_IMS_PER_BATCH {rate_batch} scales it to {rate * batch / rate_batch:g}, and the "
         f"schedule with it; or set {_RATE} yourself."
     )
 

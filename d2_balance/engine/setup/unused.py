@@ -31,7 +31,15 @@ def check_losses_are_used(cfg: CfgNode) -> None:
     balance = cfg.MODEL.BALANCE
     check_rpn_losses_are_used(cfg)
     check_regions_are_used(cfg)
-    keys = ("CLS_LOSS", "BOX_LOSS", "REWEIGHT", "GUIDED_SCALE", "PRIOR_FILE", "CLASS_THRESHOLDS")
+    keys = (
+        "CLS_LOSS",
+        "BOX_LOSS",
+        "REWEIGHTERS",
+        "PROPOSAL_SAMPLER",
+        "GUIDED_SCALE",
+        "PRIOR_FILE",
+        "CLASS_THRESHOLDS",
+    )
     wanted = [f"MODEL.BALANCE.{key}" for key in keys if balance[key]]
     if balance.BETA_DECAY.ENABLED:
         wanted.append("MODEL.BALANCE.BETA_DECAY.ENABLED")

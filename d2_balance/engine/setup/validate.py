@@ -31,7 +31,7 @@ from d2_balance.data.checks.coverage import (
     log_left_out_negatives,
     log_unseen_classes,
 )
-from d2_balance.data.checks.images import check_picture_sizes
+from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.checks.structure import configured_num_classes
 from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.ignore_regions import region_files
@@ -39,6 +39,7 @@ from d2_balance.modeling.build import (
     build_box_loss,
     build_cls_loss,
     build_guided,
+    build_proposal_sampler,
     build_reweighters,
 )
 from d2_balance.modeling.meta_arch.fcos import BalancedFCOS
@@ -59,15 +60,15 @@ from .pretrained import check_weights_file
 from .scaling import check_reference_batch
 from .unused import check_losses_are_used
 
-# Pictures of a set whose sizes are compared with the annotations before a run: enough to notice
-# another copy of the data set, and a second or two on a slow disk.
+# Images of a set whose sizes are compared with the annotations before a run: enough to notice
+# another copy of the dataset, and a second or two on a slow disk.
 _SIZES_LOOKED_AT = 200
 
 
 def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
     """Checks everything that can be checked before the model and the loaders are built.
 
-    Loads the data sets, as the run will.
+    Loads the datasets, as the run will.
 
     Args:
         cfg: the full config; DATASETS.REGISTER is registered already.
@@ -124,18 +125,18 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         ValueError: naming the key.
     """
-    if not eval_only and cfg.MODEL.BALANCE.CLASS_STATISTICS == FROM_CHECKPOINT:
+    if not eval_only and cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
         # a new run would train with counts of zero, which make every class one of the tail
         raise ValueError(
-            f'MODEL.BALANCE.CLASS_STATISTICS "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
+            f'MODEL.BALANCE.CLASS_COUNTS_FILE "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
             'training is "", which counts on DATASETS.TRAIN, or a file.'
         )
     check_memory(cfg)
     bare = cfg.clone()
     bare.defrost()
-    bare.MODEL.BALANCE.CLASS_STATISTICS = FROM_CHECKPOINT
+    bare.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
     num_classes = configured_num_classes(cfg)
-    for build in (build_cls_loss, build_box_loss, build_reweighters):
+    for build in (build_cls_loss, build_box_loss, build_reweighters, build_proposal_sampler):
         build(bare, num_classes)
     for build in (build_cls_loss, build_box_loss):
         build(bare, 1, "RPN")
@@ -150,23 +151,23 @@ def check_numbers(cfg: CfgNode) -> None:
         ValueError: naming the key and what is allowed.
     """
     balance = cfg.MODEL.BALANCE
-    for key in ("CLS_WEIGHT", "BOX_WEIGHT"):
+    for key in ("CLS_LOSS_WEIGHT", "BOX_LOSS_WEIGHT"):
         for place, node in (("", balance), ("RPN.", balance.RPN)):
             if not node[key] >= 0:
                 raise ValueError(
-                    f"MODEL.BALANCE.{place}{key} is {node[key]}; allowed is a number of at least 0."
+                    f"MODEL.BALANCE.{place}{key} is {node[key]}; must be a number of at least 0."
                 )
     nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN}
     nodes |= {name: cfg.MODEL[name] for name in ("RETINANET", "FCOS")}
     for place, node in nodes.items():
         if not 0 < node.PRIOR_PROB < 1:
             raise ValueError(
-                f"MODEL.{place}.PRIOR_PROB is {node.PRIOR_PROB}; allowed is a number in (0, 1)."
+                f"MODEL.{place}.PRIOR_PROB is {node.PRIOR_PROB}; must be a number in (0, 1)."
             )
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Checks that there are data sets and that their names are registered.
+    """Checks that there are datasets and that their names are registered.
 
     Raises:
         ValueError: with the names that look alike.
@@ -174,14 +175,14 @@ def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
     needed = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[needed]:
         raise ValueError(
-            f"DATASETS.{needed} is empty; it must name at least one data set "
+            f"DATASETS.{needed} is empty; it must name at least one dataset "
             "(--config-file, or DATASETS.REGISTER for your own files)."
         )
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise ValueError(
-                    f"DATASETS.{key}: the data set {name!r} is not registered; "
+                    f"DATASETS.{key}: the dataset {name!r} is not registered; "
                     f"{closest(name, DatasetCatalog.list())} DATASETS.REGISTER takes your own "
                     "files."
                 )
@@ -207,10 +208,10 @@ def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -
 
 
 def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Loads the data sets and checks them against the model and against each other.
+    """Loads the datasets and checks them against the model and against each other.
 
     Raises:
-        ValueError: naming the data set or file, and the key to set.
+        ValueError: naming the dataset or file, and the key to set.
     """
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     test = tuple(cfg.DATASETS.TEST)
@@ -220,7 +221,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         if name in train:
             check_train_set(cfg, dataset_dicts, name)
         if isinstance(dataset_dicts, list):
-            check_picture_sizes(dataset_dicts, name, limit=_SIZES_LOOKED_AT)
+            check_image_sizes(dataset_dicts, name, limit=_SIZES_LOOKED_AT)
             seen[name] = classes_with_objects(dataset_dicts)
     if _is_a(cfg, GeneralizedRCNN, RetinaNet, BalancedFCOS):  # other models have keys of their own
         check_num_classes(cfg, (*train, *test))
@@ -238,32 +239,36 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
     """Checks one training set against what the model and the loss need.
 
     Raises:
-        ValueError: naming the data set and the key to set.
+        ValueError: naming the dataset and the key to set.
     """
     if not isinstance(dataset_dicts, list):
-        return  # a torch data set of the user's own, which is not looked through here
+        return  # a torch dataset of the user's own, which is not looked through here
     if not any(record.get("annotations") for record in dataset_dicts):
         raise ValueError(
-            f"the data set {name!r} has {len(dataset_dicts)} pictures and no annotation; a "
+            f"the dataset {name!r} has {len(dataset_dicts)} images and no annotation; a "
             "training set needs at least one (DATASETS.TRAIN)."
         )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         log_left_out_negatives(dataset_dicts, name)
     loss = cfg.MODEL.BALANCE.CLS_LOSS
     external = is_external(name)  # whose labels are lists that may be empty, and have a meaning
-    labels = cfg.MODEL.BALANCE.get(loss.upper(), {}).get("IMAGE_LABELS", False) if loss else False
+    labels = (
+        cfg.MODEL.BALANCE.get(loss.upper(), {}).get("USE_IMAGE_LEVEL_LABELS", False)
+        if loss
+        else False
+    )
     if labels and not external:
-        key = f"MODEL.BALANCE.{loss.upper()}.IMAGE_LABELS"
+        key = f"MODEL.BALANCE.{loss.upper()}.USE_IMAGE_LEVEL_LABELS"
         require_image_labels(dataset_dicts, name, key)
     if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
         check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT, boxes_too=external)
 
 
 def load_dataset(name: str) -> Any:
-    """A registered data set as its loader gives it.
+    """A registered dataset as its loader gives it.
 
     Raises:
-        ValueError: the loader failed; names the data set and its file.
+        ValueError: the loader failed; names the dataset and its file.
     """
     try:
         return DatasetCatalog.get(name)
@@ -272,9 +277,9 @@ def load_dataset(name: str) -> Any:
     except Exception as error:  # loaders of others may raise anything
         json_file = MetadataCatalog.get(name).get("json_file", "its annotation file")
         raise ValueError(
-            f"the data set {name!r} cannot be loaded from {json_file} "
-            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the folder "
-            "that holds Detectron2's data sets, see datasets/README.md."
+            f"the dataset {name!r} cannot be loaded from {json_file} "
+            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the directory "
+            "that holds Detectron2's datasets, see datasets/README.md."
         ) from error
 
 

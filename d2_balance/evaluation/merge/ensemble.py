@@ -1,6 +1,6 @@
 """Merges the detections of several models, which may know different classes.
 
-Detections of one class in one picture form clusters: the best detection that is in none starts one,
+Detections of one class in one image form clusters: the best detection that is in none starts one,
 and each other model adds its detection of the highest IoU above a threshold, one of each model at
 most. What a model itself left beside each other (its own non-maximum suppression has been over it)
 stays so. A cluster becomes
@@ -17,7 +17,7 @@ overlap, and an expert's detections lose score for each model that does not know
 neither matters, `wbf` equals its result (see the tests). Masks are those of the best member that
 has one.
 
-n: detections of a class in a picture.
+n: detections of a class in an image.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass
 class Member:
-    """Detections of one model, and what its classes are in the target data set.
+    """Detections of one model, and what its classes are in the target dataset.
 
     Attributes:
         columns: its detections; `category` holds ids of the source.
@@ -102,13 +102,13 @@ class Merged:
 
 
 class Ensemble:
-    """Merges picture by picture; the order of the members makes no difference.
+    """Merges image by image; the order of the members makes no difference.
 
     Args:
         members: at least one.
         method: one of METHODS.
         iou: threshold in [0, 1) above which detections of two models may be the same object.
-        max_dets: detections of a picture that are kept, 0 for all.
+        max_dets: detections of an image that are kept, 0 for all.
 
     Raises:
         ValueError: an argument out of range, or a member without boxes.
@@ -118,7 +118,7 @@ class Ensemble:
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
         if not 0 <= iou < 1:
-            raise ValueError(f"the IoU threshold is {iou}; allowed is a number in [0, 1)")
+            raise ValueError(f"the IoU threshold is {iou}; must be a number in [0, 1)")
         if max_dets < 0:
             raise ValueError(f"max_dets is {max_dets}; it must be at least 0, which keeps all")
         for member in members:
@@ -133,7 +133,7 @@ class Ensemble:
         self._collect()
 
     def _collect(self) -> None:
-        """One table of all members' rows, sorted by picture, class, and descending score."""
+        """One table of all members' rows, sorted by image, class, and descending score."""
         kept = [member.kept() for member in self.members]
         columns = [m.columns for m in self.members]
         rows = [rows for rows, _ in kept]
@@ -151,7 +151,7 @@ class Ensemble:
         self._has_mask = np.concatenate(masks)[order]
 
     def merge(self, images: int) -> Iterator[list[Merged]]:
-        """Yield the result for each of the data set's pictures, best score first."""
+        """Yield the result for each of the dataset's images, best score first."""
         starts = np.searchsorted(self._image, np.arange(images + 1)).tolist()
         for first, end in zip(starts[:-1], starts[1:], strict=True):
             found = self._merge_image(first, end) if end > first else []
@@ -229,7 +229,7 @@ def cluster(
     iou: float,
     fuse: bool,
 ) -> list[list[int]]:
-    """Clusters of detections of one class in one picture.
+    """Clusters of detections of one class in one image.
 
     Args:
         boxes: (n, 4) x, y, width, height, best score first.

@@ -1,8 +1,8 @@
-"""Re-scoring: scores of rare classes are raised before the cap on detections of a picture.
+"""Re-scoring: scores of rare classes are raised before the cap on detections of an image.
 
-LVIS counts the best 300 detections of a picture over all classes. Scores of rare classes are low,
+LVIS counts the best 300 detections of an image over all classes. Scores of rare classes are low,
 and the cap cuts them. AP ranks within a class, so that one factor for all scores of a class changes
-which detections pass the cap, and nothing else. Two rules, both fitted on pictures of the training
+which detections pass the cap, and nothing else. Two rules, both fitted on images of the training
 set that the models did not see:
 
 - "groups": a factor for each frequency group (rare, common, frequent), the largest of them 1;
@@ -52,7 +52,7 @@ class Rescoring:
         gamma: at least 0; for "norcal".
         groups: class name to the letter of its group.
         image_count: class name to its training images; for "norcal".
-        fitted_on: name of the pictures it was fitted on, "" for numbers given by hand.
+        fitted_on: name of the images it was fitted on, "" for numbers given by hand.
     """
 
     method: str
@@ -114,7 +114,7 @@ class Rescoring:
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(names)} classes have no frequency group in the factors, "
-                f"such as {missing[0]!r}; fit them on a data set of the same classes"
+                f"such as {missing[0]!r}; fit them on a dataset of the same classes"
             )
         ids = np.array(sorted(names), dtype=np.int64)
         if self.method == "groups":
@@ -131,11 +131,11 @@ class Measure:
     """AP of detections whose scores change, at the cap.
 
     Args:
-        truth: annotations of the pictures.
+        truth: annotations of the images.
         columns: the detections.
         groups: frequency group by class name.
         task: "bbox" or "segm".
-        max_dets: detections of a picture that count.
+        max_dets: detections of an image that count.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ def fit(
     of equal ones the smallest stays, so that classes without influence keep factor 1.
 
     Args:
-        measure: AP on the held-out pictures.
+        measure: AP on the held-out images.
         groups: frequency group by class name.
         counts: training images by class name; needed by "norcal".
         method: one of METHODS.
@@ -249,7 +249,7 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
     """Refuse to fit on what is evaluated on.
 
     Raises:
-        ValueError: `truth` is one of the test sets, or shares pictures with one (equal id, and no
+        ValueError: `truth` is one of the test sets, or shares images with one (equal id, and no
             file names that differ).
     """
     ours = {image["id"]: _file_name(image) for image in truth.data["images"]}
@@ -257,7 +257,7 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
         if os.path.realpath(truth.path) == os.path.realpath(test.path):
             raise ValueError(
                 f"{truth.name} is {test.name}, which is evaluated on; factors are fitted on "
-                "pictures of the training set that were held out"
+                "images of the training set that were held out"
             )
         shared = [
             image["id"]
@@ -266,9 +266,9 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
         ]
         if shared:
             raise ValueError(
-                f"{len(shared)} of {len(ours)} pictures of {truth.name} are in {test.name} as well"
+                f"{len(shared)} of {len(ours)} images of {truth.name} are in {test.name} as well"
                 f", which is evaluated on: image ids {', '.join(map(str, shared[:5]))}; fit on "
-                "pictures of the training set that were held out"
+                "images of the training set that were held out"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._base import check
 from .._samples import Samples
-from .entries import Scratch, row_pieces
+from .entries import Scratch, sample_chunks
 
 EMA_MODES = ("official", "debiased", "paper")
 EmaMode = Literal["official", "debiased", "paper"]
@@ -38,7 +38,7 @@ def level_bins(norm: Tensor, bins: int, level: Tensor | None, levels: int) -> Te
 
 
 def count_bins(index: Tensor, size: int, scratch: Scratch | None = None) -> Tensor:
-    """(size,) int64, how often each of 0 ... size - 1 occurs in whole numbers (R, C)."""
+    """(size,) int64, how often each of 0 ... size - 1 occurs in integers (R, C)."""
     if index.is_cuda:  # there `bincount` waits for the device twice, to learn the range
         return histogram(index, size)
     # most entries fall into one bin, and a counter waits for its last addition: neighbours count
@@ -70,7 +70,7 @@ def entry_bins(
         levels: number of levels.
 
     Returns:
-        (R, K) whole numbers in [0, levels * M), of one byte where that is enough, (levels, M)
+        (R, K) integers in [0, levels * M), of one byte where that is enough, (levels, M)
         int64, and (R, K) probabilities.
     """
     logits, column, size = samples.logits, samples.column, levels * bins
@@ -80,7 +80,7 @@ def entry_bins(
     own = (logits.gather(1, column).sigmoid() - samples.hit).abs_()
     own = gradient_bins(own, bins).to(small)  # (R, 1)
     counts, scratch = index.new_zeros(size, dtype=torch.int64), Scratch()
-    for rows in row_pieces(logits):
+    for rows in sample_chunks(logits):
         piece = index[rows]
         norm = torch.sigmoid(logits[rows], out=prob[rows])  # of a negative
         place = torch.mul(norm, bins, out=scratch.take("place", norm))
@@ -124,7 +124,7 @@ class GradientDensity(nn.Module):
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
-        """Moves the density towards (M,) counts summed over ranks; no entries: no change."""
+        """Moves the density towards (M,) counts summed across ranks; no entries: no change."""
         counts = counts.to(self.acc.dtype)
         if self.ema_mode == "paper":
             hit = (counts.sum() > 0).expand_as(counts)
@@ -174,6 +174,6 @@ class GradientDensity(nn.Module):
 
 def check_density(owner: object, bins: int, momentum: float, ema_mode: str) -> None:
     whole = isinstance(bins, int) and bins >= 1
-    check(owner, "bins", bins, whole, "a whole number of at least 1")
+    check(owner, "bins", bins, whole, "an integer of at least 1")
     check(owner, "momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
     check(owner, "ema_mode", ema_mode, ema_mode in EMA_MODES, f"one of {', '.join(EMA_MODES)}")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 PIECE = 2**17  # entries of a piece per thread: a few float32 buffers of that size stay in the cache
 
 
-def row_pieces(logits: Tensor) -> list[slice]:
+def sample_chunks(logits: Tensor) -> list[slice]:
     """Slices of the rows of (R, C) logits; on a GPU one slice, where every call costs a launch."""
     rows, columns = logits.shape
     size = rows if logits.is_cuda else PIECE * torch.get_num_threads() // max(columns, 1)
@@ -56,7 +56,7 @@ def look_up(table: Tensor, index: Tensor, scratch: Scratch | None = None) -> Ten
 
     Args:
         table: (T,).
-        index: (r, C) whole numbers in [0, T).
+        index: (r, C) integers in [0, T).
         scratch: holds the result, until it is asked for the next piece.
 
     Returns:
@@ -73,14 +73,14 @@ def look_up(table: Tensor, index: Tensor, scratch: Scratch | None = None) -> Ten
 class Negative(Protocol):
     """How an entry counts that is not the object's class."""
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, slope: Tensor | None) -> None:
+    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
         """Writes the losses of a piece and their derivatives by the logits.
 
         Args:
             logits: (r, C), the piece.
             rows: its r rows in the batch.
             value: (r, C), written.
-            slope: (r, C), written; None: not wanted.
+            gradient: (r, C), written; None: not wanted.
         """
 
 
@@ -89,13 +89,13 @@ def softplus(logits: Tensor, out: Tensor | None = None) -> Tensor:
     return F.softplus(logits, 1, 40, out=out)
 
 
-def value_and_slope(formula: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_grad(formula: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
     """A formula of entries and its derivative, both of the shape of the logits, without graph."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         value = formula(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), grad
 
 
 @torch.no_grad()
@@ -104,18 +104,18 @@ def entry_pass(
     column: Tensor,
     negative: Negative,
     own: Callable[[Tensor], Tensor],
-    with_slope: bool = True,
+    with_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of every entry and its derivative, both (R, C); arguments as `entry_losses`."""
-    own_value, own_slope = value_and_slope(own, logits.gather(1, column))
+    own_value, own_grad = value_and_grad(own, logits.gather(1, column))
     value = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    slope = torch.empty_like(value) if with_slope else None
-    for rows in row_pieces(logits):
-        piece = None if slope is None else slope[rows]
+    grad = torch.empty_like(value) if with_grad else None
+    for rows in sample_chunks(logits):
+        piece = None if grad is None else grad[rows]
         negative.write(logits[rows], rows, value[rows], piece)
-    if slope is not None:
-        slope.scatter_(1, column, own_slope)
-    return value.scatter_(1, column, own_value), slope
+    if grad is not None:
+        grad.scatter_(1, column, own_grad)
+    return value.scatter_(1, column, own_value), grad
 
 
 def entry_losses(
@@ -133,7 +133,7 @@ def entry_losses(
         (R, C).
     """
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    return with_slope(logits, *entry_pass(logits, column, negative, own, wanted))
+    return with_grad(logits, *entry_pass(logits, column, negative, own, wanted))
 
 
 def entry_total(
@@ -141,63 +141,63 @@ def entry_total(
     column: Tensor,
     negative: Negative,
     own: Callable[[Tensor], Tensor],
-    slope: Tensor,
+    grad: Tensor,
 ) -> Tensor:
     """The sum of `entry_losses`, 0-d, without a tensor of the single values.
 
-    The derivatives are written to `slope` (R, C), which `negative` gets as it is.
+    The derivatives are written to `gradient` (R, C), which `negative` gets as it is.
     """
     with torch.no_grad():
-        own_value, own_slope = value_and_slope(own, logits.gather(1, column))
+        own_value, own_grad = value_and_grad(own, logits.gather(1, column))
         total, scratch = logits.new_zeros((), dtype=torch.float64), Scratch()
-        for rows in row_pieces(logits):
-            value = scratch.take("value", slope[rows])
-            negative.write(logits[rows], rows, value, slope[rows])
+        for rows in sample_chunks(logits):
+            value = scratch.take("value", grad[rows])
+            negative.write(logits[rows], rows, value, grad[rows])
             total += value.scatter_(1, column[rows], own_value[rows]).sum()
-        slope.scatter_(1, column, own_slope)
-    return with_slope(logits, total.to(logits.dtype), slope)
+        grad.scatter_(1, column, own_grad)
+    return with_grad(logits, total.to(logits.dtype), grad)
 
 
-def with_slope(logits: Tensor, value: Tensor, slope: Tensor | None) -> Tensor:
+def with_grad(logits: Tensor, value: Tensor, grad: Tensor | None) -> Tensor:
     """A loss whose gradient is given.
 
     Args:
         logits: (R, C), what the gradient goes to.
         value: (R, C), or 0-d for the sum of all entries.
-        slope: (R, C), derivative of each value, or of the sum, by its logit; None: no gradient.
+        gradient: (R, C), derivative of each value, or of the sum, by its logit; None: no gradient.
 
     Returns:
         The value, with the gradient.
     """
-    return value if slope is None else _WithSlope.apply(logits, value, slope)
+    return value if grad is None else _WithSlope.apply(logits, value, grad)
 
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx, logits: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grad_output, None, None
+        (grad,) = ctx.saved_tensors
+        return grad * grad_output, None, None
 
 
 @torch.no_grad()
-def gradient_sums(slope: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_sums(grad: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Absolute gradients received by each column, from positives and from negatives.
 
     Args:
-        slope: (R, C) from `entry_pass`: negatives are pushed down, at least 0.
+        gradient: (R, C) from `entry_pass`: negatives are pushed down, at least 0.
         column: (R, 1) int64, where the positives are, pushed up, at most 0.
 
     Returns:
         (C,) and (C,), float64.
     """
-    negative = slope.new_zeros(slope.shape[1], dtype=torch.float64)
-    for rows in row_pieces(slope):  # never the difference of two sums, which would cancel
-        negative += slope[rows].clamp(min=0).sum(dim=0)
-    own = slope.gather(1, column).squeeze(1).clamp(max=0).neg_()
+    negative = grad.new_zeros(grad.shape[1], dtype=torch.float64)
+    for rows in sample_chunks(grad):  # never the difference of two sums, which would cancel
+        negative += grad[rows].clamp(min=0).sum(dim=0)
+    own = grad.gather(1, column).squeeze(1).clamp(max=0).neg_()
     return torch.zeros_like(negative).scatter_add_(0, column.squeeze(1), own.double()), negative

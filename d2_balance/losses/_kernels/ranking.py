@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._samples import Samples
-from .entries import look_up, row_pieces, with_slope
+from .entries import look_up, sample_chunks, with_grad
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ class StepBuckets:
             weights: (P,) float64.
         """
         low, high = self._ends()
-        slope = weights / (2 * self.delta)
-        offset = weights / 2 - slope * self.centers
-        slopes = slope.new_zeros(len(self.edges) + 1)
-        offsets = torch.zeros_like(slopes)
-        slopes.index_add_(0, low, slope).index_add_(0, high, -slope)
+        grad = weights / (2 * self.delta)
+        offset = weights / 2 - grad * self.centers
+        grads = grad.new_zeros(len(self.edges) + 1)
+        offsets = torch.zeros_like(grads)
+        grads.index_add_(0, low, grad).index_add_(0, high, -grad)
         offsets.index_add_(0, low, offset).index_add_(0, high, weights - offset)
-        slopes, offsets = slopes.cumsum(0), offsets.cumsum(0)
+        grads, offsets = grads.cumsum(0), offsets.cumsum(0)
         out = torch.empty_like(self.values)
         for piece in pieces(self.values):
             bucket = by_thread(self.bucket[piece]).long()
-            at, slope = look_up(offsets, bucket), look_up(slopes, bucket)
-            out[piece] = at.addcmul_(slope, by_thread(self.values[piece]).double()).view(-1)
+            at, grad = look_up(offsets, bucket), look_up(grads, bucket)
+            out[piece] = at.addcmul_(grad, by_thread(self.values[piece]).double()).view(-1)
         return out
 
     def _ends(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class StepBuckets:
 
 def pieces(values: Tensor) -> list[slice]:
     """Slices of (n,) values; on a GPU one slice."""
-    return row_pieces(values.unsqueeze(1))
+    return sample_chunks(values.unsqueeze(1))
 
 
 def by_thread(values: Tensor) -> Tensor:
@@ -172,4 +172,4 @@ def error_driven(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         of a rank does not show.
     """
     loss = loss + 0 * grad.sum()  # a gradient that is no number shows in no rank
-    return with_slope(logits, loss.to(logits.dtype), grad.to(logits.dtype).view_as(logits))
+    return with_grad(logits, loss.to(logits.dtype), grad.to(logits.dtype).view_as(logits))

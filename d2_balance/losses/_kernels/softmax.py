@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .entries import row_pieces, with_slope
+from .entries import sample_chunks, with_grad
 
 
 def softmax_losses(
@@ -31,20 +31,20 @@ def softmax_losses(
     Returns:
         (R,), with gradient.
     """
-    value, slope = _value_and_slope(logits, labels.unsqueeze(1), moved)
+    value, grad = _value_and_grad(logits, labels.unsqueeze(1), moved)
     # the sum of one column: `squeeze` makes a view, whose gradient torch.compile loses
-    return with_slope(logits, value, slope).sum(dim=1)
+    return with_grad(logits, value, grad).sum(dim=1)
 
 
 @torch.no_grad()
-def _value_and_slope(
+def _value_and_grad(
     logits: Tensor, own: Tensor, moved: Callable[[Tensor, slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(R, 1) losses and their (R, C) derivatives, for (R, 1) labels."""
     value = logits.new_empty(len(logits), 1)
-    slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_pieces(logits):
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in sample_chunks(logits):
         log_p = F.log_softmax(moved(logits[rows], rows), dim=1)
         torch.neg(log_p.gather(1, own[rows]), out=value[rows])
-        torch.exp(log_p, out=slope[rows])
-    return value, slope.scatter_add_(1, own, -torch.ones_like(value))
+        torch.exp(log_p, out=grad[rows])
+    return value, grad.scatter_add_(1, own, -torch.ones_like(value))

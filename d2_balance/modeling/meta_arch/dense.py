@@ -25,7 +25,7 @@ from ..build import (
 from ..compatibility import check_pairing
 from ..criterion import PositiveEMA, detection_losses
 from ..ignore_regions import check_ioa, ignore_background
-from ..image_context import LabelledPictures
+from ..image_context import LabelledImages
 from ..objects import classes_of_ids, ids_as_classes, number_objects
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior
 
@@ -39,9 +39,9 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),
-        "reweighters": build_reweighters(cfg, num_classes, head),
-        "cls_weight": cfg.MODEL.BALANCE.CLS_WEIGHT,
-        "box_weight": cfg.MODEL.BALANCE.BOX_WEIGHT,
+        "reweighters": build_reweighters(cfg, num_classes),
+        "cls_weight": cfg.MODEL.BALANCE.CLS_LOSS_WEIGHT,
+        "box_weight": cfg.MODEL.BALANCE.BOX_LOSS_WEIGHT,
         "guided": build_guided(cfg),
         "prior": load_prior(cfg),
         "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
@@ -50,10 +50,10 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     }
 
 
-class BalancedDense(LabelledPictures, nn.Module):
+class BalancedDense(LabelledImages, nn.Module):
     """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
 
-    The normaliser is a buffer counted over all ranks (`loss_normalizer`), so that a resumed run
+    The normaliser is a buffer counted across all ranks (`loss_normalizer`), so that a resumed run
     continues with it.
 
     Subclasses set the class attributes and implement the two defaults:
@@ -68,7 +68,7 @@ class BalancedDense(LabelledPictures, nn.Module):
         box_weight: factor of the box loss.
         guided: scales the classification loss to the size of the box loss; None: leaves it.
         prior: counts that set the start of the classifier; None: it stays as the head made it.
-        class_thresholds: whether the counts also set a score threshold for each class at test.
+        class_thresholds: whether the counts also set a score threshold for each class at test time.
         image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
         ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
             share do not count, in (0, 1].
@@ -155,7 +155,7 @@ class BalancedDense(LabelledPictures, nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Labels, matched boxes and the matched object's id of every anchor.
 
-        Background anchors inside one of the (M, 4) ignore regions of their picture get label -1.
+        Background anchors inside one of the (M, 4) ignore regions of their image get label -1.
 
         Returns:
             N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
@@ -191,7 +191,7 @@ class BalancedDense(LabelledPictures, nn.Module):
         anchors = self.anchor_generator(features)
         regions = getattr(images, "ignore_boxes", None)
         labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances, regions)
-        known = {name: getattr(images, name, None) for name in ("listed", "partial")}
+        known = {name: getattr(images, name, None) for name in ("verified", "not_exhaustive")}
         rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, **known)
         return rows, self.positives(labels)
 
@@ -208,8 +208,8 @@ class BalancedDense(LabelledPictures, nn.Module):
         pred_deltas: list[Tensor],
         gt_boxes: list[Tensor],
         gt_index: Tensor | None = None,
-        listed: Tensor | None = None,
-        partial: Tensor | None = None,
+        verified: Tensor | None = None,
+        not_exhaustive: Tensor | None = None,
     ) -> Samples:
         """Flattens the dense predictions of a batch and drops ignored anchors.
 
@@ -220,7 +220,7 @@ class BalancedDense(LabelledPictures, nn.Module):
             pred_deltas: per level (N, A_l, 4).
             gt_boxes: N tensors (A, 4).
             gt_index: (N, A) ids of the matched objects.
-            listed, partial: (N, K) bool, see `Samples`.
+            verified, not_exhaustive: (N, K) bool, see `Samples`.
 
         Returns:
             Samples with R = the anchors that are not ignored, image by image.
@@ -238,8 +238,8 @@ class BalancedDense(LabelledPictures, nn.Module):
             num_images=len(labels),
             level=level.expand_as(labels)[valid],
             num_levels=len(anchors),
-            listed=listed,
-            partial=partial,
+            verified=verified,
+            not_exhaustive=not_exhaustive,
             pred_deltas=cat(pred_deltas, dim=1)[positive],
             boxes=boxes.expand(len(labels), -1, -1)[positive],
             gt_boxes=torch.stack(gt_boxes)[positive],

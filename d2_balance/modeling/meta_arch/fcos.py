@@ -48,7 +48,7 @@ class BalancedFCOS(BalancedDense, FCOS):
     below that.
 
     The losses see every anchor point but background in ignore regions: FCOS itself ignores none.
-    The centerness is trained as Detectron2 does, under every loss; at test the score is the root of
+    The centerness is trained as Detectron2 does, under every loss; at test time the score is the root of
     class score times centerness.
 
     The arguments are those of `BalancedDense`, and of Detectron2's FCOS.
@@ -67,7 +67,7 @@ class BalancedFCOS(BalancedDense, FCOS):
         node = cfg.MODEL.FCOS
         if not node.CENTER_SAMPLING_RADIUS > 0:
             raise ValueError(
-                f"MODEL.FCOS.CENTER_SAMPLING_RADIUS is {node.CENTER_SAMPLING_RADIUS}; allowed is a "
+                f"MODEL.FCOS.CENTER_SAMPLING_RADIUS is {node.CENTER_SAMPLING_RADIUS}; must be a "
                 "number of strides above 0."
             )
         backbone = build_backbone(cfg)

@@ -8,12 +8,12 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 
 from d2_balance.data.image_labels import ImageLabels
 
-from ..image_context import LabelledPictures
+from ..image_context import LabelledImages
 from ..roi_heads.feature_memory import build_memories
 
 
 @META_ARCH_REGISTRY.register()
-class BalancedRCNN(LabelledPictures, GeneralizedRCNN):
+class BalancedRCNN(LabelledImages, GeneralizedRCNN):
     """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
 
     Args:

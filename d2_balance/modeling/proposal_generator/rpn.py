@@ -87,7 +87,7 @@ class BalancedRPN(RPN):
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
         guided: GuidedScale | None = None,
-        sample: bool = True,
+        sampling_free: bool = False,
         prior_prob: float = 0.5,
         prior: ForegroundPrior | None = None,
         ignore_ioa: float = 0.5,
@@ -102,12 +102,14 @@ class BalancedRPN(RPN):
         self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
         self.box_weight = box_weight * self.loss_weight.get("loss_rpn_loc", 1.0)
         self.guided = guided
-        self.sample = sample
-        self.normalizer = ImageNormalizer(self.batch_size_per_image) if sample else PositiveEMA()
+        self.sampling_free = sampling_free
+        self.normalizer = (
+            PositiveEMA() if sampling_free else ImageNormalizer(self.batch_size_per_image)
+        )
         check_pairing("the RPN", self.cls_loss, self.box_loss, guided=guided is not None)
         if not 0 < prior_prob < 1:
             raise ValueError(
-                f"MODEL.BALANCE.RPN.PRIOR_PROB is {prior_prob}; allowed is a number in (0, 1)."
+                f"MODEL.BALANCE.RPN.PRIOR_PROB is {prior_prob}; must be a number in (0, 1)."
             )
         if prior is not None or prior_prob != 0.5:  # 0.5 is the head's own bias
             classifier = getattr(self.rpn_head, "objectness_logits", None)
@@ -115,7 +117,7 @@ class BalancedRPN(RPN):
                 raise ValueError(
                     "MODEL.BALANCE.RPN.PRIOR_PROB and MODEL.BALANCE.PRIOR_FILE set the bias of "
                     f"`objectness_logits`, which {type(self.rpn_head).__name__} "
-                    "(MODEL.RPN.HEAD_NAME) does not have; allowed is StandardRPNHead."
+                    "(MODEL.RPN.HEAD_NAME) does not have; must be StandardRPNHead."
                 )
             nn.init.constant_(classifier.bias, -math.log((1 - prior_prob) / prior_prob))
             if prior is not None:
@@ -127,9 +129,9 @@ class BalancedRPN(RPN):
         node = cfg.MODEL.BALANCE.RPN
         ret["cls_loss"] = build_cls_loss(cfg, 1, PART)
         ret["box_loss"] = build_box_loss(cfg, 1, PART)
-        ret["cls_weight"], ret["box_weight"] = node.CLS_WEIGHT, node.BOX_WEIGHT
+        ret["cls_weight"], ret["box_weight"] = node.CLS_LOSS_WEIGHT, node.BOX_LOSS_WEIGHT
         ret["guided"] = build_guided(cfg, PART)
-        ret["sample"] = node.SAMPLE
+        ret["sampling_free"] = node.SAMPLING_FREE
         ret["prior_prob"] = node.PRIOR_PROB
         ret["prior"] = load_prior(cfg)
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
@@ -157,7 +159,7 @@ class BalancedRPN(RPN):
                 labels, Boxes.cat(anchors), self._regions, 0, self.ignore_ioa
             )
         draw = super()._subsample_labels
-        return [draw(label) if self.sample else label for label in labels], boxes
+        return [label if self.sampling_free else draw(label) for label in labels], boxes
 
     def losses(
         self,

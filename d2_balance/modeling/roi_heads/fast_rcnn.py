@@ -50,8 +50,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             (as is the classification loss, whose own scale drops out); None: leaves it.
         prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
         prior: counts that set the start in place of prior_prob, of softmax losses as well.
-        class_thresholds: whether the counts also set a score threshold for each class at test.
-        norcal_gamma: exponent of the calibration at test (see `norcal`), 0 is off.
+        class_thresholds: whether the counts also set a score threshold for each class at test time.
+        norcal_gamma: exponent of the calibration at test time (see `norcal`), 0 is off.
         class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
         background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
             which is not used; False has K outputs.
@@ -94,8 +94,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.guided = guided
         self.normalizer = RowNormalizer() if guided is None else PositiveNormalizer()
         # image-level labels of the batch, set by the RoI heads
-        self.listed: Tensor | None = None
-        self.partial: Tensor | None = None
+        self.verified: Tensor | None = None
+        self.not_exhaustive: Tensor | None = None
         self.memory: FeatureMemory | None = None  # see `build_memories`
         sigmoid = self.cls_loss.activation == "sigmoid"
         check_pairing(
@@ -125,10 +125,10 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         self.norcal_gamma = norcal_gamma
         if norcal_gamma < 0:
             raise ValueError(
-                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; allowed is a number of at least 0."
+                f"MODEL.BALANCE.NORCAL.GAMMA is {norcal_gamma}; must be a number of at least 0."
             )
         if norcal_gamma:
-            # of this data set, not of the run whose weights are loaded
+            # of this dataset, not of the run whose weights are loaded
             self.register_buffer("class_count", class_count, persistent=False)
 
     @classmethod
@@ -138,8 +138,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         ret["cls_loss"] = build_cls_loss(cfg, num_classes)
         ret["box_loss"] = build_box_loss(cfg, num_classes)
         ret["reweighters"] = build_reweighters(cfg, num_classes)
-        ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_WEIGHT
-        ret["box_weight"] = cfg.MODEL.BALANCE.BOX_WEIGHT
+        ret["cls_weight"] = cfg.MODEL.BALANCE.CLS_LOSS_WEIGHT
+        ret["box_weight"] = cfg.MODEL.BALANCE.BOX_LOSS_WEIGHT
         ret["guided"] = build_guided(cfg)
         ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
         ret["prior"] = load_prior(cfg)
@@ -244,8 +244,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             image=image,
             num_images=len(proposals),
             row_weight=weight,
-            listed=self.listed,
-            partial=self.partial,
+            verified=self.verified,
+            not_exhaustive=self.not_exhaustive,
             pred_deltas=deltas[pos, column],
             boxes=boxes[pos],
             gt_boxes=gt_boxes[pos],

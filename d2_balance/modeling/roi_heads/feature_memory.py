@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from d2_balance.losses import BOX_LOSSES, LOCE, Samples
 from d2_balance.losses._base import check
 from d2_balance.losses.loce import LEAST_SCORE
-from d2_balance.reweight.prime_samples import rank_within
+from d2_balance.losses._kernels.ranks import rank_within
 
 from ..criterion import RowNormalizer
 
@@ -87,10 +87,10 @@ class FeatureMemory(nn.Module):
         features_per_class: int = 4,
     ) -> None:
         super().__init__()
-        rule = f"a whole number of at least {num_classes}, one entry per class"
+        rule = f"an integer of at least {num_classes}, one entry per class"
         check(self, "capacity", capacity, capacity >= num_classes, rule)
-        check(self, "per_class", per_class, per_class >= 1, "a whole number of at least 1")
-        rule = "a whole number of at least 1"
+        check(self, "per_class", per_class, per_class >= 1, "an integer of at least 1")
+        rule = "an integer of at least 1"
         check(self, "classes_per_step", classes_per_step, classes_per_step >= 1, rule)
         check(self, "features_per_class", features_per_class, features_per_class >= 1, rule)
         self.length = min(per_class, capacity // num_classes)
@@ -233,7 +233,7 @@ def check_memory(cfg: CfgNode) -> None:
     if cfg.MODEL.BALANCE.LOCE_MEMORY.ENABLED and loss != "LOCE":
         raise ValueError(
             f"{KEY}.ENABLED True draws by the mean scores of the loss LOCE and "
-            f"MODEL.BALANCE.CLS_LOSS is {loss!r}; allowed is LOCE, or {KEY}.ENABLED False."
+            f"MODEL.BALANCE.CLS_LOSS is {loss!r}; must be LOCE, or {KEY}.ENABLED False."
         )
 
 
@@ -286,7 +286,7 @@ def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> Non
             f"{type(layers.box_loss).__name__} counts all rows; BOX_LOSS that work: "
             f"{', '.join(allowed)}."
         )
-    users = [f"REWEIGHT {type(reweighter).__name__}" for reweighter in layers.reweighters]
+    users = [f"REWEIGHTERS {type(reweighter).__name__}" for reweighter in layers.reweighters]
     users += [] if layers.guided is None else ["GUIDED_SCALE"]
     if users:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Which proposals train a RoI head: Detectron2's drawing, a selector's choice, or all of them.
+"""Which proposals train a RoI head: Detectron2's drawing, a proposal sampler's choice, or all of them.
 
-A selector that reads losses or scores gets them from a mining pass: the head runs over all labelled
+A proposal sampler that reads losses or scores gets them from a mining pass: the head runs over all labelled
 proposals without gradient and in evaluation mode, so that dropout, the statistics of normalisation
 layers, the state of the losses and the random generators of the training pass do not notice.
 """
@@ -16,26 +16,26 @@ from torch import Tensor, nn
 
 from d2_balance.data.mapper import MASKED
 from d2_balance.losses._samples import paired_iou
-from d2_balance.reweight import Candidates, Selector
+from d2_balance.sampling import Candidates, ProposalSampler
 
 
-class ProposalSelection:
+class ProposalSampling:
     """Mixin for Detectron2's RoI heads; see `BalancedStandardROIHeads` for its arguments.
 
     Attributes:
-        selector: takes the place of the random drawing; None: Detectron2's.
-        sample_proposals: False: every proposal that is not ignored trains the box head.
-        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        proposal_sampler: takes the place of the random drawing; None: Detectron2's.
+        sampling_free: True: every proposal that is not ignored trains the box head.
+        masks_per_image: then, positives of an image that train mask and keypoint heads at most.
     """
 
-    selector: Selector | None
-    sample_proposals: bool
+    proposal_sampler: ProposalSampler | None
+    sampling_free: bool
     masks_per_image: int
 
     def _sample_proposals(
         self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if self.sample_proposals and self.selector is None:
+        if not self.sampling_free and self.proposal_sampler is None:
             return super()._sample_proposals(matched_idxs, matched_labels, gt_classes)
         if len(gt_classes):
             labels = gt_classes[matched_idxs].masked_fill(matched_labels == 0, self.num_classes)
@@ -49,21 +49,23 @@ class ProposalSelection:
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
         proposals = super().label_and_sample_proposals(proposals, targets)
-        return proposals if self.selector is None else self.select(proposals, 0)
+        return proposals if self.proposal_sampler is None else self.select(proposals, 0)
 
     @torch.no_grad()
     def select(self, proposals: list[Instances], stage: int) -> list[Instances]:
         """The proposals that train one stage.
 
         Args:
-            proposals: labelled proposals of each picture.
+            proposals: labelled proposals of each image.
             stage: cascade stage; 0 in other heads.
 
         Returns:
-            Proposals of the same pictures, with a field `row_weight` where the selector weights.
+            Proposals of the same images, with a field `row_weight` where the proposal sampler weights.
         """
         candidates = self._candidates(proposals, stage)
-        chosen = self.selector(candidates, self.batch_size_per_image, self.positive_fraction)
+        chosen = self.proposal_sampler(
+            candidates, self.batch_size_per_image, self.positive_fraction
+        )
         result = []
         for proposal, selection in zip(proposals, chosen, strict=True):
             proposal = proposal[selection.keep]
@@ -93,7 +95,7 @@ class ProposalSelection:
             }
             for p in proposals
         ]
-        if self.selector.needs_predictions:
+        if self.proposal_sampler.needs_predictions:
             for part, mined in zip(parts, self._mine(proposals, stage), strict=True):
                 part.update(mined)
         return [Candidates(**part) for part in parts]
@@ -132,8 +134,8 @@ class ProposalSelection:
         return [one[one.get(MASKED)] if one.has(MASKED) else one for one in instances]
 
     def _capped(self, instances: list[Instances]) -> list[Instances]:
-        """At most `masks_per_image` random positives of each picture; background is dropped."""
-        if self.sample_proposals or not self.training:
+        """At most `masks_per_image` random positives of each image; background is dropped."""
+        if not self.sampling_free or not self.training:
             return instances
         result = []
         for one in instances:

@@ -21,23 +21,23 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from d2_balance.reweight import Selector
+from d2_balance.sampling import ProposalSampler
 
-from ..build import build_selector
+from ..build import build_proposal_sampler
 from ..compatibility import check_pairing
 from ..ignore_regions import check_ioa, without_covered_background
 from ..objects import classes_of_ids, ids_as_classes, number_objects
 from .fast_rcnn import BalancedFastRCNNOutputLayers
-from .proposal_sampling import ProposalSelection
+from .proposal_sampling import ProposalSampling
 
 
-class BalancedROIHeads(ProposalSelection):
+class BalancedROIHeads(ProposalSampling):
     """What both heads share; in front of Detectron2's class in the order of inheritance.
 
     Args:
-        selector: chooses the proposals that train; None: Detectron2's random drawing.
-        sample_proposals: False: all proposals train that are not ignored (sampling-free).
-        masks_per_image: then, positives of a picture that train mask and keypoint heads at most.
+        proposal_sampler: chooses the proposals that train; None: Detectron2's random drawing.
+        sampling_free: True: all proposals train that are not ignored (sampling-free).
+        masks_per_image: then, positives of an image that train mask and keypoint heads at most.
         ignore_ioa: background proposals of which a region of `images.ignore_boxes` holds that
             share do not count, in any stage; in (0, 1].
         **kwargs: as Detectron2's class.
@@ -50,8 +50,8 @@ class BalancedROIHeads(ProposalSelection):
     def __init__(
         self,
         *,
-        selector: Selector | None = None,
-        sample_proposals: bool = True,
+        proposal_sampler: ProposalSampler | None = None,
+        sampling_free: bool = False,
         masks_per_image: int = 128,
         ignore_ioa: float = 0.5,
         **kwargs,
@@ -60,23 +60,23 @@ class BalancedROIHeads(ProposalSelection):
         check_ioa(ignore_ioa)
         self.ignore_ioa = ignore_ioa
         self._regions: list[Tensor] | None = None  # of the batch
-        self.selector = selector
-        self.sample_proposals, self.masks_per_image = sample_proposals, masks_per_image
+        self.proposal_sampler = proposal_sampler
+        self.sampling_free, self.masks_per_image = sampling_free, masks_per_image
         self._features: list[Tensor] = []  # of the batch, for the mining pass
         for layers in self._output_layers():
             check_pairing(
                 "RoI heads",
                 layers.cls_loss,
                 layers.box_loss,
-                selector=selector,
-                sample_proposals=sample_proposals,
+                proposal_sampler=proposal_sampler,
+                sampling_free=sampling_free,
             )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super().from_config(cfg, input_shape)
-        ret["selector"] = build_selector(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        ret["sample_proposals"] = cfg.MODEL.BALANCE.SAMPLE_PROPOSALS
+        ret["proposal_sampler"] = build_proposal_sampler(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        ret["sampling_free"] = cfg.MODEL.BALANCE.SAMPLING_FREE
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         return ret
@@ -86,7 +86,9 @@ class BalancedROIHeads(ProposalSelection):
             number_objects(targets)
         self._features = [features[f] for f in self.box_in_features]
         self._regions = getattr(images, "ignore_boxes", None)
-        with self._image_labels(getattr(images, "listed", None), getattr(images, "partial", None)):
+        with self._image_labels(
+            getattr(images, "verified", None), getattr(images, "not_exhaustive", None)
+        ):
             try:
                 return super().forward(images, features, proposals, targets)
             finally:
@@ -112,15 +114,17 @@ class BalancedROIHeads(ProposalSelection):
         return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
     @contextmanager
-    def _image_labels(self, listed: Tensor | None, partial: Tensor | None) -> Iterator[None]:
+    def _image_labels(
+        self, verified: Tensor | None, not_exhaustive: Tensor | None
+    ) -> Iterator[None]:
         layers = self._output_layers()
         for layer in layers:
-            layer.listed, layer.partial = listed, partial
+            layer.verified, layer.not_exhaustive = verified, not_exhaustive
         try:
             yield
         finally:
             for layer in layers:
-                layer.listed = layer.partial = None
+                layer.verified = layer.not_exhaustive = None
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -146,7 +150,7 @@ class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
 class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
     """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own.
 
-    A selector that reads losses or scores chooses for each stage among the boxes that the stage
+    A proposal sampler that reads losses or scores chooses for each stage among the boxes that the stage
     before made of all proposals, not of those it trained on.
 
     Arguments as `BalancedROIHeads`.
@@ -179,7 +183,7 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        mines = self.selector is not None and self.selector.needs_predictions
+        mines = self.proposal_sampler is not None and self.proposal_sampler.needs_predictions
         if mines:
             sizes = [p.image_size for p in proposals]
             proposals = self._create_proposals_from_boxes(self._refined, sizes)
