@@ -1,12 +1,12 @@
 # demo and test set up what they need; a second call starts at once.
-#   make setup PYTHON=python3.11              another interpreter (3.10 to 3.12 are tested)
+#   make setup PYTHON=python3.12              another interpreter (3.11 to 3.14)
 #   make setup TORCH="torch==2.4.1 torchvision==0.19.1"      another pair
-#   make test PYTEST_ARGS="tests/losses -k ghm"
+#   make test PYTEST_ARGS="tests/losses -k ghm" WORKERS=0    one process, no workers
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CERT, ...) are respected.
 
 # The first interpreter that the project is tested with, else python3.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
 	2>/dev/null && echo $$p && exit; done; echo python3)
 # Named in one pip command: a torchvision says which torch it works with, torch does not.
 TORCH ?= torch torchvision
@@ -15,24 +15,29 @@ DEMO_OUTPUT ?= output/demo
 BENCH_OUTPUT ?= output/bench
 BENCH_PAGE ?= docs/performance.md
 PYTEST_ARGS ?=
+# Processes that share the tests; `auto` is one per core. Each computes on one thread.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 CHECK_VERSION := import sys; v = sys.version_info[:2]; \
-	v < (3, 10) and sys.exit("Python %d.%d is too old, 3.10 to 3.12 are tested: PYTHON=..." % v)
+	v < (3, 11) and sys.exit("Python %d.%d is too old, 3.11 to 3.14 are supported: PYTHON=..." % v)
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test test-faults lint bench bench-long clean
+.PHONY: help setup demo test test-faults coverage lint type words docs bench bench-long clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
 	@echo "make test    set up, run the tests"
-	@echo "make test-faults   only the faults: full disk, broken files, killed processes"
+	@echo "make test-faults   only the faults: full disk, corrupt files, killed processes"
+	@echo "make coverage      the tests, with the lines that none of them runs"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
-	@echo "make lint    ruff check and ruff format --check"
+	@echo "make lint    ruff check, ruff format --check, mypy and the words; make type, make words alone"
+	@echo "make docs    the pages in site/, every link checked"
 	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT) and"
 	@echo "             in $(BENCH_PAGE) (BENCH_PAGE= leaves that as it is)"
 	@echo "make bench-long    the benchmarks that train or evaluate for long"
@@ -64,14 +69,28 @@ demo: $(STAMP)
 		OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+	$(PYTEST) -m faults $(PYTEST_ARGS)
 
-lint: $(STAMP)
+coverage: $(STAMP)
+	$(PYTEST) --cov --cov-report=term --cov-report=html:output/coverage $(PYTEST_ARGS)
+
+lint: $(STAMP) type words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+type: $(STAMP)
+	$(BIN)/mypy
+
+words: $(STAMP)
+	$(BIN)/python -m pytest tests/test_words.py
+
+docs: $(STAMP)
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # Tables and JSON of each lie in $(BENCH_OUTPUT); under 15 minutes on two idle cores.
 bench: $(STAMP)
@@ -97,4 +116,4 @@ bench-long: $(STAMP)
 	$(BIN)/python benchmarks/bm_methods.py $(BENCH_OUTPUT)/methods.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -26,6 +26,7 @@ LIMIT_SECONDS, LIMIT_GIB = 300, 4
 
 
 def write_truth(path: str, images: int) -> None:
+    """Write an LVIS-style file with `images` images and no objects."""
     categories = [{"id": i, "name": f"class {i}", "frequency": "c"} for i in range(1, CLASSES + 1)]
     records = [{"id": i, "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)]
     with open(path, "w") as file:
@@ -33,6 +34,7 @@ def write_truth(path: str, images: int) -> None:
 
 
 def write_predictions(path: str, images: int, seed: int) -> None:
+    """Write 300 random detections of each image."""
     noise = np.random.default_rng(seed)
     share = 1 / np.arange(1, CLASSES + 1)
     share /= share.sum()
@@ -79,6 +81,7 @@ def _mask(generator: np.random.Generator) -> dict:
 
 
 def main() -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--method", default="wbf", help="nms, soft-nms or wbf")

@@ -147,6 +147,7 @@ def peak_gib() -> float:
 
 
 def measure(name: str, *paths: Path) -> dict:
+    """Run one evaluation in a process of its own; return its time and memory."""
     command = [sys.executable, __file__, "--child", name, *map(str, paths)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -157,6 +158,7 @@ def measure(name: str, *paths: Path) -> dict:
 
 
 def main() -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--classes", type=int, default=1_203)

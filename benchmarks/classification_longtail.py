@@ -84,6 +84,7 @@ def accuracy(loss: nn.Module, data: tuple[Tensor, ...], seed: int) -> list[float
 
 
 def main() -> None:
+    """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     parser.add_argument("--json", help="file for all figures; must not exist")

@@ -1,6 +1,6 @@
 """How the time of the losses grows with R, K and P: measurements, fitted exponents, plots.
 
-Shapes: R rows, K classes, P positive rows. One of them changes at a time. A exponent is the exponent
+Shapes: R rows, K classes, P positive rows. One of them changes at a time. The exponent is that
 s of time ~ size^s, fitted by least squares to the logarithms of the largest three sizes: at small
 sizes the fixed cost of some tens of operations hides the growth.
 """
@@ -21,7 +21,7 @@ from d2_balance.modeling.compatibility import has_class_columns_only
 from d2_balance.utils.files import atomic_path
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 # What changes, its sizes, and R, K and P where they do not change.
 DENSE = {
@@ -119,7 +119,7 @@ def grads(points: list[dict]) -> list[dict]:
 
 
 def draw(points: list[dict], directory: Path, machine: dict[str, object]) -> None:
-    """Log-log plots, `growth_dense.png` and `growth_roi.png`; the legend's numbers are exponents."""
+    """Log-log plots, `growth_dense.png` and `growth_roi.png`; the legend gives exponents."""
     found = curves(points)
     colours = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
     directory.mkdir(parents=True, exist_ok=True)

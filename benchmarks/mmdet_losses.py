@@ -70,7 +70,7 @@ class _Decoder:
 
 
 def isr(samples, k: float = 2.0) -> Callable[[], object] | None:
-    """mmdet's `isr_p` on the samples; boxes are decoded beforehand, which favours mmdet."""
+    """Mmdet's `isr_p` on the samples; boxes are decoded beforehand, which favours mmdet."""
     module = load("pisa_loss")
     if module is None:
         return None

@@ -2,7 +2,7 @@
 
     python benchmarks/performance_page.py DIRECTORY [--page docs/performance.md]
 
-DIRECTORY holds losses.json, train.json and data.json of the benchmarks, and the plots of the growth,
+DIRECTORY holds losses.json, train.json and data.json of the benchmarks, and the growth plots,
 which go to `images` beside the page. What is written by hand in the page stays.
 """
 
@@ -39,10 +39,12 @@ POSITIVES = ("300", "3,000")
 
 
 def table(rows: list[dict], digits: str = ".2f") -> str:
+    """Return a Markdown table of the records."""
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=digits, missingval="")
 
 
 def machine(about: dict[str, object]) -> str:
+    """Return one line about the machine."""
     return ", ".join(f"{key} {value}" for key, value in about.items())
 
 
@@ -78,10 +80,12 @@ def _size(shape: str) -> tuple[int, ...]:
 
 
 def grads(rows: list[dict]) -> str:
+    """Return the table of gradients."""
     return table([row | {"loss": f"`{row['loss']}`"} for row in rows])
 
 
 def data(seconds: dict[str, float]) -> str:
+    """Return the table of loading times."""
     load = seconds["json.load"]
     return table([{"what": k, "s": v, "times json.load": v / load} for k, v in seconds.items()])
 

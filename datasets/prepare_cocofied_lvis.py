@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns an LVIS file into one with the 80 classes of COCO, for models that were trained on COCO.
+r"""Turns an LVIS file into one with the 80 classes of COCO, for models that were trained on COCO.
 
     prepare_cocofied_lvis.py lvis/lvis_v1_train.json lvis/lvis_v1_train_cocofied.json
     prepare_cocofied_lvis.py lvis/lvis_v1_val.json lvis/lvis_v1_val_cocofied.json \\
@@ -92,6 +92,7 @@ def _labels(image: dict, new_id: dict[int, int]) -> dict[str, list[int]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("lvis", metavar="LVIS", help="annotation file of LVIS v0.5 or v1")
     add_output(parser)

@@ -143,6 +143,7 @@ def check(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="JSON", help="training file first")
     parser.add_argument("--images", help="directory that must hold every image, as coco/")

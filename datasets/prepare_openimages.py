@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns Open Images into one LVIS-style file: boxes, verified image-level labels, class hierarchy.
+r"""Turns Open Images into one LVIS-style file: boxes, verified image-level labels, class hierarchy.
 
     prepare_openimages.py train-annotations-bbox.csv train.json --images train \\
         --labels train-annotations-human-imagelabels-boxable.csv \\
@@ -251,6 +251,7 @@ def convert(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("boxes", metavar="BOXES", help="*-annotations-bbox.csv")
     add_output(parser)

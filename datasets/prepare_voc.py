@@ -182,6 +182,7 @@ def convert(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", metavar="ROOT", help="directory with Annotations/ and JPEGImages/")
     add_output(parser)

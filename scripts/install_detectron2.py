@@ -280,6 +280,7 @@ def _record_hash(data: bytes) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--wheel", type=Path, help="a LabGym 3.1.2 wheel that lies here already; no download"

@@ -256,7 +256,7 @@ def test_baselines_have_the_settings_of_the_model_zoo(file, stock, differences):
 def test_lvis_files_keep_the_settings_of_the_eql_release(file):
     cfg = read(file)
     v1 = file.startswith("LVISv1")
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == (1203 if v1 else 1230)
+    assert (1203 if v1 else 1230) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
     assert cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST == 0.0001
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 300
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (90000, 16)
@@ -265,8 +265,8 @@ def test_lvis_files_keep_the_settings_of_the_eql_release(file):
         assert cfg.DATALOADER.REPEAT_THRESHOLD == 0.0005
     if "_eql" in file:
         assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
-        assert cfg.MODEL.BALANCE.EQL.LAMBDA == (0.0011 if v1 else 0.00177)
-        assert cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == ("_image_labels" in file)
+        assert (0.0011 if v1 else 0.00177) == cfg.MODEL.BALANCE.EQL.LAMBDA
+        assert ("_image_labels" in file) == cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS
 
 
 # Values of the papers' releases; beta_decay has no published ones.
@@ -330,20 +330,20 @@ def test_challenge_files_are_what_their_names_say(file):
     cfg = read(file)
     node = cfg.MODEL.RESNETS
     (backbone,) = (value for part, value in BACKBONES.items() if part in file)
-    assert (node.DEPTH, node.NUM_GROUPS, node.WIDTH_PER_GROUP) == backbone
+    assert backbone == (node.DEPTH, node.NUM_GROUPS, node.WIDTH_PER_GROUP)
     assert node.DEFORM_ON_PER_STAGE == [False, True, True, True]
     assert node.NORM == cfg.MODEL.FPN.NORM == "SyncBN" and cfg.MODEL.BACKBONE.FREEZE_AT == 0
     assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     heads = "BalancedCascadeROIHeads" if "cascade" in file else "BalancedStandardROIHeads"
-    assert cfg.MODEL.ROI_HEADS.NAME == heads
-    assert cfg.OUTPUT_DIR == f"output/LVIS-challenge/{Path(file).stem}"
+    assert heads == cfg.MODEL.ROI_HEADS.NAME
+    assert f"output/LVIS-challenge/{Path(file).stem}" == cfg.OUTPUT_DIR
     if "/coco_" in file:
         assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
         return
     dataset, classes = ("lvis_v1", 1203) if "/lvis_v1_" in file else ("lvis_v0.5", 1230)
-    assert cfg.DATASETS.TRAIN == (f"{dataset}_train",)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == classes
+    assert (f"{dataset}_train",) == cfg.DATASETS.TRAIN
+    assert classes == cfg.MODEL.ROI_HEADS.NUM_CLASSES
     assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
     assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
     first = "LVIS-challenge/coco_" + file.split("_", 2)[2]  # lvis_v0.5_ and lvis_v1_
-    assert cfg.MODEL.WEIGHTS == f"{read(first).OUTPUT_DIR}/model_final.pth"
+    assert f"{read(first).OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-MIN_PYTHON = (3, 10)
+MIN_PYTHON = (3, 11)
 UPSTREAM = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
 # Import name -> name for pip, where the two differ.
@@ -108,11 +108,11 @@ def check_python() -> Finding:
     value = f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
     if sys.version_info[:2] >= MIN_PYTHON:
         return Finding("Python", value)
-    return Finding("Python", value, "use 3.10 to 3.12 (make setup PYTHON=...)", True)
+    return Finding("Python", value, "use 3.11 to 3.14 (make setup PYTHON=...)", True)
 
 
 def check_torch() -> list[Finding]:
-    """torch and torchvision, and whether the compiled part of torchvision loads with this torch."""
+    """Torch and torchvision, and whether the compiled part of torchvision loads with this torch."""
     torch, torchvision = _load("torch"), _load("torchvision")
     if isinstance(torch, Exception):
         failed = Finding("torch", _failure("torch", torch), _pip("torch", "torchvision"), True)

@@ -161,7 +161,7 @@ def test_the_suggestion_trains(base, tmp_path):
         assert main(["analyze", name, "--config-file", str(own), "--yaml", str(out)]) == 0
         cfg = read_config(str(out), ["OUTPUT_DIR", str(tmp_path / "out")])
         assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
-        assert cfg.MODEL.BALANCE.CLS_LOSS == ("EQL" if "rcnn" in base else "EFL")
+        assert ("EQL" if "rcnn" in base else "EFL") == cfg.MODEL.BALANCE.CLS_LOSS
         register_from_config(cfg)
         validate(cfg)
         os.makedirs(cfg.OUTPUT_DIR)

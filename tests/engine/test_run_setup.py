@@ -129,7 +129,7 @@ def test_a_resumed_run_keeps_its_seed(tmp_path):
     started_run(tmp_path / "out", seed=11)
     cfg = cfg_in(tmp_path / "out")
     prepare_run(cfg, resume=True)
-    assert (cfg.SEED, cfg.OUTPUT_DIR) == (11, str(tmp_path / "out"))
+    assert (11, str(tmp_path / "out")) == (cfg.SEED, cfg.OUTPUT_DIR)
 
 
 def test_resuming_nothing_starts_afresh(tmp_path):
@@ -142,14 +142,14 @@ def test_an_evaluation_writes_beside_a_run(tmp_path):
     started_run(tmp_path / "out")
     cfg = cfg_in(tmp_path / "out")
     prepare_run(cfg, eval_only=True)
-    assert cfg.OUTPUT_DIR == str(tmp_path / "out" / "eval_1")
+    assert str(tmp_path / "out" / "eval_1") == cfg.OUTPUT_DIR
     (tmp_path / "out" / "eval_1").mkdir()
     cfg = cfg_in(tmp_path / "out")
     prepare_run(cfg, eval_only=True)
-    assert cfg.OUTPUT_DIR == str(tmp_path / "out" / "eval_2")
+    assert str(tmp_path / "out" / "eval_2") == cfg.OUTPUT_DIR
     cfg = cfg_in(tmp_path / "free")
     prepare_run(cfg, eval_only=True)
-    assert cfg.OUTPUT_DIR == str(tmp_path / "free")
+    assert str(tmp_path / "free") == cfg.OUTPUT_DIR
 
 
 def test_an_evaluation_takes_class_counts_from_the_weights(tmp_path):
@@ -170,7 +170,7 @@ def test_an_evaluation_with_resume_takes_the_last_checkpoint(tmp_path):
     assert last_checkpoint(str(tmp_path / "out")) == checkpoint
     cfg = cfg_in(tmp_path / "out", "MODEL.WEIGHTS", "other.pth")
     prepare_run(cfg, eval_only=True, resume=True)
-    assert cfg.MODEL.WEIGHTS == checkpoint
+    assert checkpoint == cfg.MODEL.WEIGHTS
 
 
 def test_mistakes_of_the_user_end_in_one_message(capsys):

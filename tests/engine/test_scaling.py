@@ -22,7 +22,7 @@ def large_cfg(*overrides):
 def test_a_quarter_of_the_batch_has_a_quarter_of_the_rate_and_four_times_the_steps():
     cfg = large_cfg()
     assert "BASE_LR 0.005" in scale_to_batch(cfg)
-    assert cfg.SOLVER.BASE_LR == pytest.approx(0.005)
+    assert pytest.approx(0.005) == cfg.SOLVER.BASE_LR
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (360000, (240000, 320000))
     assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD) == (4000, 20000)
     assert (cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS.PERIOD) == (0, 4000)  # 0 stays off

@@ -92,7 +92,7 @@ def test_factors_raise_the_ap_of_rare_classes_at_the_cap(files, capsys):
 def test_norcal_is_fitted_from_the_image_counts(files):
     assert fit("--test", "val.json", "--method", "norcal") == 0
     found = json.loads((files / "factors.json").read_text())
-    assert 0 < found["rescoring"]["gamma"] and found["after"]["APr"] == pytest.approx(100)
+    assert found["rescoring"]["gamma"] > 0 and found["after"]["APr"] == pytest.approx(100)
     assert len(found["tried"]) == 16
     assert apply("factors.json", "--max-dets", 1) == 0
     kept = json.loads((files / "out.json").read_text())

@@ -55,16 +55,16 @@ def test_model_has_the_weights_and_the_settings_of_the_lazy_config(lazy, cfg):
 
 def test_schedule_and_data_are_those_of_the_lazy_config(lazy, cfg):
     solver, data = cfg.SOLVER, lazy.dataloader
-    assert solver.BASE_LR == lazy.optimizer.lr
-    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (
+    assert lazy.optimizer.lr == solver.BASE_LR
+    assert (
         lazy.optimizer.momentum,
         lazy.optimizer.weight_decay,
-    )
+    ) == (solver.MOMENTUM, solver.WEIGHT_DECAY)
     assert lazy.optimizer.params.weight_decay_norm == solver.WEIGHT_DECAY_NORM
-    assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (
+    assert (
         data.train.total_batch_size,
         lazy.train.max_iter,
-    )
+    ) == (solver.IMS_PER_BATCH, solver.MAX_ITER)
     multiplier = lazy.lr_multiplier
     assert multiplier.scheduler.milestones[:2] == list(solver.STEPS)
     assert multiplier.warmup_length == solver.WARMUP_ITERS / solver.MAX_ITER
@@ -73,4 +73,4 @@ def test_schedule_and_data_are_those_of_the_lazy_config(lazy, cfg):
     assert resize.max_size == cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST
     assert data.test.mapper.augmentations[0].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
     assert data.train.mapper.image_format == cfg.INPUT.FORMAT
-    assert cfg.MODEL.WEIGHTS == lazy.train.init_checkpoint
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS

@@ -1,0 +1,1 @@
+"""Registration of datasets, external sets and class maps."""

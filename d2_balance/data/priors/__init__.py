@@ -1,0 +1,1 @@
+"""Counts of foreground and background before training."""

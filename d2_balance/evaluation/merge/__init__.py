@@ -1,0 +1,1 @@
+"""Merging and re-scoring of prediction files."""

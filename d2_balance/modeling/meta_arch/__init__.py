@@ -1,0 +1,1 @@
+"""Meta architectures that take the losses of d2_balance."""

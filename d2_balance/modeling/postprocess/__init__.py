@@ -1,0 +1,1 @@
+"""What changes scores after training."""

@@ -1,0 +1,1 @@
+"""The RPN that takes the losses of d2_balance."""

@@ -1,0 +1,1 @@
+"""RoI heads that take the losses of d2_balance."""

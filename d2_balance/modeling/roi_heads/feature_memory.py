@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from d2_balance.losses import BOX_LOSSES, LOCE, Samples
 from d2_balance.losses._base import check
-from d2_balance.losses.loce import LEAST_SCORE
 from d2_balance.losses._kernels.ranks import rank_within
+from d2_balance.losses.loce import LEAST_SCORE
 
 from ..criterion import RowNormalizer
 
