@@ -31,8 +31,25 @@ SAMPLE_ROOMS = ("losses", "sampling", "reweight", "modeling")
 SAMPLE_WORDS = {r"rows?": "sample"}
 
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".sh", ""}
-ROOTS = ("README.md CONTRIBUTING.md CHANGELOG.md Makefile pyproject.toml train_net.py .ci .github "
-         "benchmarks configs d2_balance datasets docs examples findings scripts tests").split()  # fmt: skip
+ROOTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "Makefile",
+    "pyproject.toml",
+    "train_net.py",
+    ".ci",
+    ".github",
+    "benchmarks",
+    "configs",
+    "d2_balance",
+    "datasets",
+    "docs",
+    "examples",
+    "findings",
+    "scripts",
+    "tests",
+]
 # Rooms that do not pass yet.
 NOT_CLEAN = {
     "CONTRIBUTING.md", "README.md", "d2_balance", "docs", "tests",
