@@ -47,7 +47,7 @@ from d2_balance.engine import (
     use_cpu_without_cuda,
     write_summary,
 )
-from d2_balance.engine.setup import validate
+from d2_balance.engine.setup.validate import validate
 
 
 def setup(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[BalancedTrainer]]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassCounts
+from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.data.model_classes import class_counts, saved_loss_state
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from d2_balance.reweight import REWEIGHTERS, GuidedScale
 from d2_balance.sampling import PROPOSAL_SAMPLERS, ProposalSampler
@@ -33,11 +35,10 @@ def argument_key(argument: str) -> str:
 
 
 def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
-    """A quantity of the training set for each class.
+    """Return a quantity of the training set for each class.
 
     Args:
-        cfg: full config; MODEL.BALANCE.CLASS_COUNTS_FILE names a file, or is empty (count on
-            DATASETS.TRAIN), or "checkpoint" (the values come with the weights: inference only).
+        cfg: full config; `data.model_classes.class_counts` says where the counts come from.
         name: one of `DATA_ARGUMENTS`.
         num_classes: K.
 
@@ -45,11 +46,9 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
         (K,) float64.
 
     Raises:
-        ValueError: the statistics have another number of classes, or cannot be had.
+        ValueError: the counts have another number of classes, or cannot be had.
     """
-    if cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
-        return torch.zeros(num_classes, dtype=torch.float64)
-    values = torch.as_tensor(DATA_ARGUMENTS[name](ClassCounts.from_config(cfg)))
+    values = torch.as_tensor(DATA_ARGUMENTS[name](class_counts(cfg)))
     if len(values) != num_classes:
         raise ValueError(
             f"{name} has {len(values)} entries, one for each class of the training set, but the "
@@ -57,6 +56,24 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
             f"MODEL.RETINANET.NUM_CLASSES, or give a fitting MODEL.BALANCE.CLASS_COUNTS_FILE."
         )
     return values.double()
+
+
+def loss_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
+    """Return `class_quantity` for the constructor of a loss, which keeps it in its buffers.
+
+    Zeros stand for values that come with the weights: where CLASS_COUNTS_FILE is "checkpoint", and
+    where neither the training set nor its counts are here, but the buffers lie in MODEL.WEIGHTS.
+    """
+    zeros = torch.zeros(num_classes, dtype=torch.float64)
+    if cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
+        return zeros
+    try:
+        return class_quantity(cfg, name, num_classes)
+    except ValueError:
+        here = all(dataset in DatasetCatalog for dataset in cfg.DATASETS.TRAIN)
+        if here or not saved_loss_state(cfg.MODEL.WEIGHTS):
+            raise
+        return zeros
 
 
 def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> None:
@@ -111,7 +128,7 @@ def _construct(
         if parameter.name == NUM_CLASSES:
             arguments[parameter.name] = num_classes
         elif parameter.default is parameter.empty:
-            arguments[parameter.name] = class_quantity(cfg, parameter.name, num_classes)
+            arguments[parameter.name] = loss_quantity(cfg, parameter.name, num_classes)
         else:
             arguments[parameter.name] = node[argument_key(parameter.name)]
     try:

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from d2_balance.data.image_labels import ImageLabels
+from d2_balance.data.model_classes import fill_metadata
 from d2_balance.data.priors.foreground import ForegroundPrior
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
 from d2_balance.reweight import GuidedScale
@@ -36,6 +37,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     Raises:
         ValueError: naming the key.
     """
+    fill_metadata(cfg)
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),

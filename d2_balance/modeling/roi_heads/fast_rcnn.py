@@ -12,6 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2_balance.data.model_classes import fill_metadata
 from d2_balance.data.priors.foreground import ROI_HEADS, ForegroundPrior
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
 from d2_balance.losses._base import per_row
@@ -134,6 +135,7 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         ret = super().from_config(cfg, input_shape)
+        fill_metadata(cfg)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["cls_loss"] = build_cls_loss(cfg, num_classes)
         ret["box_loss"] = build_box_loss(cfg, num_classes)
