@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the recipe; 2 where the user has to change something, 1 where a stage has failed."""
     from detectron2.data import DatasetCatalog
 
-    import d2_balance  # noqa: F401  registers the built-in sets
+    import d2_balance.data  # noqa: F401  registers the built-in sets
     from d2_balance.recipes.recipe import Recipe
     from d2_balance.recipes.runner import Runner, check_names
     from d2_balance.recipes.stages import StageError

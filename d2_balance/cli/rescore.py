@@ -229,7 +229,6 @@ def _groups(truth: Annotations, train: Annotations) -> tuple[dict[str, str], dic
 
 def _sets_of_run(directory: str) -> tuple[list[str], list[str]]:
     """DATASETS.TEST and DATASETS.TRAIN of a run; registers what its config registers."""
-    import d2_balance  # noqa: F401
     from d2_balance.data import register_from_config
     from d2_balance.engine import read_config
 

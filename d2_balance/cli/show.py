@@ -96,7 +96,6 @@ def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
     """Name in the catalogs and records of a registered dataset, or of a file."""
     from detectron2.data import DatasetCatalog
 
-    from d2_balance import add_balance_config  # noqa: F401  registers the built-in sets
     from d2_balance.data import register_json
     from d2_balance.engine.setup.validate import load_dataset
 

@@ -36,3 +36,5 @@ __all__ = [
     "register_mini_lvis",
     "require_image_labels",
 ]
+
+register_mini_lvis()

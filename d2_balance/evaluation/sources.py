@@ -39,7 +39,7 @@ class Annotations:
         """
         from detectron2.data import DatasetCatalog, MetadataCatalog
 
-        import d2_balance  # noqa: F401  registers the built-in sets
+        import d2_balance.data  # noqa: F401  registers the built-in sets
 
         path = source
         if source in DatasetCatalog:

@@ -1,7 +1,6 @@
 """Where the losses meet Detectron2."""
 
 from .criterion import detection_losses
-from .deformable import use_in_resnets
 from .meta_arch.fcos import BalancedFCOS
 from .meta_arch.rcnn import BalancedRCNN
 from .meta_arch.retinanet import BalancedRetinaNet
@@ -19,5 +18,3 @@ __all__ = [
     "BalancedStandardROIHeads",
     "detection_losses",
 ]
-
-use_in_resnets()

@@ -2,7 +2,7 @@
 
 Detectron2's own needs its compiled operators (`detectron2._C`), which many installs lack, and a
 GPU. The classes here compute the same by torchvision, whose operator reads the same channels of
-offsets. `use_in_resnets` hands them to Detectron2's ResNets, in place of names that raise.
+offsets. The models of this package build their ResNets with them, see `deformable_convolutions`.
 
 Shapes: N images, C and D channels in and out, G deformable groups, kernel h x w, maps H x W.
 
@@ -12,9 +12,11 @@ ConvNets v2, arXiv:1811.11168.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling.backbone import resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,11 +162,24 @@ def with_cpu(stock: type[nn.Module]) -> type[nn.Module]:
     return Convolution
 
 
-def use_in_resnets() -> None:
-    """Lets the blocks of Detectron2's ResNets make convolutions that work on this machine.
+@contextmanager
+def deformable_convolutions(cfg: CfgNode) -> Iterator[None]:
+    """Let ResNets that are built inside of the block have convolutions that work on this machine.
 
-    A block looks the two names up in its module when it is built; nothing else is changed.
+    Detectron2's block takes the two classes from the names of its module; they are others while a
+    model is built whose MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for them, and no longer.
+
+    Args:
+        cfg: config of the model.
     """
-    for ours in (DeformConv, ModulatedDeformConv):
-        stock = getattr(resnet, ours.__name__)
-        setattr(resnet, ours.__name__, with_cpu(stock) if COMPILED else ours)
+    names = (
+        ("DeformConv", "ModulatedDeformConv") if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) else ()
+    )
+    stock = {name: getattr(resnet, name) for name in names}
+    for name, cls in stock.items():
+        setattr(resnet, name, with_cpu(cls) if COMPILED else globals()[name])
+    try:
+        yield
+    finally:
+        for name, cls in stock.items():
+            setattr(resnet, name, cls)

@@ -47,9 +47,9 @@ def test_unknown_key_is_named(key):
         small_cfg("faster", key, "1")
 
 
-def test_lambda_without_underscore_says_the_right_name():
-    with pytest.raises(KeyError, match="LAMBDA"):
-        small_cfg("faster", "MODEL.BALANCE.EQL.LAMBDA", "0.1")
+def test_a_key_of_an_earlier_version_says_the_new_name():
+    with pytest.raises(KeyError, match=r"MODEL\.BALANCE\.EQL\.LAMBDA;"):
+        small_cfg("faster", "MODEL.BALANCE.EQL.LAMBDA_", "0.1")
 
 
 @pytest.mark.parametrize(

@@ -183,10 +183,19 @@ def test_a_deformable_model_trains_on_the_cpu(modulated):
         assert block.conv2.weight.grad.isfinite().all()
 
 
-def test_resnets_get_our_convolutions_where_the_compiled_ones_are_missing():
-    for ours in (DeformConv, ModulatedDeformConv):
-        used = getattr(resnet, ours.__name__)
-        assert issubclass(used, getattr(stock, ours.__name__)) if COMPILED else used is ours
+@pytest.mark.parametrize("kind", ["faster", "retinanet", "fcos"])
+def test_only_a_model_that_asks_for_them_is_built_with_our_convolutions(kind):
+    names = ("DeformConv", "ModulatedDeformConv")
+    before = [getattr(resnet, name) for name in names]
+    for modulated, ours in enumerate((DeformConv, ModulatedDeformConv)):
+        cfg = small_cfg(kind, *DCN, "MODEL.RESNETS.DEFORM_MODULATED", bool(modulated))
+        blocks = [
+            m for m in build_model(cfg).modules() if type(m).__name__ == "DeformBottleneckBlock"
+        ]
+        expected = getattr(stock, ours.__name__) if COMPILED else ours
+        assert len(blocks) == 4 + 6 + 3
+        assert all(isinstance(block.conv2, expected) for block in blocks)
+        assert [getattr(resnet, name) for name in names] == before
 
 
 def test_compiled_convolutions_stay_on_the_gpu_and_torchvision_takes_the_cpu():
@@ -224,5 +233,5 @@ def test_outputs_and_gradients_agree_with_the_compiled_operator(ours):
     "arguments", [{"groups": 3}, {"deformable_groups": 3}, {"bias": True}, {"groups": 0}]
 )
 def test_arguments_that_cannot_work_are_refused(arguments):
-    with pytest.raises(ValueError, match="allowed is"):
+    with pytest.raises(ValueError, match="must be"):
         DeformConv(4, 6, 3, **arguments)

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2_balance.engine.setup import validate
+from d2_balance.engine.setup.validate import validate
 from d2_balance.modeling.criterion import watched
 
 from ..conftest import CLASSES, make_inputs, small_cfg

@@ -294,5 +294,5 @@ def test_proposals_of_an_image_without_objects_are_all_background():
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "mask"])
 def test_threshold_out_of_range_is_refused(kind):
     keys = RPN if kind == "mask" else ()
-    with pytest.raises(ValueError, match="MODEL.BALANCE.IGNORE_IOA is 0.0; allowed"):
+    with pytest.raises(ValueError, match="MODEL.BALANCE.IGNORE_IOA is 0.0; must be"):
         build_model(small_cfg(kind, *keys, "MODEL.BALANCE.IGNORE_IOA", 0.0))

@@ -67,11 +67,11 @@ def test_losses_and_gradients_equal_stock(stock_keys, empty):
             torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("sampling_free", [True, False])
 @pytest.mark.parametrize("name", CLS)
-def test_every_loss_of_one_class_trains_the_rpn(name, sample):
+def test_every_loss_of_one_class_trains_the_rpn(name, sampling_free):
     torch.manual_seed(0)
-    model = build_model(rpn_cfg(key("CLS_LOSS"), name, key("SAMPLE"), sample))
+    model = build_model(rpn_cfg(key("CLS_LOSS"), name, key("SAMPLING_FREE"), sampling_free))
     assert type(model.proposal_generator.cls_loss).__name__ == name
     for empty in ((), (0, 1)):
         model.zero_grad()

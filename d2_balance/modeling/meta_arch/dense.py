@@ -20,6 +20,7 @@ from ..build import (
     build_box_loss,
     build_cls_loss,
     build_guided,
+    build_proposal_sampler,
     build_reweighters,
     check_class_quantities,
 )
@@ -38,6 +39,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         ValueError: naming the key.
     """
     fill_metadata(cfg)
+    build_proposal_sampler(cfg, num_classes, head)  # raises: dense heads have no proposals
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),

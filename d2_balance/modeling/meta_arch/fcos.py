@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from d2_balance.losses import BOX_LOSSES, BoxLoss, ClassificationLoss, Focal, Samples
 
+from ..deformable import deformable_convolutions
 from .dense import BalancedDense, loss_arguments
 
 
@@ -70,7 +71,8 @@ class BalancedFCOS(BalancedDense, FCOS):
                 f"MODEL.FCOS.CENTER_SAMPLING_RADIUS is {node.CENTER_SAMPLING_RADIUS}; must be a "
                 "number of strides above 0."
             )
-        backbone = build_backbone(cfg)
+        with deformable_convolutions(cfg):
+            backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         unknown = [name for name in node.IN_FEATURES if name not in shapes]
         if unknown or not node.IN_FEATURES:

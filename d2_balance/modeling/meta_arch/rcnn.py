@@ -8,6 +8,7 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 
 from d2_balance.data.image_labels import ImageLabels
 
+from ..deformable import deformable_convolutions
 from ..image_context import LabelledImages
 from ..roi_heads.feature_memory import build_memories
 
@@ -28,7 +29,8 @@ class BalancedRCNN(LabelledImages, GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        ret = super().from_config(cfg)
+        with deformable_convolutions(cfg):
+            ret = super().from_config(cfg)
         build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
         ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret

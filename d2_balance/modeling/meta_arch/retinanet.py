@@ -11,6 +11,7 @@ from torch import Tensor
 from d2_balance.losses import BoxLoss, ClassificationLoss, Focal
 
 from ..build import stock_box_loss
+from ..deformable import deformable_convolutions
 from .dense import BalancedDense, loss_arguments
 
 
@@ -27,9 +28,9 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return super().from_config(cfg) | loss_arguments(
-            cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name
-        )
+        with deformable_convolutions(cfg):
+            ret = super().from_config(cfg)
+        return ret | loss_arguments(cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name)
 
     def default_cls_loss(self) -> ClassificationLoss:
         return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
