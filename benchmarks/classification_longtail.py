@@ -24,7 +24,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2_balance.losses import BalancedSoftmax, LogitAdjusted, Samples, SoftmaxCE, SoftmaxEQL
+from d2_balance.losses import (
+    BalancedSoftmaxLoss,
+    LogitAdjustedLoss,
+    Samples,
+    SoftmaxCELoss,
+    SoftmaxEQLLoss,
+)
 from d2_balance.utils.files import atomic_path
 
 CLASSES, IMBALANCE, LARGEST = 10, 100, 118
@@ -54,10 +60,10 @@ def losses(count: Tensor) -> dict[str, nn.Module]:
     frequency = count / count.sum()
     tail = (10.5 / count.sum()).item()
     return {
-        "cross-entropy": SoftmaxCE(),
-        "SoftmaxEQL": SoftmaxEQL(class_frequency=frequency, lambda_=tail, gamma=0.95),
-        "BalancedSoftmax": BalancedSoftmax(class_count=count),
-        "LogitAdjusted": LogitAdjusted(instance_count=count),
+        "cross-entropy": SoftmaxCELoss(),
+        "SoftmaxEQL": SoftmaxEQLLoss(class_frequency=frequency, lambda_=tail, gamma=0.95),
+        "BalancedSoftmax": BalancedSoftmaxLoss(class_count=count),
+        "LogitAdjusted": LogitAdjustedLoss(instance_count=count),
     }
 
 

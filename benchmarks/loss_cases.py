@@ -51,7 +51,7 @@ def make_samples(
         logits=logits.to(device).requires_grad_(),
         labels=labels.to(device),
         num_classes=classes,
-        image=(torch.arange(rows) * images // rows).to(device),
+        image_index=(torch.arange(rows) * images // rows).to(device),
         num_images=images,
         verified=(torch.rand(images, classes, generator=generator) > 0.9).to(device),
         pred_deltas=(torch.randn(positives, 4, generator=generator) * 0.1).to(device),

@@ -6,7 +6,7 @@ from detectron2.layers import ShapeSpec
 
 from d2_balance.data import ImageLabels
 from d2_balance.engine.setup.lazy import dataset_quantity
-from d2_balance.losses import EQL
+from d2_balance.losses import EQLLoss
 from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRCNN, BalancedStandardROIHeads
 
 from .common.mini_lvis import dataloader, lr_multiplier, optimizer, run, train
@@ -32,7 +32,7 @@ heads.update(num_classes=30, batch_size_per_image=64)
 heads.box_head.update(input_shape=ShapeSpec(channels=64, height=7, width=7), fc_dims=[128, 128])
 heads.box_predictor._target_ = BalancedFastRCNNOutputLayers
 heads.box_predictor.input_shape = ShapeSpec(channels=128)
-heads.box_predictor.cls_loss = L(EQL)(
+heads.box_predictor.cls_loss = L(EQLLoss)(
     class_frequency=L(dataset_quantity)(
         names=["mini_lvis_train"], num_classes=30, quantity="class_frequency"
     ),

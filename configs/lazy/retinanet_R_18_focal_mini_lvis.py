@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
-from d2_balance.losses import Focal
+from d2_balance.losses import FocalLoss
 from d2_balance.modeling import BalancedRetinaNet
 
 from .common.mini_lvis import dataloader, lr_multiplier, optimizer, run, train
@@ -12,7 +12,7 @@ from .common.mini_lvis import dataloader, lr_multiplier, optimizer, run, train
 model = model_zoo.get_config("common/models/retinanet.py").model
 model._target_ = BalancedRetinaNet
 model.num_classes = 30
-model.cls_loss = L(Focal)(alpha=0.25, gamma=2.0)
+model.cls_loss = L(FocalLoss)(alpha=0.25, gamma=2.0)
 
 bottom_up = model.backbone.bottom_up
 bottom_up.stem.norm = bottom_up.stages.norm = "BN"

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from d2_balance.losses import GHMC, GHMR
+from d2_balance.losses import GHMCLoss, GHMRLoss
 
 from .retinanet_R_18_focal_mini_lvis import (
     dataloader,
@@ -13,7 +13,7 @@ from .retinanet_R_18_focal_mini_lvis import (
     train,
 )
 
-model.cls_loss = L(GHMC)(per_level=True)
-model.box_loss = L(GHMR)()
+model.cls_loss = L(GHMCLoss)(per_level=True)
+model.box_loss = L(GHMRLoss)()
 model.box_weight = 10.0
 train.output_dir = "output/lazy_retinanet_ghm"

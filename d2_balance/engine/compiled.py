@@ -41,7 +41,7 @@ class _Compiled:
 
     def __init__(self, loss: nn.Module, fallback: _Fallback) -> None:
         self._plain, self._fallback = loss.compute, fallback
-        self._name = type(loss).__name__
+        self._name = loss.name
         self._compiled: Callable[..., Tensor] | None = None
 
     def __call__(self, *inputs: Any) -> Tensor:

@@ -2,60 +2,87 @@
 
 from ._base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ._samples import Samples
-from .alrp import ALRP
-from .ap import AP
-from .bags import BAGS
-from .balanced_l1 import BalancedL1
-from .balanced_softmax import BalancedSoftmax, LogitAdjusted
-from .cross_entropy import BalancedCE, SigmoidCE, SoftmaxCE
-from .dr import DR
-from .drop_loss import DropLoss
-from .efl import EFL
-from .eql import EQL
-from .eqlv2 import EQLv2
-from .federated import Federated
-from .focal import Focal
-from .ghm import GHMC, GHMR
-from .iou import CIoU, DIoU, GIoU
-from .loce import LOCE
-from .quality_focal import QFL, VFL
-from .rank_sort import RankSort
-from .seesaw import Seesaw
-from .smooth_l1 import SmoothL1
-from .softmax_eql import SoftmaxEQL
+from .alrp import ALRPLoss
+from .ap import APLoss
+from .bags import BAGSLoss, group_softmax_loss
+from .balanced_l1 import BalancedL1Loss, balanced_l1_loss
+from .balanced_softmax import BalancedSoftmaxLoss, LogitAdjustedLoss, adjusted_ce_loss
+from .cross_entropy import (
+    BalancedCELoss,
+    SigmoidCELoss,
+    SoftmaxCELoss,
+    balanced_ce_loss,
+    sigmoid_ce_loss,
+)
+from .dr import DRLoss, dr_loss
+from .drop_loss import DropLoss, drop_loss
+from .efl import EFLLoss, equalized_focal_loss
+from .eql import EQLLoss, eql_loss
+from .eqlv2 import EQLv2Loss
+from .federated import FederatedLoss
+from .focal import FocalLoss, focal_loss
+from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
+from .iou import CIoULoss, DIoULoss, GIoULoss, ciou_loss, diou_loss, giou_loss
+from .loce import LOCELoss, equilibrium_loss
+from .quality_focal import QFLLoss, VFLLoss, quality_focal_loss, varifocal_loss
+from .rank_sort import RankSortLoss
+from .seesaw import SeesawLoss, seesaw_ce_loss
+from .smooth_l1 import SmoothL1Loss, smooth_l1_loss
+from .softmax_eql import SoftmaxEQLLoss, softmax_eql_loss
 
 __all__ = [
-    "ALRP",
-    "AP",
-    "BAGS",
     "BOX_LOSSES",
     "CLS_LOSSES",
-    "DR",
-    "EFL",
-    "EQL",
-    "GHMC",
-    "GHMR",
-    "LOCE",
-    "QFL",
-    "VFL",
-    "BalancedCE",
-    "BalancedL1",
-    "BalancedSoftmax",
+    "ALRPLoss",
+    "APLoss",
+    "BAGSLoss",
+    "BalancedCELoss",
+    "BalancedL1Loss",
+    "BalancedSoftmaxLoss",
     "BoxLoss",
-    "CIoU",
+    "CIoULoss",
     "ClassificationLoss",
-    "DIoU",
+    "DIoULoss",
+    "DRLoss",
     "DropLoss",
-    "EQLv2",
-    "Federated",
-    "Focal",
-    "GIoU",
-    "LogitAdjusted",
-    "RankSort",
+    "EFLLoss",
+    "EQLLoss",
+    "EQLv2Loss",
+    "FederatedLoss",
+    "FocalLoss",
+    "GHMCLoss",
+    "GHMRLoss",
+    "GIoULoss",
+    "LOCELoss",
+    "LogitAdjustedLoss",
+    "QFLLoss",
+    "RankSortLoss",
     "Samples",
-    "Seesaw",
-    "SigmoidCE",
-    "SmoothL1",
-    "SoftmaxCE",
-    "SoftmaxEQL",
+    "SeesawLoss",
+    "SigmoidCELoss",
+    "SmoothL1Loss",
+    "SoftmaxCELoss",
+    "SoftmaxEQLLoss",
+    "VFLLoss",
+    "adjusted_ce_loss",
+    "balanced_ce_loss",
+    "balanced_l1_loss",
+    "ciou_loss",
+    "diou_loss",
+    "dr_loss",
+    "drop_loss",
+    "eql_loss",
+    "equalized_focal_loss",
+    "equilibrium_loss",
+    "focal_loss",
+    "ghm_c_loss",
+    "ghm_r_loss",
+    "giou_loss",
+    "group_softmax_loss",
+    "quality_focal_loss",
+    "seesaw_ce_loss",
+    "sigmoid_ce_loss",
+    "smooth_l1_loss",
+    "softmax_eql_loss",
+    "varifocal_loss",
 ]

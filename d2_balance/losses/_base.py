@@ -5,8 +5,8 @@ reduction: an elementwise loss returns one value per entry, and the criterion su
 a loss that ranks or normalises over a set returns a 0-d tensor that is used as it is.
 
 State that depends on data (densities, counters) lives in buffers and changes only in training
-mode. A loss names what its state needs from a batch in `statistics`, and takes the sum over all
-ranks in `update`; the criterion joins the statistics of all parts in one all-reduce.
+mode. `batch_statistics` returns what the state needs from a batch, and `update` takes the sum
+across ranks; the criterion sums the statistics of all parts with one all-reduce.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2_balance.utils.distributed import sum_over_ranks
+from d2_balance.utils.registry import Named, Registry
 
 from ._samples import Samples
 
@@ -29,7 +29,7 @@ BOX_LOSSES = Registry("BOX_LOSSES")
 BOX_LOSSES.__doc__ = "Box regression losses; the names are what MODEL.BALANCE.BOX_LOSS accepts."
 
 
-class _Loss(nn.Module):
+class _Loss(nn.Module, Named):
     """What classification and box losses share: state and logging."""
 
     elementwise: bool
@@ -37,14 +37,14 @@ class _Loss(nn.Module):
     update_after: bool = False
     """True: `update` runs after the loss, which then sees the state of earlier batches."""
 
-    joins_ranks: bool = True
+    all_reduced: bool = True
     """False: each rank works on its own rows (it ranks or draws them), and k ranks differ from one
     process on the joined batch; state that is kept is summed across ranks all the same."""
 
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 
-    def statistics(self, *inputs) -> Tensor | None:
+    def batch_statistics(self, *inputs) -> Tensor | None:
         """What `update` needs from this rank's batch, to be summed across ranks; None: nothing."""
         return None
 
@@ -55,14 +55,14 @@ class _Loss(nn.Module):
         """The loss for the present state."""
         raise NotImplementedError
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         """Tensors worth logging; read by the hooks, never on the training path."""
         return {}
 
     def _step(self, *inputs) -> Tensor:
         if not self.training:
             return self.compute(*inputs)
-        (total,) = sum_over_ranks([self.statistics(*inputs)])
+        (total,) = sum_over_ranks([self.batch_statistics(*inputs)])
         return self.step(total, *inputs)
 
     def step(self, total: Tensor | None, *inputs) -> Tensor:
@@ -162,9 +162,10 @@ class BoxLoss(_Loss):
 def check(owner: object, name: str, value: object, allowed: bool, rule: str) -> None:
     """Raises ValueError unless `allowed`, naming the class, the argument and the rule."""
     if not allowed:
-        raise ValueError(f"{type(owner).__name__}: {name}={value!r} is not allowed; {rule}.")
+        label = getattr(owner, "name", type(owner).__name__)
+        raise ValueError(f"{label}: {name}={value!r} is not allowed; {rule}.")
 
 
-def per_row(loss: Tensor) -> Tensor:
+def per_sample(loss: Tensor) -> Tensor:
     """(P,) sums over the coordinates of a (P, 4) or (P,) box loss."""
     return loss.sum(dim=1) if loss.dim() == 2 else loss

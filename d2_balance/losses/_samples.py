@@ -28,15 +28,16 @@ class Samples:
         logits: (R, K) or, where the loss has a background column, (R, K + 1). Raw scores.
         labels: (R,) int64 in [0, K]; K is background. No ignored rows.
         num_classes: K.
-        image: (R,) int64, index of the row's image in [0, N). None: all rows from one image.
-        num_images: N. None: read from `verified` or `image` (the latter waits for the device).
+        image_index: (R,) int64, index of the sample's image in [0, N). None: there is one image.
+        num_images: N. None: read from `verified` or `image_index` (the latter is a host-device
+            sync).
         level: (R,) int64, index of the row's feature level. None: one level.
         num_levels: number of feature levels.
-        row_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
+        sample_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
         verified: (N, K) bool, True where the presence or the absence of the class in the image was
             verified by annotators (LVIS image-level labels). None: unknown.
-        not_exhaustive: (N, K) bool, True where not every object of the class in the image is annotated
-            (`not_exhaustive_category_ids`); part of `verified`. None: unknown.
+        not_exhaustive: (N, K) bool, True where the class is not annotated exhaustively in the
+            image (`not_exhaustive_category_ids`); implies `verified`. None: unknown.
         pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
         boxes: (P, 4) their anchors or proposals, x0 y0 x1 y1 in pixels.
         gt_boxes: (P, 4) their matched ground truth boxes, x0 y0 x1 y1 in pixels.
@@ -51,11 +52,11 @@ class Samples:
     logits: Tensor
     labels: Tensor
     num_classes: int
-    image: Tensor | None = None
+    image_index: Tensor | None = None
     num_images: int | None = None
     level: Tensor | None = None
     num_levels: int = 1
-    row_weight: Tensor | None = None
+    sample_weight: Tensor | None = None
     verified: Tensor | None = None
     not_exhaustive: Tensor | None = None
     pred_deltas: Tensor | None = None
@@ -71,7 +72,7 @@ class Samples:
                 f"Samples: logits must be (R, C) and labels (R,), not {tuple(self.logits.shape)} "
                 f"and {rows}."
             )
-        for name in ("image", "level", "row_weight"):
+        for name in ("image_index", "level", "sample_weight"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != rows:
                 raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")
@@ -132,16 +133,20 @@ class Samples:
             return self.num_images
         if self.verified is not None:
             return len(self.verified)
-        return 1 if self.image is None or not len(self.image) else int(self.image.max()) + 1
+        return (
+            1
+            if self.image_index is None or not len(self.image_index)
+            else int(self.image_index.max()) + 1
+        )
 
     @cached_property
     def sample_verified(self) -> Tensor | None:
         """(R, K) bool, `verified` of each row's image, or None."""
         if self.verified is None:
             return None
-        if self.image is None:
+        if self.image_index is None:
             return self.verified[:1].expand(len(self.labels), -1)
-        return self.verified[self.image]
+        return self.verified[self.image_index]
 
     @cached_property
     def target_deltas(self) -> Tensor:

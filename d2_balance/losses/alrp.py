@@ -23,7 +23,7 @@ from torch import Tensor
 
 from d2_balance.utils.distributed import world_size
 
-from ._base import CLS_LOSSES, ClassificationLoss, check, per_row
+from ._base import CLS_LOSSES, ClassificationLoss, check, per_sample
 from ._kernels.ranking import StepBuckets, error_driven, positive_scores
 from ._samples import Samples
 from .iou import giou_loss
@@ -74,8 +74,8 @@ def alrp_box_loss(errors: Tensor, scores: Tensor, rank: Tensor) -> Tensor:
     return (errors[order].cumsum(0) / rank[order].to(errors.dtype)).sum() / max(len(errors), 1)
 
 
-@CLS_LOSSES.register()
-class ALRP(ClassificationLoss):
+@CLS_LOSSES.register("ALRP")
+class ALRPLoss(ClassificationLoss):
     """aLRP loss (arXiv:2009.13592) for dense sigmoid heads, used with BOX_LOSS GIoU.
 
     Without boxes all errors are 0. Buffers, float64: `balance`, the self-balancing weight; `sums`
@@ -92,7 +92,7 @@ class ALRP(ClassificationLoss):
 
     elementwise = False
     activation = "sigmoid"
-    joins_ranks = False
+    all_reduced = False
     couples_boxes = True
 
     def __init__(self, *, delta: float = 1.0, period: int = 7330) -> None:
@@ -117,7 +117,7 @@ class ALRP(ClassificationLoss):
         return errors
 
     @torch.no_grad()
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         errors = self._rank(samples)
         scores = samples.logits.detach().flatten()[positive_scores(samples)]
         box = alrp_box_loss(errors.double(), scores, self._ranked[2])
@@ -131,15 +131,15 @@ class ALRP(ClassificationLoss):
         self.sums.copy_(torch.where(due, torch.zeros_like(sums), sums))
 
     def compute(self, samples: Samples) -> Tensor:
-        if not self.training:  # in training `statistics` has ranked the batch
+        if not self.training:  # in training `batch_statistics` has ranked the batch
             self._rank(samples)
         loss, grad, _ = self._ranked
         return error_driven(samples.logits, loss, grad)
 
     def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
         scores = samples.logits.detach().flatten()[positive_scores(samples)]
-        loss = alrp_box_loss(per_row(box), scores, self._ranked[2])
+        loss = alrp_box_loss(per_sample(box), scores, self._ranked[2])
         return loss * self.balance.to(loss.dtype)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"balance": self.balance}

@@ -50,8 +50,8 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
     return (1 - interpolated).sum() / count, grad
 
 
-@CLS_LOSSES.register()
-class AP(ClassificationLoss):
+@CLS_LOSSES.register("AP")
+class APLoss(ClassificationLoss):
     """AP-loss (arXiv:1904.06373) for dense sigmoid heads; inference is unchanged.
 
     The loss is not divided by the number of positives again. The authors train 100 epochs with a
@@ -66,7 +66,7 @@ class AP(ClassificationLoss):
 
     elementwise = False
     activation = "sigmoid"
-    joins_ranks = False
+    all_reduced = False
 
     def __init__(self, *, delta: float = 1.0) -> None:
         super().__init__()

@@ -86,13 +86,13 @@ def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Ten
     return (loss.sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
 
 
-def _arrange_loaded(loss: BAGS, _: object) -> None:
+def _arrange_loaded(loss: BAGSLoss, _: object) -> None:
     """Called after `load_state_dict`; not a lambda, which could not be pickled with the loss."""
     loss._arrange()
 
 
-@CLS_LOSSES.register()
-class BAGS(ClassificationLoss):
+@CLS_LOSSES.register("BAGS")
+class BAGSLoss(ClassificationLoss):
     """Balanced group softmax (arXiv:2006.10408) for softmax RoI heads.
 
     The release trains only the last classifier layer of a trained model; see
@@ -109,7 +109,7 @@ class BAGS(ClassificationLoss):
 
     elementwise = False
     activation = "softmax"
-    joins_ranks = False
+    all_reduced = False
 
     def __init__(
         self,

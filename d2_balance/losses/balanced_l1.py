@@ -5,8 +5,8 @@
     b    = e^(gamma / alpha) - 1
 
 The gradient is alpha ln(b |x| + 1) below 1 and gamma above. For beta other than 1 the form is
-applied to x / beta and multiplied by beta: the gradient is then continuous at beta and 0 at 0, which
-published code misses.
+applied to x / beta and multiplied by beta: the gradient is then continuous at beta and 0 at 0,
+which published code misses.
 
 Source: Pang et al., Libra R-CNN, arXiv:1904.02701, equations 6 to 9.
 """
@@ -43,8 +43,8 @@ def balanced_l1_loss(
     return beta * torch.where(x < 1, inlier, outlier)
 
 
-@BOX_LOSSES.register()
-class BalancedL1(BoxLoss):
+@BOX_LOSSES.register("BalancedL1")
+class BalancedL1Loss(BoxLoss):
     """Balanced L1 (arXiv:1904.02701).
 
     Args:

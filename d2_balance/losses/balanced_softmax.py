@@ -39,8 +39,8 @@ def adjusted_ce_loss(logits: Tensor, labels: Tensor, log_prior: Tensor) -> Tenso
     return F.cross_entropy(logits + shift, labels, reduction="none")
 
 
-@CLS_LOSSES.register()
-class BalancedSoftmax(ClassificationLoss):
+@CLS_LOSSES.register("BalancedSoftmax")
+class BalancedSoftmaxLoss(ClassificationLoss):
     """Balanced softmax (arXiv:2007.10740) for softmax heads; inference is unchanged.
 
     Args:
@@ -64,8 +64,8 @@ class BalancedSoftmax(ClassificationLoss):
         return adjusted_ce_loss(samples.logits, samples.labels, (count / count.max()).log())
 
 
-@CLS_LOSSES.register()
-class LogitAdjusted(ClassificationLoss):
+@CLS_LOSSES.register("LogitAdjusted")
+class LogitAdjustedLoss(ClassificationLoss):
     """Logit adjustment (arXiv:2007.07314) for softmax heads; inference is unchanged.
 
     Args:

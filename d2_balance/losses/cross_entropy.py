@@ -89,8 +89,8 @@ def weighted_ce(samples: Samples, weight: Weight, own_weight: float | Tensor) ->
     )
 
 
-@CLS_LOSSES.register()
-class SigmoidCE(ClassificationLoss):
+@CLS_LOSSES.register("SigmoidCE")
+class SigmoidCELoss(ClassificationLoss):
     """One binary cross-entropy per class: the baseline of all sigmoid losses."""
 
     elementwise = True
@@ -100,8 +100,8 @@ class SigmoidCE(ClassificationLoss):
         return weighted_ce(samples, 1.0, 1.0)
 
 
-@CLS_LOSSES.register()
-class BalancedCE(ClassificationLoss):
+@CLS_LOSSES.register("BalancedCE")
+class BalancedCELoss(ClassificationLoss):
     """Sigmoid cross-entropy with a fixed weight for positives (arXiv:1708.02002, equation 3).
 
     Args:
@@ -128,8 +128,8 @@ class BalancedCE(ClassificationLoss):
         )
 
 
-@CLS_LOSSES.register()
-class SoftmaxCE(ClassificationLoss):
+@CLS_LOSSES.register("SoftmaxCE")
+class SoftmaxCELoss(ClassificationLoss):
     """Softmax cross-entropy over K classes and background: Fast R-CNN's stock loss."""
 
     elementwise = True

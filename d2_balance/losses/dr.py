@@ -178,8 +178,8 @@ def _weights(prob: Tensor, temperature: float) -> Tensor:
     return (prob * (1 / temperature)).sub_(1 / temperature).exp_()
 
 
-@CLS_LOSSES.register()
-class DR(ClassificationLoss):
+@CLS_LOSSES.register("DR")
+class DRLoss(ClassificationLoss):
     """DR loss (arXiv:1907.10156v3) for sigmoid heads; set the prior probability to 0.5.
 
     The loss starts near 2 whatever the prior, but with a prior of 0.01 its gradient is 25 times
@@ -223,8 +223,8 @@ class DR(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         if not len(samples.labels):
             return samples.logits.sum() * 0
-        whole = self.scope == "batch" or samples.image is None
-        group = torch.zeros_like(samples.labels) if whole else samples.image
+        whole = self.scope == "batch" or samples.image_index is None
+        group = torch.zeros_like(samples.labels) if whole else samples.image_index
         groups = 1 if whole else samples.images
         if 1 / self.arguments["lambda_neg"] > SHARPEST:
             loss = dr_loss(samples.logits, samples.onehot, group, groups, **self.arguments)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._base import CLS_LOSSES
 from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss, weighted_ce
-from .eql import EQL
+from .eql import EQLLoss
 
 
 def drop_loss(
@@ -38,8 +38,8 @@ def drop_loss(
     return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
 
 
-@CLS_LOSSES.register()
-class DropLoss(EQL):
+@CLS_LOSSES.register("DropLoss")
+class DropLoss(EQLLoss):
     """DropLoss (arXiv:2104.06402) for sigmoid RoI heads.
 
     Args:
@@ -51,7 +51,7 @@ class DropLoss(EQL):
         ValueError: an argument is out of range.
     """
 
-    joins_ranks = False
+    all_reduced = False
 
     def __init__(self, *, class_frequency, lambda_=0.00177, threshold="step") -> None:
         super().__init__(

@@ -45,8 +45,8 @@ def equalized_focal_loss(
     return weight * torch.exp(-gamma * (margin + ce)) * ce
 
 
-@CLS_LOSSES.register()
-class EFL(ClassificationLoss):
+@CLS_LOSSES.register("EFL")
+class EFLLoss(ClassificationLoss):
     """Equalized focal loss (arXiv:2201.02593) for dense sigmoid heads.
 
     Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed across ranks and batches, and their
@@ -97,7 +97,7 @@ class EFL(ClassificationLoss):
         )
 
     @torch.no_grad()
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         value, grad = self._pass(samples)
         self._passed = (samples, value, grad)  # `compute` sees the same exponents
         count = samples.foreground.sum().expand(grad.shape[1])
@@ -116,5 +116,5 @@ class EFL(ClassificationLoss):
             passed = self._pass(samples)
         return with_grad(samples.logits, *passed)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"gamma": self.class_gamma()}

@@ -128,8 +128,8 @@ def checked_frequency(
     return frequency
 
 
-@CLS_LOSSES.register()
-class EQL(ClassificationLoss):
+@CLS_LOSSES.register("EQL")
+class EQLLoss(ClassificationLoss):
     """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
 
     Args:
@@ -137,7 +137,7 @@ class EQL(ClassificationLoss):
         lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
             authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
         threshold: "step", "exponential" or "gompertz".
-        use_image_level_labels: True keeps weight 1 for classes that are verified in the row's image.
+        use_image_level_labels: True keeps weight 1 for classes verified in the image.
 
     Raises:
         ValueError: an argument is out of range.
@@ -181,6 +181,6 @@ class EQL(ClassificationLoss):
         kind = samples.foreground.long()
         if self.use_image_level_labels and samples.verified is not None:
             kept = torch.where(samples.verified, torch.ones_like(kept), kept)  # (N, K)
-            if samples.image is not None:
-                kind = kind * (samples.image + 1)
+            if samples.image_index is not None:
+                kind = kind * (samples.image_index + 1)
         return torch.cat([torch.ones_like(kept[:1]), kept]), kind

@@ -25,8 +25,8 @@ from .cross_entropy import NegativeCE, sigmoid_ce_loss
 BALANCED = 100.0  # ratio g before the first batch: all weights are 1
 
 
-@CLS_LOSSES.register()
-class EQLv2(ClassificationLoss):
+@CLS_LOSSES.register("EQLv2")
+class EQLv2Loss(ClassificationLoss):
     """Equalization loss v2 (arXiv:2012.08548) for sigmoid RoI heads.
 
     Buffers, float64: `pos_grad` (K,), `neg_grad` (K,), summed across ranks and batches, and their
@@ -81,7 +81,7 @@ class EQLv2(ClassificationLoss):
         )
 
     @torch.no_grad()
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         value, grad = self._pass(samples)
         self._passed = (samples, value, grad)  # `compute` sees the same weights
         sums = gradient_sums(grad, samples.labels.unsqueeze(1))
@@ -102,6 +102,6 @@ class EQLv2(ClassificationLoss):
         prob = logits.sigmoid()
         return torch.cat([prob[:, :-1] * (1 - prob[:, -1:]), prob[:, -1:]], dim=1)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         positive, negative = self.class_weights()
         return {"positive_weight": positive, "negative_weight": negative}

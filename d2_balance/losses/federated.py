@@ -44,16 +44,16 @@ def federated_classes(required: Tensor, weight: Tensor, num_sampled: int) -> Ten
     return (drawn & (weight > 0)) | required
 
 
-@CLS_LOSSES.register()
-class Federated(ClassificationLoss):
+@CLS_LOSSES.register("Federated")
+class FederatedLoss(ClassificationLoss):
     """Federated loss (arXiv:2103.07461) for sigmoid RoI heads.
 
     Args:
         class_count: (K,) training images of each class.
         num_sampled: foreground classes that take part per image, at least 1.
         power: exponent of the image count, at least 0.
-        use_image_level_labels: True always takes the classes that are verified in the image, and no negatives
-            of those that are not annotated exhaustively there.
+        use_image_level_labels: True always takes the classes verified in the image, and no
+            negatives of those that are not annotated exhaustively there.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,7 +61,7 @@ class Federated(ClassificationLoss):
 
     elementwise = True
     activation = "sigmoid"
-    joins_ranks = False
+    all_reduced = False
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class Federated(ClassificationLoss):
         if self.use_image_level_labels and samples.not_exhaustive is not None:
             chosen = chosen & ~samples.not_exhaustive
         chosen = chosen.to(samples.logits.dtype)  # whose negatives train
-        if len(chosen) == 1 or samples.image is None:
+        if len(chosen) == 1 or samples.image_index is None:
             own = chosen[0][samples.column]
             return weighted_ce(samples, chosen[0], torch.maximum(own, samples.hit))
-        own = chosen[samples.image, samples.column.squeeze(1)].unsqueeze(1)
+        own = chosen[samples.image_index, samples.column.squeeze(1)].unsqueeze(1)
         weight = torch.maximum(own, samples.hit)  # positives always train
-        return weighted_ce(samples, lambda rows: chosen[samples.image[rows]], weight)
+        return weighted_ce(samples, lambda rows: chosen[samples.image_index[rows]], weight)

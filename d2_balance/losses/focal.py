@@ -76,8 +76,8 @@ class NegativeFocal:
         return factor if plain else factor.mul_(self.weight)
 
 
-@CLS_LOSSES.register()
-class Focal(ClassificationLoss):
+@CLS_LOSSES.register("Focal")
+class FocalLoss(ClassificationLoss):
     """Focal loss (arXiv:1708.02002, equation 5), RetinaNet's stock loss.
 
     Args:

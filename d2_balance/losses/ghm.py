@@ -77,7 +77,7 @@ def _asl1_norm(pred: Tensor, target: Tensor, mu: float) -> Tensor:
 
 
 class _NegativeGHMC:
-    """Cross-entropy times the weight (T,) of an index (R, C); gradients come in as probabilities."""
+    """Cross-entropy times the weight (T,) of an index (R, C); `grad` comes in as probabilities."""
 
     def __init__(self, weight: Tensor, index: Tensor) -> None:
         self.weight, self.index, self.scratch = weight, index, Scratch()
@@ -88,8 +88,8 @@ class _NegativeGHMC:
         grad.mul_(weight)
 
 
-@CLS_LOSSES.register()
-class GHMC(ClassificationLoss):
+@CLS_LOSSES.register("GHMC")
+class GHMCLoss(ClassificationLoss):
     """GHM-C (arXiv:1811.05181, equation 9): every bin of gradient norms weighs the same.
 
     Args:
@@ -125,7 +125,7 @@ class GHMC(ClassificationLoss):
             return samples.level, samples.num_levels
         return None, 1
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         index, counts, prob = entry_bins(samples, self.density.bins, *self._level(samples))
         self._found = (samples, index, prob)  # `compute` needs the same bins
         return counts
@@ -136,9 +136,9 @@ class GHMC(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         scales = self.density.scales
         if not self.training or scales is None:
-            scales = self.density.frozen_scales(self.statistics(samples))
+            scales = self.density.frozen_scales(self.batch_statistics(samples))
         elif self._found is None or self._found[0] is not samples:
-            self.statistics(samples)
+            self.batch_statistics(samples)
         (_, index, prob), self._found = self._found, None
         weight = scales.flatten().reciprocal().to(samples.logits.dtype)  # (levels * M,)
         own_weight = look_up(weight, index.gather(1, samples.column))
@@ -151,12 +151,12 @@ class GHMC(ClassificationLoss):
         )
         return loss * world_size()  # DDP takes the mean of the ranks; the bins are of all ranks
 
-    def stats(self) -> dict[str, Tensor]:
-        return self.density.stats()
+    def log_values(self) -> dict[str, Tensor]:
+        return self.density.log_values()
 
 
-@BOX_LOSSES.register()
-class GHMR(BoxLoss):
+@BOX_LOSSES.register("GHMR")
+class GHMRLoss(BoxLoss):
     """GHM-R (arXiv:1811.05181, equation 11) on box deltas with unit weights.
 
     The released configurations multiply it by 10: set MODEL.BALANCE.BOX_LOSS_WEIGHT.
@@ -192,7 +192,7 @@ class GHMR(BoxLoss):
         self.mu, self.per_level = mu, per_level
         self.density = GradientDensity(bins, momentum, ema_mode)
 
-    def statistics(
+    def batch_statistics(
         self, pred: Tensor, target: Tensor, level: Tensor | None = None, levels: int = 1
     ) -> Tensor:
         return self.density.count(_asl1_norm(pred, target, self.mu), level, levels)
@@ -205,9 +205,9 @@ class GHMR(BoxLoss):
     ) -> Tensor:
         scales = self.density.scales
         if not self.training or scales is None:
-            counts = self.statistics(pred, target, level, levels)
+            counts = self.batch_statistics(pred, target, level, levels)
             scales = self.density.frozen_scales(counts)
         return ghm_r_loss(pred, target, scales, self.mu, level) * world_size()
 
-    def stats(self) -> dict[str, Tensor]:
-        return self.density.stats()
+    def log_values(self) -> dict[str, Tensor]:
+        return self.density.log_values()

@@ -87,8 +87,8 @@ def _angle(boxes: Tensor) -> Tensor:
     return torch.atan(width / height.clamp(min=_THIN))
 
 
-@BOX_LOSSES.register()
-class GIoU(BoxLoss):
+@BOX_LOSSES.register("GIoU")
+class GIoULoss(BoxLoss):
     """Generalised IoU loss (arXiv:1902.09630), in [0, 2] per box."""
 
     elementwise = True
@@ -98,8 +98,8 @@ class GIoU(BoxLoss):
         return giou_loss(pred, target)
 
 
-@BOX_LOSSES.register()
-class DIoU(BoxLoss):
+@BOX_LOSSES.register("DIoU")
+class DIoULoss(BoxLoss):
     """Distance IoU loss (arXiv:1911.08287, equation 7), in [0, 2] per box."""
 
     elementwise = True
@@ -109,8 +109,8 @@ class DIoU(BoxLoss):
         return diou_loss(pred, target)
 
 
-@BOX_LOSSES.register()
-class CIoU(BoxLoss):
+@BOX_LOSSES.register("CIoU")
+class CIoULoss(BoxLoss):
     """Complete IoU loss (arXiv:1911.08287, equation 10), at least 0 per box."""
 
     elementwise = True

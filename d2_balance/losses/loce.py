@@ -66,8 +66,8 @@ def object_score_sums(
     return parts.new_zeros(2, num_classes).index_add_(1, labels, parts)
 
 
-@CLS_LOSSES.register()
-class LOCE(ClassificationLoss):
+@CLS_LOSSES.register("LOCE")
+class LOCELoss(ClassificationLoss):
     """Equilibrium loss of LOCE (arXiv:2108.07507) for softmax RoI heads.
 
     Buffer `mean_score` (K + 1,) float64, from 0.01 on; counted across all ranks.
@@ -97,7 +97,7 @@ class LOCE(ClassificationLoss):
         score[-1] = background_score
         self.register_buffer("mean_score", score)
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         """(2, K): objects of each class, sum of their mean scores."""
         labels = samples.labels[samples.pos]
         probs = samples.logits[samples.pos].softmax(dim=1)
@@ -113,5 +113,5 @@ class LOCE(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         return equilibrium_loss(samples.logits, samples.labels, self.mean_score)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"mean_score": self.mean_score}

@@ -58,8 +58,8 @@ def row_quality(samples: Samples) -> Tensor:
     return quality.index_copy_(0, samples.pos, samples.iou.to(quality.dtype).unsqueeze(1))
 
 
-@CLS_LOSSES.register()
-class QFL(ClassificationLoss):
+@CLS_LOSSES.register("QFL")
+class QFLLoss(ClassificationLoss):
     """Quality focal loss (arXiv:2006.04388) for dense sigmoid heads.
 
     Args:
@@ -87,8 +87,8 @@ class QFL(ClassificationLoss):
         )
 
 
-@CLS_LOSSES.register()
-class VFL(ClassificationLoss):
+@CLS_LOSSES.register("VFL")
+class VFLLoss(ClassificationLoss):
     """Varifocal loss (arXiv:2008.13367) for dense sigmoid heads.
 
     Args:

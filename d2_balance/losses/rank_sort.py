@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._base import CLS_LOSSES, ClassificationLoss, check, per_row
+from ._base import CLS_LOSSES, ClassificationLoss, check, per_sample
 from ._kernels.ranking import StepBuckets, error_driven, positive_scores
 from ._samples import Samples
 
@@ -93,8 +93,8 @@ def rank_sort_and_gradient(
     return ranking.sum() / count, error.sum() / count, grad
 
 
-@CLS_LOSSES.register()
-class RankSort(ClassificationLoss):
+@CLS_LOSSES.register("RankSort")
+class RankSortLoss(ClassificationLoss):
     """Rank & Sort loss (arXiv:2107.11669) for sigmoid heads, used with BOX_LOSS GIoU.
 
     The box loss is a mean weighted by the highest score of each positive, scaled to the value of
@@ -109,7 +109,7 @@ class RankSort(ClassificationLoss):
 
     elementwise = False
     activation = "sigmoid"
-    joins_ranks = False
+    all_reduced = False
     couples_boxes = True
 
     def __init__(self, *, delta: float = 0.5) -> None:
@@ -126,5 +126,5 @@ class RankSort(ClassificationLoss):
 
     def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
         weight = samples.logits[samples.pos].detach().sigmoid().amax(dim=1)  # (P,)
-        loss = (weight * per_row(box)).sum() / weight.sum().clamp(min=1e-12)
+        loss = (weight * per_sample(box)).sum() / weight.sum().clamp(min=1e-12)
         return loss * (cls.detach() / loss.detach().clamp(min=1e-6)).to(loss.dtype)

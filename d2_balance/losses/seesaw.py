@@ -57,8 +57,8 @@ def seesaw_logits(
     return logits + (p * fewer + q * higher).scatter(1, own, 0.0)  # S_ii = 1
 
 
-@CLS_LOSSES.register()
-class Seesaw(ClassificationLoss):
+@CLS_LOSSES.register("Seesaw")
+class SeesawLoss(ClassificationLoss):
     """Seesaw loss (arXiv:2008.10032) for RoI heads; K class outputs and two of objectness.
 
     Buffer `counts` (K,) float64: foreground rows of each class so far, summed across ranks; a batch
@@ -91,7 +91,7 @@ class Seesaw(ClassificationLoss):
     def num_outputs(self, num_classes: int) -> int:
         return num_classes + 2
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         return samples.class_counts
 
     def update(self, total: Tensor) -> None:
@@ -115,5 +115,5 @@ class Seesaw(ClassificationLoss):
         objectness = logits[:, -2:].softmax(dim=1)  # (R, 2), object and background
         return torch.cat([logits[:, :-2].softmax(dim=1) * objectness[:, :1], objectness[:, 1:]], 1)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"counts": self.counts}

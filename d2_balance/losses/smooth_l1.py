@@ -35,8 +35,8 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, beta: Tensor) -> Tensor:
     return torch.where(diff < beta, square, diff - 0.5 * beta)
 
 
-@BOX_LOSSES.register()
-class SmoothL1(BoxLoss):
+@BOX_LOSSES.register("SmoothL1")
+class SmoothL1Loss(BoxLoss):
     """Smooth L1 (arXiv:1504.08083, equation 3); MODEL.BALANCE.BETA_DECAY lowers beta by schedule.
 
     Args:
@@ -58,5 +58,5 @@ class SmoothL1(BoxLoss):
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
         return smooth_l1_loss(pred, target, self.beta)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"beta": self.beta}

@@ -39,8 +39,8 @@ def softmax_eql_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(logits + weight.log(), labels, reduction="none")
 
 
-@CLS_LOSSES.register()
-class SoftmaxEQL(ClassificationLoss):
+@CLS_LOSSES.register("SoftmaxEQL")
+class SoftmaxEQLLoss(ClassificationLoss):
     """Softmax equalization loss (arXiv:2003.05176) for softmax heads and plain classification.
 
     Args:
@@ -55,7 +55,7 @@ class SoftmaxEQL(ClassificationLoss):
 
     elementwise = True
     activation = "softmax"
-    joins_ranks = False
+    all_reduced = False
 
     def __init__(
         self,

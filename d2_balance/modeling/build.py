@@ -86,7 +86,7 @@ def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> No
         values = getattr(cls_loss, name, None)
         if values is not None and len(values) != num_classes:
             raise ValueError(
-                f"{type(cls_loss).__name__}: {name} has {len(values)} entries; must be one for "
+                f"{cls_loss.name}: {name} has {len(values)} entries; must be one for "
                 f"each of the model's {num_classes} classes."
             )
 

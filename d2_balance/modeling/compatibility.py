@@ -246,11 +246,11 @@ def _key(part: Any) -> str:
 
 
 def _name(part: Any) -> str:
-    return _class(part).__name__
+    return _class(part).name
 
 
 def _names(classes: Iterable[type]) -> str:
-    return ", ".join(sorted(cls.__name__ for cls in classes)) + "."
+    return ", ".join(sorted(cls.name for cls in classes)) + "."
 
 
 def check_pairing(

@@ -43,11 +43,11 @@ def watched(watcher: Watcher) -> Iterator[None]:
 class Normalizer(nn.Module):
     """Denominator of elementwise losses, counted across all ranks.
 
-    Subclasses say what a batch adds in `statistics` and keep the sum of all ranks in `update`;
-    `value` is the denominator for one rank.
+    Subclasses return what a batch adds in `batch_statistics` and keep the sum across ranks in
+    `update`; `value` is the denominator for one rank.
     """
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         """0-d count of this rank's batch."""
         raise NotImplementedError
 
@@ -60,14 +60,14 @@ class Normalizer(nn.Module):
         raise NotImplementedError
 
 
-class RowNormalizer(Normalizer):
+class SampleNormalizer(Normalizer):
     """Number of rows R: Fast R-CNN's denominator (see Detectron2's `box_reg_loss` for why)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("rows", torch.ones((), dtype=torch.float64), persistent=False)
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         return torch.full_like(self.rows, len(samples.labels))
 
     def update(self, total: Tensor) -> None:
@@ -77,10 +77,10 @@ class RowNormalizer(Normalizer):
         return self.rows / world_size()
 
 
-class PositiveNormalizer(RowNormalizer):
+class PositiveNormalizer(SampleNormalizer):
     """Number of positives in the batch, of all ranks: a mean over positives."""
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         return samples.foreground.sum()
 
 
@@ -100,7 +100,7 @@ class PositiveEMA(Normalizer):
         self.momentum = momentum
         self.register_buffer("loss_normalizer", torch.tensor(initial, dtype=torch.float64))
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         return samples.foreground.sum()
 
     def update(self, total: Tensor) -> None:
@@ -201,9 +201,9 @@ def _detection_losses(
     boxes = box_inputs(samples, box_loss)
     if normalizer.training:
         parts = [
-            cls_loss.statistics(samples),
-            box_loss.statistics(*boxes),
-            normalizer.statistics(samples),
+            cls_loss.batch_statistics(samples),
+            box_loss.batch_statistics(*boxes),
+            normalizer.batch_statistics(samples),
         ]
         for_cls, for_box, count = sum_over_ranks(parts)
         normalizer.update(count)
@@ -214,7 +214,7 @@ def _detection_losses(
     for watcher in _watchers:
         watcher(samples, boxes, cls, box)
 
-    cls_rows, box_rows = samples.row_weight, None
+    cls_rows, box_rows = samples.sample_weight, None
     for reweighter in reweighters:
         on_cls, on_box = reweighter(samples, cls, box)
         cls_rows = on_cls if cls_rows is None else cls_rows if on_cls is None else cls_rows * on_cls

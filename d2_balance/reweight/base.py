@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from d2_balance.losses import Samples
+from d2_balance.utils.registry import Named, Registry
 
 REWEIGHTERS = Registry("REWEIGHTERS")
 REWEIGHTERS.__doc__ = "Reweighters; the names are what MODEL.BALANCE.REWEIGHTERS accepts."
 
 
-class Reweighter(nn.Module):
+class Reweighter(nn.Module, Named):
     """Base of all reweighters. They multiply elementwise losses before the criterion sums them."""
 
     needs_scores: bool = False

@@ -71,5 +71,5 @@ class GuidedScale(nn.Module):
         self.ratio.copy_(ratio)
         return cls * (self.scale * ratio).to(cls.dtype)
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         return {"ratio": self.ratio}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
+
+from d2_balance.utils.registry import Named, Registry
 
 PROPOSAL_SAMPLERS = Registry("PROPOSAL_SAMPLERS")
 PROPOSAL_SAMPLERS.__doc__ = (
@@ -63,7 +64,7 @@ class Selection:
     weight: Tensor | None = None
 
 
-class ProposalSampler(nn.Module):
+class ProposalSampler(nn.Module, Named):
     """Base of all selectors. They take the place of Detectron2's random drawing."""
 
     needs_predictions: bool = False

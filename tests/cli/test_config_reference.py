@@ -12,6 +12,7 @@ from d2_balance.cli import config_reference
 from d2_balance.cli.config_reference import key_comments, leaves, main, reference_page
 from d2_balance.config import argument_help
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
+from d2_balance.modeling.build import argument_key
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
@@ -58,7 +59,7 @@ def test_every_constructor_argument_with_a_default_has_a_key():
     for registry in (CLS_LOSSES, BOX_LOSSES):
         for name, cls in registry:
             for parameter in inspect.signature(cls).parameters.values():
-                key = f"MODEL.BALANCE.{name.upper()}.{parameter.name.upper()}"
+                key = f"MODEL.BALANCE.{name.upper()}.{argument_key(parameter.name)}"
                 assert (key in KEYS) == (parameter.default is not parameter.empty), key
                 assert KEYS.get(key, parameter.default) == parameter.default
 
@@ -103,7 +104,7 @@ def test_key_without_a_comment_is_refused(monkeypatch):
 
 def test_argument_without_a_docstring_line_is_refused(monkeypatch):
     def some(cls):
-        left_out = "gamma" if cls.__name__ == "Focal" else None
+        left_out = "gamma" if cls.name == "Focal" else None
         return {k: v for k, v in argument_help(cls).items() if k != left_out}
 
     monkeypatch.setattr(config_reference, "argument_help", some)

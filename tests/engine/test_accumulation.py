@@ -28,7 +28,7 @@ WHOLE += ["MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN", "MODEL.BALANCE.RPN.SAM
 def joining():
     """Every loss whose mean is across all ranks, in a model that takes it."""
     for name, cls in CLS_LOSSES:
-        if cls.joins_ranks:
+        if cls.all_reduced:
             kind = "retinanet" if has_class_columns_only(cls) else "faster"
             yield pytest.param(kind, ["MODEL.BALANCE.CLS_LOSS", name], id=name)
     for name, _ in BOX_LOSSES:
@@ -96,7 +96,7 @@ def test_micro_batches_equal_the_whole_batch(doubles, kind, overrides, counts_fi
 
 def test_losses_that_rank_their_own_rows_train_as_on_so_many_ranks():
     """AP-loss ranks each micro-batch by itself: the result is the mean over both."""
-    names = [name for name, cls in CLS_LOSSES if not cls.joins_ranks]
+    names = [name for name, cls in CLS_LOSSES if not cls.all_reduced]
     assert "AP" in names
     overrides = ["MODEL.BALANCE.CLS_LOSS", "AP"]
     parts, _, log = steps("retinanet", overrides, 4, "")

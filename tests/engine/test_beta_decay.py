@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from d2_balance.engine.hooks.training import BetaDecay, check_beta_decay, decayed_beta
-from d2_balance.losses import GIoU, SmoothL1
+from d2_balance.losses import GIoULoss, SmoothL1Loss
 
 from ..conftest import small_cfg
 
@@ -44,7 +44,7 @@ def hook_at(model, iteration, **schedule):
 
 
 def test_every_smooth_l1_is_moved_from_its_own_start_and_in_place():
-    model = nn.ModuleList([SmoothL1(beta=0.11), nn.Sequential(SmoothL1(beta=1.0))])
+    model = nn.ModuleList([SmoothL1Loss(beta=0.11), nn.Sequential(SmoothL1Loss(beta=1.0))])
     buffers = model[0].beta, model[1][0].beta
     hook_at(model, 250).before_step()  # floor(250 / 100) = 2 steps of .01
     assert [b.item() for b in buffers] == pytest.approx([0.09, 0.98])
@@ -52,7 +52,7 @@ def test_every_smooth_l1_is_moved_from_its_own_start_and_in_place():
 
 
 def test_the_value_does_not_depend_on_where_the_run_was_entered():
-    straight, resumed = SmoothL1(beta=0.11), SmoothL1(beta=0.11)
+    straight, resumed = SmoothL1Loss(beta=0.11), SmoothL1Loss(beta=0.11)
     for iteration in range(0, 301):
         hook_at(nn.ModuleList([straight]), iteration).before_step()
     resumed.beta.fill_(123.0)
@@ -62,18 +62,18 @@ def test_the_value_does_not_depend_on_where_the_run_was_entered():
 
 def test_a_model_without_smooth_l1_is_refused():
     with pytest.raises(ValueError, match=r"BETA_DECAY.ENABLED.*set MODEL.BALANCE.BOX_LOSS"):
-        hook_at(nn.ModuleList([GIoU()]), 0)
+        hook_at(nn.ModuleList([GIoULoss()]), 0)
 
 
 def test_switched_off_gives_no_hook():
-    model = nn.ModuleList([SmoothL1()])
+    model = nn.ModuleList([SmoothL1Loss()])
     assert BetaDecay.from_config(small_cfg("retinanet"), model) is None
 
 
 def test_the_hook_takes_every_key():
     overrides = [DECAY + "ENABLED", "True", DECAY + "MODE", "linear", DECAY + "AMOUNT", "0.03"]
     overrides += [DECAY + "PERIOD", "10", DECAY + "MIN", "0.02"]
-    model = nn.ModuleList([SmoothL1(beta=0.11)])
+    model = nn.ModuleList([SmoothL1Loss(beta=0.11)])
     hook = BetaDecay.from_config(small_cfg("retinanet", *overrides), model)
     for iteration, beta in ((5, 0.11 - 0.015), (1000, 0.02)):
         hook.trainer = SimpleNamespace(iter=iteration)

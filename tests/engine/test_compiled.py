@@ -7,7 +7,15 @@ import torch
 
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.compiled import compile_losses
-from d2_balance.losses import BAGS, GHMC, Focal, Samples, Seesaw, SmoothL1, SoftmaxEQL
+from d2_balance.losses import (
+    BAGSLoss,
+    FocalLoss,
+    GHMCLoss,
+    Samples,
+    SeesawLoss,
+    SmoothL1Loss,
+    SoftmaxEQLLoss,
+)
 
 from ..conftest import make_inputs, small_cfg
 
@@ -63,21 +71,21 @@ def test_losses_that_fail_later_share_one_warning(monkeypatch, caplog):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    model = Model(Focal(), GHMC())
+    model = Model(FocalLoss(), GHMCLoss())
     batch = samples(7)
     with caplog.at_level("WARNING", logger="d2_balance"):
         compile_losses(model)
         found = [loss(batch) for loss in model.losses]
         again = model.losses[0](batch)
     assert len(caplog.records) == 1 and "Focal" in caplog.text and len(calls) == 2
-    expected = [loss(batch) for loss in (Focal(), GHMC())]
+    expected = [loss(batch) for loss in (FocalLoss(), GHMCLoss())]
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert torch.equal(again, expected[0])
 
 
 def test_errors_of_the_loss_itself_are_no_failures_of_the_compiler(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    model = Model(Focal())
+    model = Model(FocalLoss())
 
     def wrong(samples):
         raise ValueError("wrong input")
@@ -99,7 +107,7 @@ def test_checkpoints_have_the_same_names(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_losses_and_gradients_equal_plain_ones(caplog):
-    model, plain = Model(Focal(), SmoothL1()), (Focal(), SmoothL1())
+    model, plain = Model(FocalLoss(), SmoothL1Loss()), (FocalLoss(), SmoothL1Loss())
     with caplog.at_level("WARNING", logger="d2_balance"):
         compile_losses(model)
     if warnings := ours_among(caplog):
@@ -117,9 +125,9 @@ def test_compiled_losses_and_gradients_equal_plain_ones(caplog):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: BAGS(instance_count=[1, 20, 200, 2000, 5], beta=0.0),
-        lambda: Seesaw(num_classes=5),
-        lambda: SoftmaxEQL(class_frequency=[0.0001, 0.5, 0.0001, 0.2, 0.9], gamma=1.0),
+        lambda: BAGSLoss(instance_count=[1, 20, 200, 2000, 5], beta=0.0),
+        lambda: SeesawLoss(num_classes=5),
+        lambda: SoftmaxEQLLoss(class_frequency=[0.0001, 0.5, 0.0001, 0.2, 0.9], gamma=1.0),
     ],
     ids=["BAGS", "Seesaw", "SoftmaxEQL"],
 )

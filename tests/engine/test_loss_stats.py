@@ -9,7 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_balance.engine.hooks.training import LossStats
-from d2_balance.losses import GHMC, Focal, Samples, SmoothL1
+from d2_balance.losses import FocalLoss, GHMCLoss, Samples, SmoothL1Loss
 
 
 def samples(seed):
@@ -31,8 +31,8 @@ def run(hook, iterations, each_step=lambda: None, max_iter=1000, start=0):
 
 
 def test_densities_weights_and_dead_bins_are_logged(tmp_path):
-    loss = GHMC(bins=5, momentum=0.5)
-    hook = LossStats(nn.ModuleList([loss, Focal()]), str(tmp_path), period=10)
+    loss = GHMCLoss(bins=5, momentum=0.5)
+    hook = LossStats(nn.ModuleList([loss, FocalLoss()]), str(tmp_path), period=10)
     storage = run(hook, 20, lambda: loss(samples(0)))
 
     dead, iteration = storage.latest()["balance/GHMC/dead_bins"]
@@ -48,21 +48,21 @@ def test_densities_weights_and_dead_bins_are_logged(tmp_path):
 
 def test_names_do_not_enter_the_progress_line(tmp_path):
     # Detectron2 prints every scalar that has "loss" in its name.
-    model = nn.ModuleDict({"cls_loss": GHMC(bins=4), "box_loss": SmoothL1()})
+    model = nn.ModuleDict({"cls_loss": GHMCLoss(bins=4), "box_loss": SmoothL1Loss()})
     storage = run(LossStats(model, str(tmp_path), period=1), 1)
     assert set(storage.latest()) == {"balance/GHMC/dead_bins", "balance/SmoothL1/beta"}
     assert not any("loss" in name for name in storage.latest())
 
 
 def test_losses_of_one_class_are_numbered(tmp_path):
-    model = nn.ModuleList([SmoothL1(beta=0.1), SmoothL1(beta=0.2)])
+    model = nn.ModuleList([SmoothL1Loss(beta=0.1), SmoothL1Loss(beta=0.2)])
     latest = run(LossStats(model, str(tmp_path), period=1), 1).latest()
     assert latest["balance/SmoothL1_0/beta"][0] == pytest.approx(0.1)
     assert latest["balance/SmoothL1_1/beta"][0] == pytest.approx(0.2)
 
 
 def test_the_history_is_bounded_and_keeps_first_and_last(tmp_path):
-    loss = GHMC(bins=4)
+    loss = GHMCLoss(bins=4)
     hook = LossStats(nn.ModuleList([loss]), str(tmp_path), period=1, max_records=8)
     run(hook, 100, lambda: loss(samples(1)), max_iter=100)
     records = json.loads((tmp_path / "loss_stats.json").read_text())
@@ -73,7 +73,7 @@ def test_the_history_is_bounded_and_keeps_first_and_last(tmp_path):
 
 
 def test_the_history_survives_a_resume(tmp_path):
-    loss = GHMC(bins=4)
+    loss = GHMCLoss(bins=4)
     whole = LossStats(nn.ModuleList([loss]), str(tmp_path), period=1, max_records=8)
     run(whole, 30)
     first = LossStats(nn.ModuleList([loss]), str(tmp_path), period=1, max_records=8)
@@ -85,5 +85,5 @@ def test_the_history_survives_a_resume(tmp_path):
 
 
 def test_a_model_without_vectors_leaves_no_file(tmp_path):
-    run(LossStats(nn.ModuleList([SmoothL1()]), str(tmp_path), period=1), 3)
+    run(LossStats(nn.ModuleList([SmoothL1Loss()]), str(tmp_path), period=1), 3)
     assert not list(tmp_path.iterdir())

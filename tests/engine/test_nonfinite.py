@@ -144,7 +144,7 @@ def spoil_samples(model, change):
 
     def spoilt(*arguments, **known):
         samples = gather(*arguments, **known)
-        return change(samples, torch.isin(samples.image, torch.tensor(marks).long()))
+        return change(samples, torch.isin(samples.image_index, torch.tensor(marks).long()))
 
     model.preprocess_image, head.samples = look, spoilt
     return marks

@@ -82,7 +82,11 @@ def test_images_without_rows_and_without_labels_of_their_own(name):
     samples = make(loss)
     nothing = torch.zeros(3, K, dtype=torch.bool)
     samples = dataclasses.replace(
-        samples, image=samples.image * 2, num_images=3, verified=nothing, not_exhaustive=nothing
+        samples,
+        image_index=samples.image_index * 2,
+        num_images=3,
+        verified=nothing,
+        not_exhaustive=nothing,
     )
     assert finite(loss, samples)
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from d2_balance.losses import BAGS, Samples
+from d2_balance.losses import BAGSLoss, Samples
 from d2_balance.losses.bags import draw_rows
 
 COUNTS = [5000, 9, 10, 99, 100, 999, 1000, 0]  # groups 3, 0, 1, 1, 2, 2, 3, 0
@@ -46,7 +46,7 @@ def batch(labels, columns=K + GROUPS + 2, seed=0):
 
 
 def test_a_class_at_a_cut_belongs_to_the_group_above_it():
-    loss = BAGS(instance_count=COUNTS)
+    loss = BAGSLoss(instance_count=COUNTS)
     assert loss.group.tolist() == [3, 0, 1, 1, 2, 2, 3, 0]
     assert loss.num_outputs(K) == K + 4 + 2
     # own classes and "others"; the last group has object and background
@@ -65,7 +65,7 @@ def test_a_class_at_a_cut_belongs_to_the_group_above_it():
 )
 def test_loss_equals_the_sum_of_softmaxes(labels):
     samples = batch(labels)
-    value = BAGS(instance_count=COUNTS, beta=ALL)(samples)
+    value = BAGSLoss(instance_count=COUNTS, beta=ALL)(samples)
     expected = slow_loss(samples.logits.detach(), samples.labels, GROUP_LISTS, K)
     assert value.item() == pytest.approx(expected, rel=1e-12)
 
@@ -76,22 +76,22 @@ def test_without_others_only_the_groups_own_rows_count():
     logits = torch.zeros(5, K + 6)
     rows = Samples(logits=logits, labels=torch.tensor(labels), num_classes=K)
     expected = math.log(3) + math.log(3) + math.log(2)
-    assert BAGS(instance_count=COUNTS, beta=0.0)(rows).item() == pytest.approx(expected)
+    assert BAGSLoss(instance_count=COUNTS, beta=0.0)(rows).item() == pytest.approx(expected)
     # raise "others" of group 0 by 1: only the one row of class 1 sees it, log(2 + e) for log 3
     logits[:, K] = 1.0
     expected += math.log(2 + math.e) - math.log(3)
-    assert BAGS(instance_count=COUNTS, beta=0.0)(rows).item() == pytest.approx(expected)
+    assert BAGSLoss(instance_count=COUNTS, beta=0.0)(rows).item() == pytest.approx(expected)
 
 
 def test_groups_without_a_positive_row_get_no_gradient():
     samples = batch([2, 3, 8, 8])
-    BAGS(instance_count=COUNTS)(samples).backward()
+    BAGSLoss(instance_count=COUNTS)(samples).backward()
     touched = samples.logits.grad.abs().sum(dim=0) > 0
     assert touched.nonzero().flatten().tolist() == [2, 3, 9, 12, 13]
 
 
 def test_empty_groups_are_allowed():
-    loss = BAGS(instance_count=[50, 60], cuts=(10, 100, 1000))  # groups 0, 2 and 3 are empty
+    loss = BAGSLoss(instance_count=[50, 60], cuts=(10, 100, 1000))  # groups 0, 2 and 3 are empty
     logits = torch.randn(6, 8, dtype=torch.float64)
     labels = torch.tensor([0, 1, 1, 2, 2, 2])
     rows = Samples(logits=logits, labels=labels, num_classes=2)
@@ -101,14 +101,14 @@ def test_empty_groups_are_allowed():
 
 
 def test_other_cuts_give_other_groups():
-    loss = BAGS(instance_count=COUNTS, cuts=(100,))
+    loss = BAGSLoss(instance_count=COUNTS, cuts=(100,))
     assert loss.group.tolist() == [1, 0, 0, 0, 1, 1, 1, 0]
     assert loss.num_outputs(K) == K + 2 + 2
 
 
 def test_no_cut_is_one_softmax_and_objectness():
     samples = batch([0, 3, 8, 8], columns=K + 1 + 2)
-    value = BAGS(instance_count=COUNTS, cuts=(), beta=ALL)(samples)
+    value = BAGSLoss(instance_count=COUNTS, cuts=(), beta=ALL)(samples)
     logits = samples.logits.detach()
     # "others" stands where a plain softmax has background
     ce = torch.nn.functional.cross_entropy(logits[:, : K + 1], samples.labels)
@@ -160,7 +160,7 @@ def test_loss_over_drawn_others_is_the_full_loss_on_average():
         rows[own] = columns[own].logsumexp(dim=0) - logits[own, labels[own]]
         others = (rows.sum() - rows[own]) / 19
         expected += ((rows[own] + 4 * others) / 5).item()
-    loss = BAGS(instance_count=COUNTS, beta=4.0)
+    loss = BAGSLoss(instance_count=COUNTS, beta=4.0)
     values = torch.stack([loss(samples).detach() for _ in range(1500)])
     assert values.mean().item() == pytest.approx(
         expected, abs=5 * values.std().item() / math.sqrt(1500)
@@ -169,7 +169,7 @@ def test_loss_over_drawn_others_is_the_full_loss_on_average():
 
 
 def test_scores_are_group_softmaxes_times_objectness():
-    loss = BAGS(instance_count=COUNTS)
+    loss = BAGSLoss(instance_count=COUNTS)
     logits = torch.zeros(1, K + 6)
     logits[0, -2:] = torch.tensor([math.log(3.0), 0.0])  # object 3/4, background 1/4
     logits[0, 1] = math.log(2.0)  # group 0: class 1, class 7, others = 2 : 1 : 1
@@ -181,15 +181,15 @@ def test_scores_are_group_softmaxes_times_objectness():
 
 
 def test_scores_stay_in_range_at_extreme_logits():
-    loss = BAGS(instance_count=COUNTS)
+    loss = BAGSLoss(instance_count=COUNTS)
     logits = torch.randn(200, K + 6, generator=torch.Generator().manual_seed(0)) * 1000
     probs = loss.probabilities(logits)
     assert probs.isfinite().all() and probs.min() >= 0 and probs.max() <= 1
 
 
 def test_groups_come_with_the_weights():
-    trained = BAGS(instance_count=COUNTS)
-    other = BAGS(instance_count=[0] * K)  # as for inference, where counts are in the checkpoint
+    trained = BAGSLoss(instance_count=COUNTS)
+    other = BAGSLoss(instance_count=[0] * K)  # as for inference, where counts are in the checkpoint
     other.load_state_dict(trained.state_dict())
     logits = torch.randn(5, K + 6)
     assert torch.equal(other.probabilities(logits), trained.probabilities(logits))
@@ -206,12 +206,12 @@ def test_groups_come_with_the_weights():
 )
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"BAGS: {name}=.* is not allowed"):
-        BAGS(**{"instance_count": [1, 2], **arguments})
+        BAGSLoss(**{"instance_count": [1, 2], **arguments})
 
 
 def test_copies_have_groups_of_their_own():
     """A copied and a saved loss load other groups; the first keeps its own."""
-    first, other = BAGS(instance_count=[5, 50, 5000]), BAGS(instance_count=[500, 5, 5])
+    first, other = BAGSLoss(instance_count=[5, 50, 5000]), BAGSLoss(instance_count=[500, 5, 5])
     logits = torch.randn(4, 3 + 4 + 2, generator=torch.Generator().manual_seed(0))
     before = first.probabilities(logits)
     for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):

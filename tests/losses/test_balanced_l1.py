@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import BalancedL1
+from d2_balance.losses import BalancedL1Loss
 
 ALPHA, GAMMA = 0.5, 1.5
 B = math.exp(GAMMA / ALPHA) - 1
@@ -13,7 +13,7 @@ B = math.exp(GAMMA / ALPHA) - 1
 
 def grad(x, **arguments):
     pred = torch.tensor([[x, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    BalancedL1(**arguments)(pred, torch.zeros(1, 4).double()).sum().backward()
+    BalancedL1Loss(**arguments)(pred, torch.zeros(1, 4).double()).sum().backward()
     return pred.grad[0, 0].item()
 
 
@@ -38,7 +38,9 @@ def test_grad_is_zero_at_zero_and_continuous_at_beta(beta):
 def test_value_is_continuous_at_one():
     # alpha / b (b + 1) ln(b + 1) - alpha = gamma + gamma / b - alpha, since ln(b + 1) = gamma/alpha
     def value(x):
-        return BalancedL1()(torch.full((1, 4), x).double(), torch.zeros(1, 4).double())[0, 0].item()
+        return BalancedL1Loss()(torch.full((1, 4), x).double(), torch.zeros(1, 4).double())[
+            0, 0
+        ].item()
 
     assert value(1 - 1e-7) == pytest.approx(value(1.0), abs=1e-5)
     assert value(1.0) == pytest.approx(GAMMA + GAMMA / B - ALPHA, abs=1e-6)
@@ -47,4 +49,4 @@ def test_value_is_continuous_at_one():
 @pytest.mark.parametrize("name", ["alpha", "gamma", "beta"])
 def test_arguments_must_be_positive(name):
     with pytest.raises(ValueError, match=f"BalancedL1: {name}=0.0 is not allowed"):
-        BalancedL1(**{name: 0.0})
+        BalancedL1Loss(**{name: 0.0})

@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 from d2_balance.config import add_balance_config, argument_help
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
-from d2_balance.modeling.build import DATA_ARGUMENTS, NUM_CLASSES
+from d2_balance.modeling.build import DATA_ARGUMENTS, NUM_CLASSES, argument_key
 
 K = 7
 FREQUENCY = [0.5, 0.2, 0.1, 0.05, 0.001, 0.0005, 0.0]
@@ -64,7 +64,7 @@ def make(loss, rows=60, positives=9, scale=2.0, dtype=torch.float32, seed=0, num
         logits=logits.to(dtype).requires_grad_(),
         labels=labels,
         num_classes=num_classes,
-        image=torch.arange(rows) * 2 // max(rows, 1),
+        image_index=torch.arange(rows) * 2 // max(rows, 1),
         num_images=2,
         verified=verified,
         not_exhaustive=verified & (torch.arange(num_classes) % 2 == 0),
@@ -131,7 +131,7 @@ def test_empty_batches_keep_value_finite_and_graph_alive(cls_loss, rows, positiv
 
 
 def test_one_class(cls_loss):
-    loss = build(CLS_LOSSES, type(cls_loss).__name__, num_classes=1)
+    loss = build(CLS_LOSSES, cls_loss.name, num_classes=1)
     value, grad = gradient(loss, make(loss, num_classes=1))
     assert value.isfinite() and grad.isfinite().all()
 
@@ -174,7 +174,7 @@ def test_evaluation_leaves_buffers_alone(cls_loss):
 def test_state_dict_round_trip_continues_equally(cls_loss):
     for seed in range(3):
         gradient(cls_loss, make(cls_loss, seed=seed))
-    other = build(CLS_LOSSES, type(cls_loss).__name__)
+    other = build(CLS_LOSSES, cls_loss.name)
     other.load_state_dict(cls_loss.state_dict())
     torch.manual_seed(5)
     first = gradient(cls_loss, make(cls_loss, seed=9))
@@ -192,7 +192,7 @@ def test_probabilities_have_k_plus_one_columns(cls_loss):
 
 def test_statistics_for_logging_are_tensors(cls_loss):
     gradient(cls_loss, make(cls_loss))
-    assert all(isinstance(value, torch.Tensor) for value in cls_loss.stats().values())
+    assert all(isinstance(value, torch.Tensor) for value in cls_loss.log_values().values())
 
 
 @pytest.mark.parametrize("registry", [CLS_LOSSES, BOX_LOSSES], ids=["cls", "box"])
@@ -208,7 +208,7 @@ def test_constructors_are_keyword_only_documented_and_configurable(registry):
                 assert parameter.name in {*DATA_ARGUMENTS, NUM_CLASSES}, f"{name}: {parameter.name}"
             else:
                 node = cfg.MODEL.BALANCE[name.upper()]
-                assert node[parameter.name.upper()] == parameter.default
+                assert node[argument_key(parameter.name)] == parameter.default
 
 
 def boxes_for(loss, count, dtype=torch.float32):
@@ -250,7 +250,7 @@ def test_box_loss_is_smallest_at_the_target(box_loss):
 def test_box_loss_state_dict_round_trip(box_loss):
     for count in (10, 20):
         box_loss(*boxes_for(box_loss, count))
-    other = build(BOX_LOSSES, type(box_loss).__name__)
+    other = build(BOX_LOSSES, box_loss.name)
     other.load_state_dict(box_loss.state_dict())
     pred, target = boxes_for(box_loss, 30)
     assert torch.equal(box_loss(pred, target), other(pred, target))

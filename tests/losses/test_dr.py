@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import DR, Samples
+from d2_balance.losses import DRLoss, Samples
 
 
 def slow_dr(logits, labels, num_classes, margin=0.5, L=6.0, tau=4.0, lp=1.0, ln=0.0798235600147928):
@@ -34,37 +34,44 @@ def batch(seed=0, rows=40, num_classes=4, images=2):
 
 def test_mean_over_images_equals_the_paper():
     logits, labels, image = batch()
-    value = DR()(Samples(logits=logits, labels=labels, num_classes=4, image=image, num_images=2))
+    value = DRLoss()(
+        Samples(logits=logits, labels=labels, num_classes=4, image_index=image, num_images=2)
+    )
     expected = [slow_dr(logits[image == i], labels[image == i], 4) for i in range(2)]
     assert value == pytest.approx(sum(expected) / 2, rel=1e-12)
 
 
 def test_batch_scope_is_one_pool_and_differs():
     logits, labels, image = batch()
-    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image": image}
-    pooled = DR(scope="batch")(Samples(**fields, num_images=2))
+    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image_index": image}
+    pooled = DRLoss(scope="batch")(Samples(**fields, num_images=2))
     assert pooled == pytest.approx(slow_dr(logits, labels, 4), rel=1e-12)
-    assert abs(pooled - DR()(Samples(**fields, num_images=2))) > 1e-3
+    assert abs(pooled - DRLoss()(Samples(**fields, num_images=2))) > 1e-3
 
 
 def test_number_of_images_is_found_without_being_told():
     logits, labels, image = batch()
-    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image": image}
-    assert DR()(Samples(**fields)) == DR()(Samples(**fields, num_images=2))
+    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image_index": image}
+    assert DRLoss()(Samples(**fields)) == DRLoss()(Samples(**fields, num_images=2))
 
 
 def test_image_without_positives_ranks_against_one():
     logits, labels, image = batch()
     labels = torch.where(image == 1, 4, labels)
-    value = DR()(Samples(logits=logits, labels=labels, num_classes=4, image=image, num_images=2))
+    value = DRLoss()(
+        Samples(logits=logits, labels=labels, num_classes=4, image_index=image, num_images=2)
+    )
     expected = [slow_dr(logits[image == i], labels[image == i], 4) for i in range(2)]
     assert value == pytest.approx(sum(expected) / 2, rel=1e-12)
 
 
 def test_image_without_valid_anchors_adds_zero_to_the_mean():
     logits, labels, image = batch()
-    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image": image}
-    two, three = DR()(Samples(**fields, num_images=2)), DR()(Samples(**fields, num_images=3))
+    fields = {"logits": logits, "labels": labels, "num_classes": 4, "image_index": image}
+    two, three = (
+        DRLoss()(Samples(**fields, num_images=2)),
+        DRLoss()(Samples(**fields, num_images=3)),
+    )
     assert three == pytest.approx(float(two) * 2 / 3, rel=1e-12)
 
 
@@ -76,7 +83,7 @@ def test_start_value_does_not_depend_on_the_prior_but_the_gradient_does():
         logits = torch.full((2000, 8), bias, dtype=torch.float64, requires_grad=True)
         labels = torch.full((2000,), 8)
         labels[:10] = torch.arange(10) % 8
-        value = DR()(Samples(logits=logits, labels=labels, num_classes=8))
+        value = DRLoss()(Samples(logits=logits, labels=labels, num_classes=8))
         assert value.item() == pytest.approx(4 / 6 * math.log1p(math.exp(3)), rel=1e-9)
         (grad,) = torch.autograd.grad(value, logits)
         grads.append(float(grad.abs().sum()))
@@ -87,7 +94,7 @@ def test_start_value_does_not_depend_on_the_prior_but_the_gradient_does():
 def test_small_temperatures_do_not_underflow():
     logits = torch.full((50, 3), -8.0, requires_grad=True)
     labels = torch.tensor([0] + [3] * 49)
-    value = DR(lambda_neg=1e-3, lambda_pos=1e-3)(
+    value = DRLoss(lambda_neg=1e-3, lambda_pos=1e-3)(
         Samples(logits=logits, labels=labels, num_classes=3)
     )
     (grad,) = torch.autograd.grad(value, logits)
@@ -99,7 +106,9 @@ def test_gradient_is_exact():
     logits.requires_grad_()
 
     def value(z):
-        return DR()(Samples(logits=z, labels=labels, num_classes=4, image=image, num_images=2))
+        return DRLoss()(
+            Samples(logits=z, labels=labels, num_classes=4, image_index=image, num_images=2)
+        )
 
     assert torch.autograd.gradcheck(value, (logits,), eps=1e-6, atol=1e-6)
 
@@ -117,4 +126,4 @@ def test_gradient_is_exact():
 )
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"DR: {name}=.* is not allowed"):
-        DR(**arguments)
+        DRLoss(**arguments)

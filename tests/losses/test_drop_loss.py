@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import EQL, DropLoss, Samples, SigmoidCE
+from d2_balance.losses import DropLoss, EQLLoss, Samples, SigmoidCELoss
 
 FREQUENCY = [0.5, 0.001]
 
@@ -18,7 +18,7 @@ def batch(labels):
 
 def test_foreground_rows_are_those_of_eql():
     rows = batch([0, 1, 0])
-    ours, eql = DropLoss(class_frequency=FREQUENCY), EQL(class_frequency=FREQUENCY)
+    ours, eql = DropLoss(class_frequency=FREQUENCY), EQLLoss(class_frequency=FREQUENCY)
     assert torch.equal(ours(rows), eql(rows))
 
 
@@ -33,4 +33,4 @@ def test_background_keeps_tail_classes_with_the_share_of_tail_rows():
 
 def test_without_foreground_nothing_is_dropped():
     rows = batch([2, 2, 2])
-    assert torch.equal(DropLoss(class_frequency=FREQUENCY)(rows), SigmoidCE()(rows))
+    assert torch.equal(DropLoss(class_frequency=FREQUENCY)(rows), SigmoidCELoss()(rows))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.data.datasets.lvis import get_lvis_instances_meta
 
-from d2_balance.losses import EQL, Samples, SigmoidCE
+from d2_balance.losses import EQLLoss, Samples, SigmoidCELoss
 from d2_balance.losses.eql import tail_ratio, tail_weight
 
 FREQUENCY = [0.5, 0.001, 0.0001]  # class 0 frequent, 1 and 2 tail at lambda 0.00177
@@ -21,7 +21,7 @@ def weights(loss, labels, **fields):
 
 
 def test_foreground_rows_do_not_suppress_tail_classes():
-    loss = EQL(class_frequency=FREQUENCY)
+    loss = EQLLoss(class_frequency=FREQUENCY)
     # row of class 0: tail classes free; row of class 1: its own column and the frequent one count;
     # background: all count
     assert weights(loss, [0, 1, 3]) == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
@@ -29,16 +29,16 @@ def test_foreground_rows_do_not_suppress_tail_classes():
 
 def test_classes_verified_in_the_image_keep_their_weight():
     verified = torch.tensor([[False, True, False], [False, False, False]])
-    fields = {"verified": verified, "image": torch.tensor([0, 1])}
-    loss = EQL(class_frequency=FREQUENCY)
+    fields = {"verified": verified, "image_index": torch.tensor([0, 1])}
+    loss = EQLLoss(class_frequency=FREQUENCY)
     assert weights(loss, [0, 0], **fields) == [[1, 1, 0], [1, 0, 0]]
-    off = EQL(class_frequency=FREQUENCY, use_image_level_labels=False)
+    off = EQLLoss(class_frequency=FREQUENCY, use_image_level_labels=False)
     assert weights(off, [0, 0], **fields) == [[1, 0, 0], [1, 0, 0]]
 
 
 def test_smooth_thresholds_scale_the_weight():
     # exponential: T(.001) = 1 - (400 * .001)^2 = .84, T(.0001) = 1 - .0016 = .9984, T(.5) = 0
-    loss = EQL(class_frequency=FREQUENCY, threshold="exponential")
+    loss = EQLLoss(class_frequency=FREQUENCY, threshold="exponential")
     assert weights(loss, [0])[0] == pytest.approx([1, 0.16, 0.0016], abs=1e-6)
 
 
@@ -85,15 +85,15 @@ def test_without_tail_classes_it_is_the_cross_entropy():
         labels=torch.tensor([0, 1, 2, 3, 3, 3, 0, 1, 2]),
         num_classes=3,
     )
-    loss = EQL(class_frequency=FREQUENCY, lambda_=0.0)
-    assert torch.equal(loss(samples), SigmoidCE()(samples))
+    loss = EQLLoss(class_frequency=FREQUENCY, lambda_=0.0)
+    assert torch.equal(loss(samples), SigmoidCELoss()(samples))
 
 
 def test_first_loss_with_1203_classes_is_about_one():
     # sum of -log(1 - .001) over 1203 classes = 1.2 per background RoI; at a bias of 0 it is 834
     labels = torch.full((4,), 1203)
     prior = torch.full((4, 1203), -math.log(999.0))
-    loss = EQL(class_frequency=[0.1] * 1203)
+    loss = EQLLoss(class_frequency=[0.1] * 1203)
     assert loss(Samples(logits=prior, labels=labels, num_classes=1203)).sum() / 4 == pytest.approx(
         1.2036, abs=1e-3
     )
@@ -104,7 +104,7 @@ def test_first_loss_with_1203_classes_is_about_one():
 
 
 def test_all_foreground_and_all_background():
-    loss = EQL(class_frequency=FREQUENCY)
+    loss = EQLLoss(class_frequency=FREQUENCY)
     assert weights(loss, [0, 0]) == [[1, 0, 0], [1, 0, 0]]
     assert weights(loss, [3, 3]) == [[1, 1, 1], [1, 1, 1]]
 
@@ -121,4 +121,4 @@ def test_all_foreground_and_all_background():
 )
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"EQL: {name}=.* is not allowed"):
-        EQL(**arguments)
+        EQLLoss(**arguments)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import EFL, EQLv2, Focal, Samples, SigmoidCE
+from d2_balance.losses import EFLLoss, EQLv2Loss, FocalLoss, Samples, SigmoidCELoss
 from d2_balance.losses.efl import equalized_focal_loss
 
 
@@ -22,11 +22,11 @@ def test_eqlv2_starts_as_the_cross_entropy_with_an_objectness_task():
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         batch.logits, target, reduction="none"
     )
-    torch.testing.assert_close(EQLv2(num_classes=2)(batch), expected)
+    torch.testing.assert_close(EQLv2Loss(num_classes=2)(batch), expected)
 
 
 def test_eqlv2_after_one_step_absent_classes_weigh_little_as_negatives_and_much_as_positives():
-    loss = EQLv2(num_classes=3)
+    loss = EQLv2Loss(num_classes=3)
     loss(samples([0, 3, 3], 3, columns=4))
     positive, negative = loss.class_weights()
     # g = 0: f = 1 / (1 + exp(9.6)) = 6.8e-5, positives 1 + 4 (1 - f) = 5.0
@@ -36,7 +36,7 @@ def test_eqlv2_after_one_step_absent_classes_weigh_little_as_negatives_and_much_
 
 
 def test_eqlv2_adds_up_weighted_gradients():
-    loss = EQLv2(num_classes=1)
+    loss = EQLv2Loss(num_classes=1)
     logits = torch.zeros(3, 2)  # p = .5 everywhere; one positive row, two background rows
     loss(Samples(logits=logits, labels=torch.tensor([0, 1, 1]), num_classes=1))
     assert loss.pos_grad.tolist() == [0.5] and loss.neg_grad.tolist() == [1.0]
@@ -48,7 +48,7 @@ def test_eqlv2_adds_up_weighted_gradients():
 
 
 def test_eqlv2_scores_are_multiplied_by_not_background():
-    probs = EQLv2(num_classes=2).probabilities(torch.tensor([[0.0, 2.0, 1.0]]))
+    probs = EQLv2Loss(num_classes=2).probabilities(torch.tensor([[0.0, 2.0, 1.0]]))
     background = 1 / (1 + math.exp(-1))
     expected = [0.5 * (1 - background), (1 - background) / (1 + math.exp(-2)), background]
     assert probs[0].tolist() == pytest.approx(expected)
@@ -56,17 +56,17 @@ def test_eqlv2_scores_are_multiplied_by_not_background():
 
 def test_efl_starts_as_the_focal_loss():
     batch = samples([0, 1, 2, 2], 2)
-    torch.testing.assert_close(EFL(num_classes=2)(batch), Focal()(batch))
+    torch.testing.assert_close(EFLLoss(num_classes=2)(batch), FocalLoss()(batch))
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_efl_adds_up_the_gradients_of_autograd(scale):
     batch = samples([0, 1, 2, 2, 1], 2, scale=scale)
-    loss = EFL(num_classes=2)
+    loss = EFLLoss(num_classes=2)
     loss.ratio.copy_(torch.tensor([1.0, 0.3125]))  # exponents 2 and 7.5
     value = equalized_focal_loss(batch.logits, batch.onehot, loss.class_gamma(), 0.25, 2.0)
     (grad,) = torch.autograd.grad(value.sum(), batch.logits)
-    positive, negative, count = loss.statistics(batch)
+    positive, negative, count = loss.batch_statistics(batch)
     torch.testing.assert_close(positive, (grad.abs() * batch.onehot).sum(0), rtol=1e-9, atol=1e-15)
     expected = (grad.abs() * (1 - batch.onehot)).sum(0)
     torch.testing.assert_close(negative, expected, rtol=1e-9, atol=1e-15)
@@ -74,7 +74,7 @@ def test_efl_adds_up_the_gradients_of_autograd(scale):
 
 
 def test_efl_gives_starved_classes_a_larger_exponent():
-    loss = EFL(num_classes=2)
+    loss = EFLLoss(num_classes=2)
     for seed in range(3):
         loss(samples([0] * 6 + [2] * 6, 2, seed=seed))
     starved, fed = loss.class_gamma()[1].item(), loss.class_gamma()[0].item()
@@ -84,7 +84,7 @@ def test_efl_gives_starved_classes_a_larger_exponent():
 def test_efl_is_finite_where_the_release_overflows():
     # at z = 120 a negative has p_t = 0 in float32, and -log p_t of the release is infinite
     logits = torch.full((2, 1), 120.0, requires_grad=True)
-    value = EFL(num_classes=1)(
+    value = EFLLoss(num_classes=1)(
         Samples(logits=logits, labels=torch.tensor([1, 1]), num_classes=1)
     ).sum()
     (grad,) = torch.autograd.grad(value, logits)
@@ -92,7 +92,7 @@ def test_efl_is_finite_where_the_release_overflows():
 
 
 def test_counts_survive_beyond_the_range_of_float32():
-    loss = EQLv2(num_classes=1)
+    loss = EQLv2Loss(num_classes=1)
     loss.neg_grad.fill_(2.0**25)
     loss(Samples(logits=torch.zeros(1, 2), labels=torch.tensor([1]), num_classes=1))
     assert loss.neg_grad.item() > 2.0**25
@@ -100,21 +100,21 @@ def test_counts_survive_beyond_the_range_of_float32():
 
 def test_sigmoid_part_of_background_rows_counts_all_classes():
     batch = samples([2, 2], 2, columns=3)
-    value = EQLv2(num_classes=2)(batch)
-    plain = SigmoidCE()(Samples(logits=batch.logits[:, :2], labels=batch.labels, num_classes=2))
+    value = EQLv2Loss(num_classes=2)(batch)
+    plain = SigmoidCELoss()(Samples(logits=batch.logits[:, :2], labels=batch.labels, num_classes=2))
     torch.testing.assert_close(value[:, :2], plain)
 
 
 @pytest.mark.parametrize(
     ("cls", "arguments", "name"),
     [
-        (EQLv2, {"gamma": 0.0}, "gamma"),
-        (EQLv2, {"alpha": -1.0}, "alpha"),
-        (EFL, {"alpha": 2.0}, "alpha"),
-        (EFL, {"scale": -1.0}, "scale"),
-        (EFL, {"num_classes": 0}, "num_classes"),
+        (EQLv2Loss, {"gamma": 0.0}, "gamma"),
+        (EQLv2Loss, {"alpha": -1.0}, "alpha"),
+        (EFLLoss, {"alpha": 2.0}, "alpha"),
+        (EFLLoss, {"scale": -1.0}, "scale"),
+        (EFLLoss, {"num_classes": 0}, "num_classes"),
     ],
 )
 def test_arguments_out_of_range_are_named(cls, arguments, name):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: {name}=.* is not allowed"):
         cls(**{"num_classes": 2, **arguments})

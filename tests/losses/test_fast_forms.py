@@ -41,7 +41,7 @@ def plain_drop(loss, s):
 def plain_federated(loss, s):
     required = (s.onehot > 0).any(dim=0, keepdim=True) | s.verified
     chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.not_exhaustive
-    return sigmoid_ce_loss(s.logits, s.onehot) * (chosen[s.image] | (s.onehot > 0))
+    return sigmoid_ce_loss(s.logits, s.onehot) * (chosen[s.image_index] | (s.onehot > 0))
 
 
 def plain_eqlv2(loss, s):
@@ -86,7 +86,7 @@ PLAIN = {
     ),
     "QFL": lambda loss, s: quality_focal_loss(s.logits, quality(s), loss.beta),
     "GHMC": lambda loss, s: ghm_c_loss(s.logits, s.onehot, loss.density.scales),
-    "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image, 2, **loss.arguments).mean(),
+    "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image_index, 2, **loss.arguments).mean(),
     "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
     "BAGS": plain_bags,
     "Seesaw": plain_seesaw,
@@ -162,7 +162,7 @@ def test_ignored_rows_get_no_gradient_and_leave_the_others_alone(name):
         logits=whole.logits[kept],
         labels=whole.labels[kept],
         num_classes=7,
-        image=whole.image[kept],
+        image_index=whole.image_index[kept],
         **part,
         **rest,
     )
@@ -216,7 +216,7 @@ def test_levels_of_ghm_share_one_histogram_pass():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     norm = (base.logits.detach().sigmoid() - base.onehot).abs()
     counts = plain.density.count(norm, level, 5)
-    assert torch.equal(loss.statistics(batch), counts) and counts.sum() == 60 * 7
+    assert torch.equal(loss.batch_statistics(batch), counts) and counts.sum() == 60 * 7
 
 
 def test_sharp_dr_takes_the_form_that_cannot_underflow():

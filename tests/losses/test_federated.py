@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import Federated, Samples, SigmoidCE
+from d2_balance.losses import FederatedLoss, Samples, SigmoidCELoss
 from d2_balance.losses.federated import federated_classes
 
 
@@ -18,38 +18,38 @@ def trained(loss, labels, num_classes, **fields):
 
 
 def test_background_takes_no_place_in_the_sample():
-    loss = Federated(class_count=[5] * 100, num_sampled=10)
+    loss = FederatedLoss(class_count=[5] * 100, num_sampled=10)
     taken = trained(loss, [3, 100, 100], 100)
     assert taken.sum(dim=1).tolist() == [10, 10, 10]
     assert taken[:, 3].all() and (taken == taken[0]).all()
 
 
 def test_more_present_classes_than_the_sample_are_all_kept():
-    loss = Federated(class_count=[5] * 20, num_sampled=3)
+    loss = FederatedLoss(class_count=[5] * 20, num_sampled=3)
     taken = trained(loss, list(range(12)), 20)
     assert taken[0].nonzero().flatten().tolist() == list(range(12))
 
 
 def test_fewer_classes_than_the_sample_is_the_cross_entropy():
-    loss = Federated(class_count=[5] * 4, num_sampled=50)
+    loss = FederatedLoss(class_count=[5] * 4, num_sampled=50)
     rows = Samples(logits=torch.randn(6, 4), labels=torch.tensor([0, 1, 4, 4, 2, 3]), num_classes=4)
-    assert torch.equal(loss(rows), SigmoidCE()(rows))
+    assert torch.equal(loss(rows), SigmoidCELoss()(rows))
 
 
 def test_classes_without_images_are_never_drawn_but_train_where_present():
-    loss = Federated(class_count=[5, 0, 5, 0], num_sampled=4)
+    loss = FederatedLoss(class_count=[5, 0, 5, 0], num_sampled=4)
     assert trained(loss, [1, 4], 4).tolist() == [[True, True, True, False]] * 2
 
 
 def test_verified_classes_take_part_in_their_image_only():
     verified = torch.zeros(2, 50, dtype=torch.bool)
     verified[0, 40:] = True
-    fields = {"verified": verified, "image": torch.tensor([0, 1])}
-    loss = Federated(class_count=[1000] * 5 + [1] * 45, num_sampled=10, power=8.0)
+    fields = {"verified": verified, "image_index": torch.tensor([0, 1])}
+    loss = FederatedLoss(class_count=[1000] * 5 + [1] * 45, num_sampled=10, power=8.0)
     taken = trained(loss, [50, 50], 50, **fields)
     assert taken.sum(dim=1).tolist() == [10, 10]
     assert taken[0, 40:].all() and taken[1, :5].all() and taken[1, 40:].sum() < 10
-    off = Federated(class_count=[5] * 50, num_sampled=10, use_image_level_labels=False)
+    off = FederatedLoss(class_count=[5] * 50, num_sampled=10, use_image_level_labels=False)
     same = trained(off, [50, 50], 50, **fields)
     assert torch.equal(same[0], same[1])
 
@@ -58,21 +58,21 @@ def test_classes_that_are_not_annotated_exhaustively_have_no_negatives_in_their_
     # class 1 is partly marked in image 0, where rows 0 to 2 are; class 3, the last one, in image 1
     not_exhaustive = torch.tensor([[False, True, False, False], [False, False, False, True]])
     fields = {
-        "image": torch.tensor([0, 0, 0, 1, 1, 1]),
+        "image_index": torch.tensor([0, 0, 0, 1, 1, 1]),
         "num_images": 2,
         "not_exhaustive": not_exhaustive,
     }
     fields["verified"] = not_exhaustive.clone()
     labels = [1, 2, 4, 1, 3, 4]  # the first row of class 1 and of class 3 is an object
-    taken = trained(Federated(class_count=[5] * 4, num_sampled=50), labels, 4, **fields)
+    taken = trained(FederatedLoss(class_count=[5] * 4, num_sampled=50), labels, 4, **fields)
     expected = torch.ones(6, 4, dtype=torch.bool)
     expected[[1, 2], 1] = False
     expected[[3, 5], 3] = False
     assert torch.equal(taken, expected)
     one = {"not_exhaustive": not_exhaustive[:1], "verified": not_exhaustive[:1]}
-    taken = trained(Federated(class_count=[5] * 4), labels[:3], 4, **one)
+    taken = trained(FederatedLoss(class_count=[5] * 4), labels[:3], 4, **one)
     assert torch.equal(taken, expected[:3])
-    off = Federated(class_count=[5] * 4, use_image_level_labels=False)
+    off = FederatedLoss(class_count=[5] * 4, use_image_level_labels=False)
     assert trained(off, labels, 4, **fields).all()
 
 
@@ -90,4 +90,4 @@ def test_frequent_classes_are_drawn_more_often():
 )
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"Federated: {name}=.* is not allowed"):
-        Federated(class_count=[1, 2], **arguments)
+        FederatedLoss(class_count=[1, 2], **arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fvcore.nn import sigmoid_focal_loss
 
-from d2_balance.losses import BalancedCE, Focal, Samples, SigmoidCE, SoftmaxCE
+from d2_balance.losses import BalancedCELoss, FocalLoss, Samples, SigmoidCELoss, SoftmaxCELoss
 
 
 def samples(seed=0, rows=30, num_classes=5, scale=3.0):
@@ -23,7 +23,7 @@ def samples(seed=0, rows=30, num_classes=5, scale=3.0):
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (-1, 1.0), (0.75, 0.5)])
 def test_focal_equals_fvcore(alpha, gamma):
     batch = samples()
-    ours = Focal(alpha=alpha, gamma=gamma)(batch)
+    ours = FocalLoss(alpha=alpha, gamma=gamma)(batch)
     theirs = sigmoid_focal_loss(batch.logits, batch.onehot, alpha, gamma)
     # fvcore computes in float32
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=3e-7)
@@ -34,7 +34,7 @@ def test_focal_equals_fvcore(alpha, gamma):
 
 def test_easy_entries_lose_less_than_in_cross_entropy():
     batch = samples()
-    ratio = Focal(alpha=-1)(batch) / SigmoidCE()(batch)
+    ratio = FocalLoss(alpha=-1)(batch) / SigmoidCELoss()(batch)
     p = batch.logits.sigmoid()
     p_t = torch.where(batch.onehot > 0, p, 1 - p)
     torch.testing.assert_close(ratio, (1 - p_t).square())
@@ -43,7 +43,7 @@ def test_easy_entries_lose_less_than_in_cross_entropy():
 def test_gamma_zero_is_the_balanced_cross_entropy():
     batch = samples()
     torch.testing.assert_close(
-        Focal(alpha=0.3, gamma=0.0)(batch), BalancedCE(alpha=0.3)(batch), rtol=1e-12, atol=0
+        FocalLoss(alpha=0.3, gamma=0.0)(batch), BalancedCELoss(alpha=0.3)(batch), rtol=1e-12, atol=0
     )
 
 
@@ -51,12 +51,12 @@ def test_balanced_cross_entropy_by_hand():
     # logits 0: cross-entropy log 2; positives weigh .75, negatives .25
     batch = Samples(logits=torch.zeros(1, 2).double(), labels=torch.tensor([1]), num_classes=2)
     expected = [0.25 * math.log(2), 0.75 * math.log(2)]
-    assert BalancedCE(alpha=0.75)(batch)[0].tolist() == pytest.approx(expected)
+    assert BalancedCELoss(alpha=0.75)(batch)[0].tolist() == pytest.approx(expected)
 
 
 def test_softmax_cross_entropy_counts_background_as_a_class():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
-    value = SoftmaxCE()(Samples(logits=logits, labels=torch.tensor([2]), num_classes=2))
+    value = SoftmaxCELoss()(Samples(logits=logits, labels=torch.tensor([2]), num_classes=2))
     # -log(e^3 / (e + e^2 + e^3)) = log(1 + e^-1 + e^-2) = 0.407606
     assert value.item() == pytest.approx(0.407606, abs=1e-6)
 
@@ -64,12 +64,12 @@ def test_softmax_cross_entropy_counts_background_as_a_class():
 @pytest.mark.parametrize(
     ("cls", "arguments", "name"),
     [
-        (Focal, {"alpha": 1.5}, "alpha"),
-        (Focal, {"alpha": -0.5}, "alpha"),
-        (Focal, {"gamma": -1.0}, "gamma"),
-        (BalancedCE, {"alpha": 2.0}, "alpha"),
+        (FocalLoss, {"alpha": 1.5}, "alpha"),
+        (FocalLoss, {"alpha": -0.5}, "alpha"),
+        (FocalLoss, {"gamma": -1.0}, "gamma"),
+        (BalancedCELoss, {"alpha": 2.0}, "alpha"),
     ],
 )
 def test_arguments_out_of_range_are_named(cls, arguments, name):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: {name}=.* is not allowed"):
         cls(**arguments)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from d2_balance.losses import GHMC, GHMR, Samples, SigmoidCE
+from d2_balance.losses import GHMCLoss, GHMRLoss, Samples, SigmoidCELoss
 from d2_balance.losses._kernels.density import GradientDensity, gradient_bins
-from d2_balance.modeling.criterion import RowNormalizer, detection_losses
+from d2_balance.modeling.criterion import SampleNormalizer, detection_losses
 
 
 def samples(logits, labels, num_classes, **fields):
@@ -39,7 +39,7 @@ def slow_ghm_c(logits, labels, num_classes, bins, momentum, acc):
 
 def test_loss_equals_a_loop_over_bins():
     generator = torch.Generator().manual_seed(0)
-    loss, acc = GHMC(bins=8, momentum=0.75).double(), [0.0] * 8
+    loss, acc = GHMCLoss(bins=8, momentum=0.75).double(), [0.0] * 8
     for _ in range(3):
         logits = torch.randn(20, 3, generator=generator, dtype=torch.float64) * 2
         labels = torch.randint(0, 4, (20,), generator=generator)
@@ -56,7 +56,7 @@ def test_saturated_entries_fall_into_the_last_bin():
         9,
         9,
     ]
-    value = GHMC(bins=10, momentum=0.0)(samples(torch.tensor([[30.0]]), torch.tensor([1]), 1))
+    value = GHMCLoss(bins=10, momentum=0.0)(samples(torch.tensor([[30.0]]), torch.tensor([1]), 1))
     assert value == pytest.approx(30.0)  # one entry, one bin: its own cross-entropy
 
 
@@ -92,7 +92,7 @@ def test_paper_average_moves_empty_bins_too():
 
 @pytest.mark.parametrize("mode", ["official", "debiased", "paper"])
 def test_nothing_counted_leaves_the_density_alone(mode):
-    loss = GHMC(bins=4, momentum=0.5, ema_mode=mode)
+    loss = GHMCLoss(bins=4, momentum=0.5, ema_mode=mode)
     loss(samples(torch.randn(5, 2), torch.tensor([0, 1, 2, 2, 2]), 2))
     before = loss.density.acc.clone()
     value = loss(samples(torch.zeros(0, 2), torch.zeros(0).long(), 2))
@@ -104,9 +104,9 @@ def test_levels_share_one_density_in_turn():
     logits = torch.randn(30, 2, generator=generator)
     labels = torch.randint(0, 3, (30,), generator=generator)
     level = torch.arange(30) // 10
-    per_level = GHMC(bins=5, momentum=0.5, per_level=True)
+    per_level = GHMCLoss(bins=5, momentum=0.5, per_level=True)
     value = per_level(samples(logits, labels, 2, level=level, num_levels=3))
-    single = GHMC(bins=5, momentum=0.5)
+    single = GHMCLoss(bins=5, momentum=0.5)
     parts = [single(samples(logits[level == i], labels[level == i], 2)) for i in range(3)]
     assert value == pytest.approx(float(sum(parts)), rel=1e-6)
     assert torch.equal(per_level.density.acc, single.density.acc)
@@ -131,13 +131,15 @@ def test_box_levels_share_one_density_in_turn():
         gt_boxes=pred,
         box_transform=transform,
     )
-    per_level, single = (GHMR(bins=5, momentum=0.5, per_level=x) for x in (True, False))
-    found = detection_losses(batch, SigmoidCE(), per_level, [], RowNormalizer())["loss_box_reg"]
+    per_level, single = (GHMRLoss(bins=5, momentum=0.5, per_level=x) for x in (True, False))
+    found = detection_losses(batch, SigmoidCELoss(), per_level, [], SampleNormalizer())[
+        "loss_box_reg"
+    ]
     parts = [single(pred[level == i], target[level == i]) for i in range(3)]
     assert found == pytest.approx(float(sum(parts)), rel=1e-6)
     assert torch.equal(per_level.density.acc, single.density.acc)
     per_level.eval(), single.eval()  # each part counts its own bins against the same density
-    found = detection_losses(batch, SigmoidCE(), per_level, [], RowNormalizer().eval())
+    found = detection_losses(batch, SigmoidCELoss(), per_level, [], SampleNormalizer().eval())
     parts = [single(pred[level == i], target[level == i]) for i in range(3)]
     assert found["loss_box_reg"] == pytest.approx(float(sum(parts)), rel=1e-6)
     assert torch.equal(per_level.density.acc, single.density.acc)
@@ -147,13 +149,13 @@ def test_joint_histogram_differs_from_levels():
     logits = torch.randn(30, 2, generator=torch.Generator().manual_seed(2))
     labels = torch.full((30,), 2)
     fields = {"level": torch.arange(30) // 10, "num_levels": 3}
-    joint = GHMC(bins=5)(samples(logits, labels, 2, **fields))
-    split = GHMC(bins=5, per_level=True)(samples(logits, labels, 2, **fields))
+    joint = GHMCLoss(bins=5)(samples(logits, labels, 2, **fields))
+    split = GHMCLoss(bins=5, per_level=True)(samples(logits, labels, 2, **fields))
     assert split > 2 * joint  # three level losses are added
 
 
 def test_ghm_r_without_positives_is_zero_and_keeps_the_density():
-    loss = GHMR(bins=4)
+    loss = GHMRLoss(bins=4)
     loss(torch.randn(6, 4), torch.zeros(6, 4))
     before = loss.density.acc.clone()
     pred = torch.zeros(0, 4, requires_grad=True)
@@ -165,7 +167,7 @@ def test_ghm_r_without_positives_is_zero_and_keeps_the_density():
 def test_ghm_r_of_one_coordinate_by_hand():
     # d = .3 of four, mu = .4: sqrt(.09 + .16) - .4 = .1 in bin floor(.3 / .5 * 10) = 6;
     # three zeros in bin 0. Two bins: (0 / 3 + .1 / 1) / 2 = .05
-    loss = GHMR(mu=0.4, bins=10, momentum=0.0)
+    loss = GHMRLoss(mu=0.4, bins=10, momentum=0.0)
     value = loss(torch.tensor([[0.3, 0, 0, 0]], dtype=torch.float64), torch.zeros(1, 4).double())
     assert value == pytest.approx(0.05, abs=1e-12)
     assert loss.density.acc.tolist() == [3, 0, 0, 0, 0, 0, 1, 0, 0, 0]
@@ -175,15 +177,15 @@ def test_easy_and_hard_bins_weigh_the_same():
     # 99 easy negatives and one hard one: GHM gives the hard entry half of the weight
     logits = torch.cat([torch.full((99, 1), -6.0), torch.full((1, 1), 4.0)]).requires_grad_()
     labels = torch.full((100,), 1)
-    GHMC(bins=10, momentum=0.0)(samples(logits, labels, 1)).backward()
+    GHMCLoss(bins=10, momentum=0.0)(samples(logits, labels, 1)).backward()
     weight = logits.grad.squeeze(1) / logits.detach().sigmoid().squeeze(1)
     assert weight[:99].sum() == pytest.approx(weight[99].item(), rel=1e-5)
 
 
 def test_stats_name_dead_bins():
-    loss = GHMC(bins=10, momentum=0.0)
+    loss = GHMCLoss(bins=10, momentum=0.0)
     loss(samples(torch.full((8, 1), -5.0), torch.full((8,), 1), 1))
-    stats = loss.stats()
+    stats = loss.log_values()
     assert stats["dead_bins"] == 9
     assert stats["density"].tolist() == [8] + [0] * 9
 
@@ -198,15 +200,15 @@ def test_stats_name_dead_bins():
         ({"ema_mode": "none"}, "ema_mode"),
     ],
 )
-@pytest.mark.parametrize("cls", [GHMC, GHMR])
+@pytest.mark.parametrize("cls", [GHMCLoss, GHMRLoss])
 def test_arguments_out_of_range_are_named(cls, arguments, name):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: {name}=.* is not allowed"):
         cls(**arguments)
 
 
 def test_mu_must_be_positive():
     with pytest.raises(ValueError, match="GHMR: mu=0 is not allowed; a number above 0"):
-        GHMR(mu=0)
+        GHMRLoss(mu=0)
 
 
 @pytest.mark.parametrize("bins", [256, 257])
@@ -214,4 +216,4 @@ def test_logits_that_are_no_numbers_give_a_loss_that_is_none(bins):
     """The trainer then names the loss; counting bins must not fail before."""
     logits = torch.full((3, 2), torch.nan, requires_grad=True)
     samples = Samples(logits=logits, labels=torch.tensor([0, 1, 2]), num_classes=2)
-    assert GHMC(bins=bins)(samples).isnan()
+    assert GHMCLoss(bins=bins)(samples).isnan()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import LOCE, Samples
+from d2_balance.losses import LOCELoss, Samples
 from d2_balance.losses.loce import equilibrium_loss, object_score_sums
 
 K = 4
@@ -53,7 +53,7 @@ def batch(seed, rows=40, objects=6):
 
 
 def test_loss_and_mean_scores_follow_the_paper_over_several_batches():
-    loss = LOCE(num_classes=K, momentum=0.8, background_score=0.05)
+    loss = LOCELoss(num_classes=K, momentum=0.8, background_score=0.05)
     s = [0.01] * K + [0.05]
     for seed in range(4):
         samples = batch(seed)
@@ -67,7 +67,7 @@ def test_loss_and_mean_scores_follow_the_paper_over_several_batches():
 
 def test_equal_mean_scores_are_the_cross_entropy():
     samples = batch(0)
-    loss = LOCE(num_classes=K).eval()  # all scores .01
+    loss = LOCELoss(num_classes=K).eval()  # all scores .01
     ce = torch.nn.functional.cross_entropy(samples.logits, samples.labels, reduction="none")
     torch.testing.assert_close(loss(samples), ce)
 
@@ -83,7 +83,7 @@ def test_weak_classes_are_pushed_down_less():
 def test_one_object_with_two_rows_by_hand():
     # object 7 of class 1: rows with scores 1/2 and 1/4, mean 3/8; object 9 of class 1: score 1/3
     # m = 2, kept = .81: s_1 = .81 * .01 + .19 * (3/8 + 1/3) / 2
-    loss = LOCE(num_classes=2, momentum=0.9)
+    loss = LOCELoss(num_classes=2, momentum=0.9)
     logits = torch.tensor([[1.0, 2, 1], [1.0, 1, 2], [1.0, 1, 1], [5.0, 5, 5]]).log()
     samples = Samples(
         logits=logits,
@@ -116,14 +116,14 @@ def test_rows_with_negative_ids_train_and_are_not_counted():
     rest = Samples(
         logits=full.logits[rows], labels=full.labels[rows], num_classes=K, gt_index=ids[kept]
     )
-    first, second = LOCE(num_classes=K), LOCE(num_classes=K)
+    first, second = LOCELoss(num_classes=K), LOCELoss(num_classes=K)
     assert (first(mixed) > 0).sum() == len(full.labels)
     second(rest)
     torch.testing.assert_close(first.mean_score, second.mean_score, rtol=1e-12, atol=0)
 
 
 def test_absent_classes_keep_their_score():
-    loss = LOCE(num_classes=K)
+    loss = LOCELoss(num_classes=K)
     samples = Samples(logits=torch.zeros(2, K + 1), labels=torch.tensor([2, K]), num_classes=K)
     loss(samples)
     before = [0.01] * K + [0.01]
@@ -144,7 +144,7 @@ def test_finite_where_probabilities_underflow(least):
 
 
 def test_scores_at_test_are_the_plain_softmax():
-    loss = LOCE(num_classes=K)
+    loss = LOCELoss(num_classes=K)
     loss(batch(3))
     logits = torch.randn(5, K + 1)
     assert torch.equal(loss.probabilities(logits), logits.softmax(dim=1))
@@ -160,4 +160,4 @@ def test_scores_at_test_are_the_plain_softmax():
 )
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"LOCE: {name}=.* is not allowed"):
-        LOCE(**{"num_classes": 3, **arguments})
+        LOCELoss(**{"num_classes": 3, **arguments})

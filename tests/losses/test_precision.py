@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
+from d2_balance.modeling.criterion import PositiveEMA, SampleNormalizer, detection_losses
 
 from .test_contract import BOX, CLS, build, make
 
@@ -33,7 +33,9 @@ def losses_and_gradients(samples, cls_loss, box_loss, dtype):
     }
     torch.manual_seed(3)
     device = samples.logits.device
-    normalizer = (PositiveEMA if cls_loss.activation == "sigmoid" else RowNormalizer)().to(device)
+    normalizer = (PositiveEMA if cls_loss.activation == "sigmoid" else SampleNormalizer)().to(
+        device
+    )
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         losses = detection_losses(
             dataclasses.replace(samples, **leaves), cls_loss, box_loss, [], normalizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from d2_balance.losses import QFL, VFL, Samples
+from d2_balance.losses import QFLLoss, Samples, VFLLoss
 from d2_balance.losses._samples import paired_iou
 
 
@@ -33,19 +33,19 @@ def test_quality_is_the_iou_of_the_decoded_box():
 
 def test_qfl_by_hand():
     # p = .5, q = 1/3: (1/6)^2 * log 2, BCE at logit 0 is log 2 whatever q; other class: .25 log 2
-    value = QFL()(one_object(0.0, 5.0))[0].tolist()
+    value = QFLLoss()(one_object(0.0, 5.0))[0].tolist()
     assert value == pytest.approx([math.log(2) / 36, math.log(2) / 4], rel=1e-5)
 
 
 def test_vfl_by_hand():
     # object: q BCE = log 2 / 3; other class: .75 * .25 * log 2
-    value = VFL()(one_object(0.0, 5.0))[0].tolist()
+    value = VFLLoss()(one_object(0.0, 5.0))[0].tolist()
     assert value == pytest.approx([math.log(2) / 3, 0.75 * 0.25 * math.log(2)], rel=1e-5)
 
 
 def test_loss_is_smallest_where_the_score_is_the_quality():
     at = math.log((1 / 3) / (2 / 3))  # sigmoid(at) = 1/3
-    for loss in (QFL(), VFL()):
+    for loss in (QFLLoss(), VFLLoss()):
         best = loss(one_object(at, 5.0))[0, 0]
         assert best < loss(one_object(at + 0.5, 5.0))[0, 0]
         assert best < loss(one_object(at - 0.5, 5.0))[0, 0]
@@ -65,11 +65,11 @@ def test_degenerate_boxes_have_no_overlap():
 @pytest.mark.parametrize(
     ("cls", "arguments", "name"),
     [
-        (QFL, {"beta": -1.0}, "beta"),
-        (VFL, {"alpha": -1.0}, "alpha"),
-        (VFL, {"gamma": -1.0}, "gamma"),
+        (QFLLoss, {"beta": -1.0}, "beta"),
+        (VFLLoss, {"alpha": -1.0}, "alpha"),
+        (VFLLoss, {"gamma": -1.0}, "gamma"),
     ],
 )
 def test_arguments_out_of_range_are_named(cls, arguments, name):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {name}=-1.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: {name}=-1.0 is not allowed"):
         cls(**arguments)

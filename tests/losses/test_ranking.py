@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2_balance.losses import ALRP, AP, RankSort, Samples
+from d2_balance.losses import ALRPLoss, APLoss, RankSortLoss, Samples
 from d2_balance.losses._kernels.ranking import StepBuckets, find_buckets
 from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.ap import ap_loss_and_gradient
@@ -111,7 +111,7 @@ def test_perfect_ranking_costs_nothing():
 
 def test_no_positive_costs_nothing_and_keeps_the_graph():
     logits = torch.randn(4, 3, requires_grad=True)
-    for loss in (AP(), ALRP(), RankSort()):
+    for loss in (APLoss(), ALRPLoss(), RankSortLoss()):
         value = loss(Samples(logits=logits, labels=torch.full((4,), 3), num_classes=3))
         (grad,) = torch.autograd.grad(value, logits)
         assert value == 0 and (grad == 0).all()
@@ -158,7 +158,7 @@ def test_alrp_box_part_by_hand():
 
 
 def test_alrp_sets_its_weight_after_a_period():
-    loss = ALRP(period=2)
+    loss = ALRPLoss(period=2)
     loss.update(torch.tensor([0.9, 0.3, 1.0]).double())
     assert loss.balance == 50 and loss.sums.tolist() == pytest.approx([0.9, 0.3, 1.0])
     loss.update(torch.tensor([0.7, 0.1, 1.0]).double())
@@ -166,17 +166,17 @@ def test_alrp_sets_its_weight_after_a_period():
     assert loss.balance.item() == pytest.approx(5.0) and loss.sums.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("cls", [ALRP, RankSort])
+@pytest.mark.parametrize("cls", [ALRPLoss, RankSortLoss])
 @pytest.mark.parametrize("objects", [3, 0])
 def test_boxes_are_coupled_in_the_model(cls, objects):
-    keys = ["MODEL.BALANCE.CLS_LOSS", cls.__name__, "MODEL.BALANCE.BOX_LOSS", "GIoU"]
+    keys = ["MODEL.BALANCE.CLS_LOSS", cls.name, "MODEL.BALANCE.BOX_LOSS", "GIoU"]
     model = build_model(small_cfg("retinanet", *keys))
     with EventStorage(0):
         losses = model(make_inputs(objects=objects))
     sum(losses.values()).backward()
     if objects == 0:
         assert losses["loss_cls"] == 0 and losses["loss_box_reg"] == 0
-    elif cls is RankSort:  # the box loss has the value of the ranking loss
+    elif cls is RankSortLoss:  # the box loss has the value of the ranking loss
         torch.testing.assert_close(losses["loss_box_reg"], losses["loss_cls"])
     else:
         assert losses["loss_box_reg"] > 0
@@ -200,9 +200,9 @@ def test_sums_over_pairs_equal_the_matrix_with_ties():
     torch.testing.assert_close(buckets.sum_over_centers(weights), matrix @ weights)
 
 
-@pytest.mark.parametrize("cls", [AP, ALRP, RankSort])
+@pytest.mark.parametrize("cls", [APLoss, ALRPLoss, RankSortLoss])
 def test_delta_must_be_positive(cls):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: delta=0.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: delta=0.0 is not allowed"):
         cls(delta=0.0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2_balance.losses import AP, DR, EQL, GHMC, GHMR, EQLv2, Samples
+from d2_balance.losses import APLoss, DRLoss, EQLLoss, EQLv2Loss, GHMCLoss, GHMRLoss, Samples
 from d2_balance.losses.alrp import alrp_and_gradient, alrp_box_loss
 from d2_balance.losses.rank_sort import rank_sort_and_gradient
 from d2_balance.losses.seesaw import seesaw_ce_loss
@@ -43,7 +43,7 @@ def run(loss, logits, labels, num_classes, reduce=lambda x: x):
 @pytest.mark.parametrize("name", ["ghm_c_bins10_momentum0.0", "ghm_c_bins30_momentum0.75"])
 def test_ghm_c_equals_mmdet_over_four_steps(name):
     ref = load(name)
-    loss = GHMC(bins=int(ref["bins"]), momentum=float(ref["momentum"]))
+    loss = GHMCLoss(bins=int(ref["bins"]), momentum=float(ref["momentum"]))
     for step in range(4):
         value, grad = run(loss, ref["logits"][step], ref["labels"][step], int(ref["num_classes"]))
         assert_close(value, ref["loss"][step])
@@ -55,7 +55,7 @@ def test_ghm_c_equals_mmdet_over_four_steps(name):
 @pytest.mark.parametrize("name", ["ghm_r_bins10_momentum0.0", "ghm_r_bins10_momentum0.7"])
 def test_ghm_r_equals_mmdet_over_four_steps(name):
     ref = load(name)
-    loss = GHMR(bins=int(ref["bins"]), momentum=float(ref["momentum"]), mu=float(ref["mu"]))
+    loss = GHMRLoss(bins=int(ref["bins"]), momentum=float(ref["momentum"]), mu=float(ref["mu"]))
     for step in range(4):
         pred = torch.tensor(ref["pred"][step]).requires_grad_()
         value = loss(pred, torch.tensor(ref["target"][step]))
@@ -69,7 +69,7 @@ def test_ghm_r_equals_mmdet_over_four_steps(name):
 @pytest.mark.parametrize("name", ["dr_mixed", "dr_no_positive"])
 def test_dr_over_one_pool_equals_the_authors_release(name):
     ref = load(name)
-    loss = DR(
+    loss = DRLoss(
         margin=float(ref["margin"]),
         L=float(ref["L"]),
         tau=float(ref["tau"]),
@@ -84,13 +84,13 @@ def test_dr_over_one_pool_equals_the_authors_release(name):
 
 def test_dr_defaults_are_the_authors():
     ref = load("dr_mixed")
-    value, _ = run(DR(scope="batch"), ref["logits"], ref["labels"], int(ref["num_classes"]))
+    value, _ = run(DRLoss(scope="batch"), ref["logits"], ref["labels"], int(ref["num_classes"]))
     assert_close(value, ref["loss"])
 
 
 def test_eql_equals_the_authors_release():
     ref = load("eql")
-    loss = EQL(class_frequency=ref["class_frequency"], lambda_=float(ref["lambda_"]))
+    loss = EQLLoss(class_frequency=ref["class_frequency"], lambda_=float(ref["lambda_"]))
     value, grad = run(
         loss,
         ref["logits"],
@@ -104,7 +104,7 @@ def test_eql_equals_the_authors_release():
 
 def test_eqlv2_equals_mmdet_over_four_steps():
     ref = load("eqlv2")
-    loss = EQLv2(
+    loss = EQLv2Loss(
         num_classes=int(ref["num_classes"]),
         gamma=float(ref["gamma"]),
         mu=float(ref["mu"]),
@@ -137,7 +137,7 @@ def test_seesaw_class_part_equals_mmdet():
 
 def test_ap_equals_the_authors_release():
     ref = load("ap")
-    value, grad = run(AP(), ref["logits"], ref["labels"], int(ref["num_classes"]))
+    value, grad = run(APLoss(), ref["logits"], ref["labels"], int(ref["num_classes"]))
     assert_close(value, ref["loss"].squeeze(), rel=1e-6)
     assert_close(grad, ref["grad"], rel=1e-6)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import Samples, Seesaw
+from d2_balance.losses import Samples, SeesawLoss
 from d2_balance.losses.seesaw import seesaw_ce_loss
 
 
@@ -41,7 +41,7 @@ def test_class_part_equals_the_formula():
 
 
 def test_counts_are_updated_before_the_loss_and_only_by_objects():
-    loss = Seesaw(num_classes=2)
+    loss = SeesawLoss(num_classes=2)
     logits = torch.zeros(5, 4, requires_grad=True)
     loss(Samples(logits=logits, labels=torch.tensor([0, 0, 0, 1, 2]), num_classes=2))
     assert loss.counts.tolist() == [3.0, 1.0]
@@ -49,13 +49,13 @@ def test_counts_are_updated_before_the_loss_and_only_by_objects():
 
 def test_background_rows_train_objectness_only():
     logits = torch.randn(3, 4, requires_grad=True)
-    loss = Seesaw(num_classes=2)
+    loss = SeesawLoss(num_classes=2)
     loss(Samples(logits=logits, labels=torch.full((3,), 2), num_classes=2)).sum().backward()
     assert (logits.grad[:, :2] == 0).all() and (logits.grad[:, 2:] != 0).all()
 
 
 def test_scores_are_class_times_object():
-    probs = Seesaw(num_classes=2).probabilities(torch.tensor([[1.0, 0.0, 2.0, 0.0]]))
+    probs = SeesawLoss(num_classes=2).probabilities(torch.tensor([[1.0, 0.0, 2.0, 0.0]]))
     obj = math.exp(2) / (math.exp(2) + 1)
     first = math.e / (math.e + 1)
     assert probs[0].tolist() == pytest.approx([first * obj, (1 - first) * obj, 1 - obj])
@@ -65,4 +65,4 @@ def test_scores_are_class_times_object():
 @pytest.mark.parametrize("name", ["p", "q", "eps"])
 def test_arguments_out_of_range_are_named(name):
     with pytest.raises(ValueError, match=f"Seesaw: {name}=-1.0 is not allowed"):
-        Seesaw(num_classes=2, **{name: -1.0})
+        SeesawLoss(num_classes=2, **{name: -1.0})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from d2_balance.losses import QFL, VFL, Federated, Samples, SoftmaxEQL
+from d2_balance.losses import FederatedLoss, QFLLoss, Samples, SoftmaxEQLLoss, VFLLoss
 from d2_balance.losses.balanced_l1 import balanced_l1_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
@@ -42,7 +42,7 @@ def test_softmax_eql_is_a_softmax_with_weighted_terms():
 def test_a_dropped_class_of_any_score_leaves_softmax_eql_alone(dtype):
     # class 1 is a tail class with a score far above all others; class 0 and background have 0
     logits = torch.tensor([[-100.0, 100.0, -100.0]], dtype=dtype, requires_grad=True)
-    loss = SoftmaxEQL(class_frequency=[0.5, 1e-4], gamma=1.0)
+    loss = SoftmaxEQLLoss(class_frequency=[0.5, 1e-4], gamma=1.0)
     value = loss(Samples(logits=logits, labels=torch.tensor([0]), num_classes=2)).sum()
     assert value.item() == pytest.approx(math.log(2), rel=1e-6)
     value.backward()
@@ -66,10 +66,10 @@ def test_federated_sums_the_classes_of_each_image():
     image = torch.arange(R) % 2
     verified = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
     not_exhaustive = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
-    batch = rows(image=image, num_images=2, verified=verified, not_exhaustive=not_exhaustive)
+    batch = rows(image_index=image, num_images=2, verified=verified, not_exhaustive=not_exhaustive)
     # classes 3 and 4 have no image and are never drawn; a sample of 1 draws nothing besides
     batch = Samples(**{**vars_of(batch), "labels": torch.where(batch.labels < 2, 2, K)})
-    value = Federated(class_count=[9, 9, 9, 0, 0], num_sampled=1)(batch)
+    value = FederatedLoss(class_count=[9, 9, 9, 0, 0], num_sampled=1)(batch)
     for i in range(R):
         taken = {2} | {j for j in range(K) if verified[image[i], j]}
         taken -= {j for j in range(K) if not_exhaustive[image[i], j] and batch.labels[i] != j}
@@ -109,7 +109,7 @@ def boxed(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_quality_losses_follow_their_formulas(seed):
     batch, quality = boxed(seed)
-    qfl, vfl = QFL()(batch), VFL()(batch)
+    qfl, vfl = QFLLoss()(batch), VFLLoss()(batch)
     for i in range(R):
         for j in range(K):
             z, q = batch.logits[i, j].item(), quality[i, j].item()

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
-from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, EQL, BalancedSoftmax
+from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BalancedSoftmaxLoss, EQLLoss
 from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRetinaNet
 from d2_balance.reweight import REWEIGHTERS, Reweighter
 
@@ -161,10 +161,20 @@ def test_class_statistics_of_another_length(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "cls", "loss", "name"),
     [
-        ("faster", BalancedFastRCNNOutputLayers, EQL(class_frequency=[0.1] * 4), "class_frequency"),
-        ("faster", BalancedFastRCNNOutputLayers, EQL(class_frequency=[0.1]), "class_frequency"),
-        ("faster", BalancedFastRCNNOutputLayers, BalancedSoftmax(class_count=[1]), "class_count"),
-        ("retinanet", BalancedRetinaNet, EQL(class_frequency=[0.1] * 7), "class_frequency"),
+        (
+            "faster",
+            BalancedFastRCNNOutputLayers,
+            EQLLoss(class_frequency=[0.1] * 4),
+            "class_frequency",
+        ),
+        ("faster", BalancedFastRCNNOutputLayers, EQLLoss(class_frequency=[0.1]), "class_frequency"),
+        (
+            "faster",
+            BalancedFastRCNNOutputLayers,
+            BalancedSoftmaxLoss(class_count=[1]),
+            "class_count",
+        ),
+        ("retinanet", BalancedRetinaNet, EQLLoss(class_frequency=[0.1] * 7), "class_frequency"),
     ],
 )
 def test_class_quantities_of_another_length_from_python(kind, cls, loss, name):
@@ -179,7 +189,7 @@ def test_class_quantities_of_another_length_from_python(kind, cls, loss, name):
 @pytest.mark.parametrize("values", [[0.1, 1.5], [-0.1], [[0.1, 0.2]], [float("nan")]])
 def test_class_frequency_that_is_no_list_of_shares(values):
     with pytest.raises(ValueError, match=r"EQL: class_frequency=.* K numbers in \[0, 1\]"):
-        EQL(class_frequency=values)
+        EQLLoss(class_frequency=values)
 
 
 def test_eql_without_counts_says_what_to_give():

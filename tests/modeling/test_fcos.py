@@ -18,7 +18,7 @@ from d2_balance.modeling.meta_arch.fcos import centerness_targets
 from ..conftest import CLASSES, make_inputs, small_cfg
 
 STOCK_ARGUMENTS = inspect.signature(FCOS.__init__).parameters
-DENSE = sorted(cls.__name__ for cls in HEADS["FCOS"].cls_losses)
+DENSE = sorted(cls.name for cls in HEADS["FCOS"].cls_losses)
 KEYS = ["loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"]
 
 
@@ -191,7 +191,7 @@ def test_samples_hold_every_point_with_ids_unique_over_the_batch(monkeypatch):
     assert torch.equal(samples.gt_boxes, boxes[samples.gt_index])
     assert torch.equal(samples.labels[samples.pos], classes[samples.gt_index])
     owner = torch.tensor([0] * 3 + [2] * 3)
-    assert torch.equal(samples.image[samples.pos], owner[samples.gt_index])
+    assert torch.equal(samples.image_index[samples.pos], owner[samples.gt_index])
 
 
 def test_image_level_labels_reach_the_loss(counts_file, monkeypatch):

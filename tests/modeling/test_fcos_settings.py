@@ -8,8 +8,8 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
 from d2_balance.engine import read_config
-from d2_balance.losses import Focal
-from d2_balance.losses.iou import GIoU
+from d2_balance.losses import FocalLoss
+from d2_balance.losses.iou import GIoULoss
 
 FILE = Path(__file__).parents[2] / "configs/COCO-Detection/fcos_R_50_FPN_1x_focal.yaml"
 
@@ -45,7 +45,7 @@ def test_model_has_the_weights_and_the_settings_of_the_lazy_config(lazy, cfg):
         "max_detections_per_image",
     ):
         assert getattr(ours, name) == getattr(stock, name), name
-    assert isinstance(ours.cls_loss, Focal) and isinstance(ours.box_loss, GIoU)
+    assert isinstance(ours.cls_loss, FocalLoss) and isinstance(ours.box_loss, GIoULoss)
     assert (ours.cls_loss.alpha, ours.cls_loss.gamma) == (
         stock.focal_loss_alpha,
         stock.focal_loss_gamma,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2_balance.losses import Samples
-from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory, UsedRowNormalizer
+from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory, UsedSampleNormalizer
 
 
 def memory(num_classes=3, length=4, **arguments):
@@ -115,6 +115,6 @@ def test_rows_of_weight_zero_are_not_counted():
         logits=torch.zeros(3, 2),
         labels=torch.tensor([0, 1, 1]),
         num_classes=1,
-        row_weight=torch.tensor([1.0, 0.5, 0.0]),
+        sample_weight=torch.tensor([1.0, 0.5, 0.0]),
     )
-    assert UsedRowNormalizer().statistics(samples) == 2
+    assert UsedSampleNormalizer().batch_statistics(samples) == 2

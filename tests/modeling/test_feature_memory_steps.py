@@ -42,16 +42,16 @@ def test_a_step_fills_the_memory_and_later_steps_draw_from_it(kind):
     counts = [layer.memory.count.clone() for layer in layers_of(model)]
     for (samples, *_), count in zip(first, counts, strict=True):
         real = len(samples.labels) - DRAWN
-        assert (samples.row_weight[real:] == 0).all()  # nothing to draw yet
+        assert (samples.sample_weight[real:] == 0).all()  # nothing to draw yet
         own = torch.bincount(samples.labels[:real], minlength=CLASSES + 1)[:CLASSES]
         assert own.sum() > 0 and torch.equal(count, own.clamp(max=5))
     again, losses = watch(model, make_inputs(seed=1))
     for layer, (samples, _, cls, box) in zip(layers_of(model), again, strict=True):
         real = len(samples.labels) - DRAWN
         assert cls.shape == (real + DRAWN,)
-        assert samples.row_weight[real:].sum() >= 4
+        assert samples.sample_weight[real:].sum() >= 4
         held = {c for count in counts for c in count.nonzero().flatten().tolist()}
-        used = samples.row_weight[real:] > 0
+        used = samples.sample_weight[real:] > 0
         assert set(samples.labels[real:][used].tolist()) <= held
         assert (box[-DRAWN:] == 0).all()
         ids = samples.gt_index
@@ -144,7 +144,7 @@ def test_mining_passes_draw_nothing(kind):
         seen, losses = watch(model, make_inputs(seed=seed))
     for samples, *_ in seen:
         assert len(samples.labels) <= 2 * 8 + DRAWN
-        assert samples.row_weight[-DRAWN:].sum() >= 4
+        assert samples.sample_weight[-DRAWN:].sum() >= 4
     total = sum(losses.values())
     total.backward()
     assert total.isfinite()

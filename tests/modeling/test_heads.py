@@ -118,8 +118,8 @@ def test_image_level_labels_reach_the_loss(kind, counts_file, monkeypatch):
         rows = [set(row.nonzero().flatten().tolist()) for row in samples.verified]
         assert rows == [annotated | {1, 3}, {5}]
         assert samples.not_exhaustive.nonzero().tolist() == [[0, 3]]
-        assert set(samples.image.tolist()) == {0, 1}
-        expected = samples.verified[samples.image]
+        assert set(samples.image_index.tolist()) == {0, 1}
+        expected = samples.verified[samples.image_index]
         assert torch.equal(samples.sample_verified, expected)
     if kind != "retinanet":
         assert all(layer.verified is layer.not_exhaustive is None for layer in predictors(model))
@@ -172,7 +172,7 @@ def test_samples_hold_the_positives_in_row_order(kind, monkeypatch):
     owner = torch.tensor([0] * 3 + [2] * 3)
     for row, box in zip(pos.tolist(), samples.gt_boxes, strict=True):
         matches = (boxes == box).all(dim=1).nonzero().flatten()
-        assert samples.image[row] in owner[matches]
+        assert samples.image_index[row] in owner[matches]
         assert samples.labels[row] in classes[matches]
 
 

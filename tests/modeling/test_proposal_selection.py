@@ -164,8 +164,8 @@ def test_isr_n_weights_reach_the_loss(monkeypatch):
 
     monkeypatch.setattr(layers, "samples", samples)
     losses = train_step(model, make_inputs(2))
-    weight = captured[-1].row_weight
-    assert torch.equal(weight, torch.cat([p.row_weight for p in calls[0]]))
+    weight = captured[-1].sample_weight
+    assert torch.equal(weight, torch.cat([p.sample_weight for p in calls[0]]))
     assert weight.unique().numel() > 5
     rows = torch.nn.functional.cross_entropy(
         captured[-1].logits, captured[-1].labels, reduction="none"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, Samples
-from d2_balance.modeling.criterion import PositiveEMA, RowNormalizer, detection_losses
+from d2_balance.modeling.criterion import PositiveEMA, SampleNormalizer, detection_losses
 from d2_balance.modeling.proposal_generator.rpn import ImageNormalizer
 
 from ..losses.test_contract import Deltas, build
@@ -13,14 +13,18 @@ from ..two_ranks import results_of_two_ranks
 K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
 PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on
 PAIRS = sorted(
-    {(cls, "SmoothL1", norm) for cls, _ in CLS_LOSSES for norm in ("PositiveEMA", "RowNormalizer")}
+    {
+        (cls, "SmoothL1", norm)
+        for cls, _ in CLS_LOSSES
+        for norm in ("PositiveEMA", "SampleNormalizer")
+    }
     | {("Focal", box, "PositiveEMA") for box, _ in BOX_LOSSES}
     | {("SigmoidCE", "SmoothL1", "ImageNormalizer")}
     | {("GHMC" + PER_LEVEL, "GHMR" + PER_LEVEL, "PositiveEMA")}
 )
 NORMALIZERS = {
     "PositiveEMA": PositiveEMA,
-    "RowNormalizer": RowNormalizer,
+    "SampleNormalizer": SampleNormalizer,
     "ImageNormalizer": lambda: ImageNormalizer(rows=256),
 }
 
@@ -53,7 +57,7 @@ def samples_of(step, ranks, columns):
         logits=logits,
         labels=labels,
         num_classes=K,
-        image=image - ranks[0],
+        image_index=image - ranks[0],
         num_images=len(ranks),
         level=level,
         num_levels=LEVELS,
@@ -110,7 +114,7 @@ def test_state_and_gradients_equal_one_process_on_the_joined_batch(index, two_ra
     (first, first_state), (second, second_state) = two_ranks[0][index], two_ranks[1][index]
     for name, value in first_state.items():
         assert torch.equal(value, second_state[name]), name
-    if not CLS_LOSSES.get(PAIRS[index][0].removesuffix(PER_LEVEL)).joins_ranks:
+    if not CLS_LOSSES.get(PAIRS[index][0].removesuffix(PER_LEVEL)).all_reduced:
         return  # it ranks or draws its own rows; the buffers are equal, and that is all
     joined, state = train(PAIRS[index], [0, 1])
     for name, value in state.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_balance.losses import SigmoidCE, SmoothL1
+from d2_balance.losses import SigmoidCELoss, SmoothL1Loss
 from d2_balance.modeling.criterion import PositiveNormalizer, detection_losses
 from d2_balance.reweight import GuidedScale
 
@@ -24,7 +24,7 @@ def test_value_is_the_box_loss_and_gradient_is_that_of_the_logarithm():
     grads = torch.autograd.grad(loss, (cls, box), allow_unused=True)
     assert grads[0].item() == 1.5  # w L_box / L_cls
     assert grads[1] is None  # the ratio has no gradient
-    assert guided.stats()["ratio"].item() == 0.75
+    assert guided.log_values()["ratio"].item() == 0.75
 
 
 @pytest.mark.parametrize("factor", [1e-4, 0.1, 1000.0])
@@ -60,9 +60,9 @@ def test_arguments_out_of_range_are_refused(name, bad):
 
 
 def losses(normalizer, guided, **weights):
-    samples = make(SigmoidCE())
+    samples = make(SigmoidCELoss())
     found = detection_losses(
-        samples, SigmoidCE(), SmoothL1(), [], normalizer, guided=guided, **weights
+        samples, SigmoidCELoss(), SmoothL1Loss(), [], normalizer, guided=guided, **weights
     )
     (grad,) = torch.autograd.grad(found["loss_cls"], samples.logits)
     return found, grad

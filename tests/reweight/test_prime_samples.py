@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils.events import EventStorage
 
-from d2_balance.losses import DR, Focal, Samples, SigmoidCE, SoftmaxCE
+from d2_balance.losses import DRLoss, FocalLoss, Samples, SigmoidCELoss, SoftmaxCELoss
 from d2_balance.losses._kernels.ranks import rank_within
 from d2_balance.reweight import CARL, ISR, REWEIGHTERS
 from d2_balance.reweight.isr import hierarchical_rank
@@ -40,7 +40,7 @@ def reference_samples():
 def test_isr_equals_mmdet():
     ref, samples, *_ = reference_samples()
     isr = ISR(k=float(ref["isr_k"]), bias=float(ref["isr_bias"]))
-    weights, none = isr(samples, SoftmaxCE()(samples), None)
+    weights, none = isr(samples, SoftmaxCELoss()(samples), None)
     torch.testing.assert_close(weights, ref["isr_weights"], rtol=1e-6, atol=1e-9)
     assert none is None and not weights.requires_grad
 
@@ -48,7 +48,7 @@ def test_isr_equals_mmdet():
 def test_carl_equals_mmdet_in_value_and_both_gradients():
     ref, samples, logits, deltas = reference_samples()
     carl = CARL(k=float(ref["carl_k"]), bias=float(ref["carl_bias"]), mode="replace")
-    _, weights = carl(samples, SoftmaxCE()(samples), None)
+    _, weights = carl(samples, SoftmaxCELoss()(samples), None)
     off = (samples.pred_deltas - samples.target_deltas).abs()
     beta = float(ref["smooth_l1_beta"])
     smooth = torch.where(off < beta, 0.5 * off * off / beta, off - 0.5 * beta)
@@ -61,8 +61,8 @@ def test_carl_equals_mmdet_in_value_and_both_gradients():
 
 def test_adding_carl_keeps_the_box_loss():
     _, samples, *_ = reference_samples()
-    _, added = CARL(mode="add")(samples, SoftmaxCE()(samples), None)
-    _, alone = CARL(mode="replace")(samples, SoftmaxCE()(samples), None)
+    _, added = CARL(mode="add")(samples, SoftmaxCELoss()(samples), None)
+    _, alone = CARL(mode="replace")(samples, SoftmaxCELoss()(samples), None)
     torch.testing.assert_close(added, alone + 1)
     assert alone.mean().item() == pytest.approx(1.0)
 
@@ -99,14 +99,14 @@ def test_equal_ious_keep_their_order():
 
 def test_weighted_sum_of_the_loss_stays():
     _, samples, *_ = reference_samples()
-    ce = SoftmaxCE()(samples)
+    ce = SoftmaxCELoss()(samples)
     weights, _ = ISR()(samples, ce, None)
     pos = samples.pos
     assert (weights * ce)[pos].sum().item() == pytest.approx(ce[pos].sum().item())
     assert (weights[samples.labels == samples.num_classes] == 1).all()
 
 
-@pytest.mark.parametrize("loss", [SoftmaxCE(), SigmoidCE(), Focal()])
+@pytest.mark.parametrize("loss", [SoftmaxCELoss(), SigmoidCELoss(), FocalLoss()])
 def test_no_positives(loss):
     logits = torch.randn(5, loss.num_outputs(3), requires_grad=True)
     samples = Samples(
@@ -160,7 +160,7 @@ def test_losses_without_rows_are_refused():
         ValueError, match="REWEIGHTERS ISR weights single rows and CLS_LOSS DR has no"
     ):
         build_model(small_cfg("retinanet", *keys))
-    assert not DR.elementwise
+    assert not DRLoss.elementwise
 
 
 @pytest.mark.parametrize("loss", ["EQLv2", "Seesaw"])

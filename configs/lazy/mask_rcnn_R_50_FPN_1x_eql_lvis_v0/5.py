@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 
 from d2_balance.data import ImageLabels
 from d2_balance.engine.setup.lazy import dataset_quantity
-from d2_balance.losses import EQL
+from d2_balance.losses import EQLLoss
 from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRCNN, BalancedStandardROIHeads
 
 TRAIN, CLASSES = "lvis_v0.5_train", 1230
@@ -19,7 +19,7 @@ heads._target_ = BalancedStandardROIHeads
 heads.num_classes = CLASSES
 heads.box_predictor._target_ = BalancedFastRCNNOutputLayers
 heads.box_predictor.update(test_score_thresh=0.0001, test_topk_per_image=300)
-heads.box_predictor.cls_loss = L(EQL)(
+heads.box_predictor.cls_loss = L(EQLLoss)(
     class_frequency=L(dataset_quantity)(
         names=[TRAIN], num_classes=CLASSES, quantity="class_frequency"
     ),

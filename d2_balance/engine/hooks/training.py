@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from d2_balance.losses import BoxLoss, ClassificationLoss, SmoothL1
+from d2_balance.losses import BoxLoss, ClassificationLoss, SmoothL1Loss
 from d2_balance.reweight import GuidedScale, Reweighter
 from d2_balance.utils.files import atomic_path
 
@@ -85,7 +85,7 @@ class BetaDecay(HookBase):
     def __init__(
         self, model: nn.Module, *, mode: str, amount: float, period: int, minimum: float = 0.0
     ) -> None:
-        self._modules = [m for m in model.modules() if isinstance(m, SmoothL1)]
+        self._modules = [m for m in model.modules() if isinstance(m, SmoothL1Loss)]
         if not self._modules:
             raise ValueError(
                 "MODEL.BALANCE.BETA_DECAY.ENABLED is True, but no box loss of the model is "
@@ -130,7 +130,7 @@ class SeedSteps(HookBase):
 
 
 class LossStats(HookBase):
-    """Logs what `stats()` of the losses and reweighters of a model returns.
+    """Logs what `log_values()` of the losses and reweighters of a model returns.
 
     Single numbers become scalars `balance/<class>/<name>`; vectors (densities, weights) become
     TensorBoard histograms whose x axis is the index in the vector. The history of the vectors is
@@ -177,7 +177,7 @@ class LossStats(HookBase):
         storage = self.trainer.storage
         vectors: dict[str, dict[str, list[float]]] = {}
         for name, source in self._sources.items():
-            for key, value in source.stats().items():
+            for key, value in source.log_values().items():
                 value = value.detach().double().cpu()
                 if value.dim() == 0:
                     tag = f"balance/{name}/{key}"
@@ -199,8 +199,8 @@ class LossStats(HookBase):
 def _named_sources(model: nn.Module) -> dict[str, nn.Module]:
     """Modules with stats by class name; a number is added where a class occurs more than once."""
     kinds = (ClassificationLoss, BoxLoss, Reweighter, GuidedScale)
-    found = [m for m in model.modules() if isinstance(m, kinds) and hasattr(m, "stats")]
-    names = [type(m).__name__ for m in found]
+    found = [m for m in model.modules() if isinstance(m, kinds) and hasattr(m, "log_values")]
+    names = [getattr(m, "name", type(m).__name__) for m in found]
     sources = {}
     for i, (name, module) in enumerate(zip(names, found, strict=True)):
         number = f"_{names[:i].count(name)}" if names.count(name) > 1 else ""

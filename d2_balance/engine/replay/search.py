@@ -190,7 +190,7 @@ def _bad_rows(
         ("a predicted box is not finite", pred, samples.pos, False),
         ("the classification loss is not finite", cls, rows, cls.dim() == 2),
         ("the box loss is not finite", box, samples.pos, False),
-        ("the weight of a row is not finite", samples.row_weight, rows, False),
+        ("the weight of a row is not finite", samples.sample_weight, rows, False),
     ):
         # a 0-d loss of a set belongs to no row
         if values is None or values.dim() == 0 or values.isfinite().all():
@@ -216,7 +216,7 @@ def _pairs(samples: Samples, bad: Tensor, rows: Tensor, has_classes: bool) -> Te
     Returns:
         (m, 2) int64.
     """
-    images = torch.zeros_like(rows) if samples.image is None else samples.image[rows]
+    images = torch.zeros_like(rows) if samples.image_index is None else samples.image_index[rows]
     if not has_classes:
         hit = bad if bad.dim() == 1 else bad.any(dim=1)
         return torch.stack([images[hit], samples.labels[rows[hit]]], dim=1).unique(dim=0)

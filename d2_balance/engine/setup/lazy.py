@@ -2,7 +2,7 @@
 
 A lazy config has `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`, as Detectron2's
 own have, and `run` with keys under their names in YAML, for example
-`run = dict(TEST=dict(BEST=dict(METRIC="bbox/APr")))`. Losses are objects: `cls_loss=L(GHMC)()`.
+`run = dict(TEST=dict(BEST=dict(METRIC="bbox/APr")))`. Losses are objects: `cls_loss=L(GHMCLoss)()`.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _model_keys(model: DictConfig) -> dict[str, Any]:
         loss = head.get(part)
         if loss is None:
             continue
-        name = _name(loss)
+        name = _target(loss).name
         keys[f"MODEL.BALANCE.{key}"] = name
         for argument in inspect.signature(_target(loss)).parameters.values():
             if argument.default is not argument.empty and argument.name in loss:

@@ -164,7 +164,7 @@ class GradientDensity(nn.Module):
         full = self.ema_mode == "paper"
         return density * (self.bins if full else (counts > 0).sum().clamp(min=1))
 
-    def stats(self) -> dict[str, Tensor]:
+    def log_values(self) -> dict[str, Tensor]:
         """Density S_b, mean-one weight of an entry per bin, and the number of dead bins."""
         density = self.density()
         alive = density > 0

@@ -238,7 +238,7 @@ class BalancedDense(LabelledImages, nn.Module):
             logits=cat(pred_logits, dim=1)[valid],
             labels=labels[valid],
             num_classes=self.num_classes,
-            image=images.expand_as(labels)[valid],
+            image_index=images.expand_as(labels)[valid],
             num_images=len(labels),
             level=level.expand_as(labels)[valid],
             num_levels=len(anchors),

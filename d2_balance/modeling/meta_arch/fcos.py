@@ -17,7 +17,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2_balance.losses import BOX_LOSSES, BoxLoss, ClassificationLoss, Focal, Samples
+from d2_balance.losses import BOX_LOSSES, BoxLoss, ClassificationLoss, FocalLoss, Samples
 
 from ..deformable import deformable_convolutions
 from .dense import BalancedDense, loss_arguments
@@ -106,7 +106,7 @@ class BalancedFCOS(BalancedDense, FCOS):
         }
 
     def default_cls_loss(self) -> ClassificationLoss:
-        return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+        return FocalLoss(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def default_box_loss(self) -> BoxLoss:
         return BOX_LOSSES.get("GIoU")()

@@ -8,7 +8,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
-from d2_balance.losses import BoxLoss, ClassificationLoss, Focal
+from d2_balance.losses import BoxLoss, ClassificationLoss, FocalLoss
 
 from ..build import stock_box_loss
 from ..deformable import deformable_convolutions
@@ -33,7 +33,7 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
         return ret | loss_arguments(cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name)
 
     def default_cls_loss(self) -> ClassificationLoss:
-        return Focal(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
+        return FocalLoss(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def default_box_loss(self) -> BoxLoss:
         return stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2_balance.data.priors.foreground import RPN as PART
 from d2_balance.data.priors.foreground import ForegroundPrior
-from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCE
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCELoss
 from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import world_size
 
@@ -42,7 +42,7 @@ class ImageNormalizer(Normalizer):
         self.rows = rows
         self.register_buffer("total", torch.ones((), dtype=torch.float64), persistent=False)
 
-    def statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> Tensor:
         return torch.full_like(self.total, self.rows * samples.images)
 
     def update(self, total: Tensor) -> None:
@@ -97,7 +97,7 @@ class BalancedRPN(RPN):
         check_ioa(ignore_ioa)
         self.ignore_ioa = ignore_ioa
         self._regions: list[Tensor] | None = None  # of the batch
-        self.cls_loss = cls_loss or SigmoidCE()
+        self.cls_loss = cls_loss or SigmoidCELoss()
         self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
         self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
         self.box_weight = box_weight * self.loss_weight.get("loss_rpn_loc", 1.0)
@@ -211,7 +211,7 @@ class BalancedRPN(RPN):
             logits=cat(pred_objectness_logits, dim=1)[valid].unsqueeze(1),
             labels=torch.where(positive, OBJECT, BACKGROUND)[valid],
             num_classes=1,
-            image=images.expand_as(labels)[valid],
+            image_index=images.expand_as(labels)[valid],
             num_images=len(labels),
             level=level.expand_as(labels)[valid],
             num_levels=len(anchors),

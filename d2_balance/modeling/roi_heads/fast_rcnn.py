@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from d2_balance.data.model_classes import fill_metadata
 from d2_balance.data.priors.foreground import ROI_HEADS, ForegroundPrior
-from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCE
-from d2_balance.losses._base import per_row
+from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCELoss
+from d2_balance.losses._base import per_sample
 from d2_balance.reweight import GuidedScale
 
 from ..build import (
@@ -28,7 +28,7 @@ from ..build import (
     stock_box_loss,
 )
 from ..compatibility import check_pairing
-from ..criterion import PositiveNormalizer, RowNormalizer, box_inputs, detection_losses
+from ..criterion import PositiveNormalizer, SampleNormalizer, box_inputs, detection_losses
 from ..postprocess.norcal import norcal
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
 from .feature_memory import FeatureMemory
@@ -87,13 +87,13 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
                 "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE and USE_FED_LOSS choose a loss of Detectron2; "
                 "set both to False and name the loss in MODEL.BALANCE.CLS_LOSS (SigmoidCE)."
             )
-        self.cls_loss = cls_loss or SoftmaxCE()
+        self.cls_loss = cls_loss or SoftmaxCELoss()
         self.box_loss = box_loss or stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
         self.reweighters = reweighters or nn.ModuleList()
         self.cls_weight = cls_weight
         self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
         self.guided = guided
-        self.normalizer = RowNormalizer() if guided is None else PositiveNormalizer()
+        self.normalizer = SampleNormalizer() if guided is None else PositiveNormalizer()
         # image-level labels of the batch, set by the RoI heads
         self.verified: Tensor | None = None
         self.not_exhaustive: Tensor | None = None
@@ -199,8 +199,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             Classification loss (R,), and box loss (R,), which is 0 for background.
         """
         samples = self.samples(predictions, proposals).upcast()
-        cls = per_row(self.cls_loss.compute(samples))
-        positive = per_row(self.box_loss.compute(*box_inputs(samples, self.box_loss)))
+        cls = per_sample(self.cls_loss.compute(samples))
+        positive = per_sample(self.box_loss.compute(*box_inputs(samples, self.box_loss)))
         box = positive.new_zeros(len(cls)).index_copy(0, samples.pos, positive)
         return self.cls_weight * cls, self.box_weight * box
 
@@ -233,8 +233,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
         deltas = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (R, 1 or K, 4)
         column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
         weight = None
-        if any(p.has("row_weight") for p in proposals):
-            weight = cat([p.row_weight for p in proposals])
+        if any(p.has("sample_weight") for p in proposals):
+            weight = cat([p.sample_weight for p in proposals])
         ids = None
         if any(p.has("gt_index") for p in proposals):
             parts = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
@@ -243,9 +243,9 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             logits=self.class_logits(scores),
             labels=labels,
             num_classes=self.num_classes,
-            image=image,
+            image_index=image,
             num_images=len(proposals),
-            row_weight=weight,
+            sample_weight=weight,
             verified=self.verified,
             not_exhaustive=self.not_exhaustive,
             pred_deltas=deltas[pos, column],

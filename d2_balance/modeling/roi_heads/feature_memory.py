@@ -31,12 +31,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from d2_balance.losses import BOX_LOSSES, LOCE, Samples
+from d2_balance.losses import BOX_LOSSES, LOCELoss, Samples
 from d2_balance.losses._base import check
 from d2_balance.losses._kernels.ranks import rank_within
 from d2_balance.losses.loce import LEAST_SCORE
 
-from ..criterion import RowNormalizer
+from ..criterion import SampleNormalizer
 
 KEY = "MODEL.BALANCE.LOCE_MEMORY"
 
@@ -174,7 +174,7 @@ class FeatureMemory(nn.Module):
         if drawn is None or drawn.scores is None:
             return samples
         labels = drawn.labels
-        weight, ids = samples.row_weight, samples.gt_index
+        weight, ids = samples.sample_weight, samples.gt_index
         if weight is None:
             weight = drawn.weight.new_ones(len(samples.labels))
         if ids is None:
@@ -185,8 +185,8 @@ class FeatureMemory(nn.Module):
         parts = {
             "logits": (samples.logits, drawn.scores),
             "labels": (samples.labels, labels),
-            "image": (samples.image, torch.zeros_like(labels)),
-            "row_weight": (weight, drawn.weight.to(weight.dtype)),
+            "image_index": (samples.image_index, torch.zeros_like(labels)),
+            "sample_weight": (weight, drawn.weight.to(weight.dtype)),
             "pred_deltas": (samples.pred_deltas, samples.pred_deltas.new_zeros(box.shape)),
             "boxes": (samples.boxes, box.to(samples.boxes.dtype)),
             "gt_boxes": (samples.gt_boxes, box.to(samples.gt_boxes.dtype)),
@@ -202,7 +202,7 @@ class FeatureMemory(nn.Module):
 
 
 def append_drawn(
-    memory: FeatureMemory, loss: LOCE, head: nn.Module, inputs: tuple[Tensor]
+    memory: FeatureMemory, loss: LOCELoss, head: nn.Module, inputs: tuple[Tensor]
 ) -> tuple[Tensor] | None:
     """Hook before a box head; quiet in evaluation and without gradient (the mining of OHEM)."""
     memory.batch = None
@@ -214,13 +214,13 @@ def append_drawn(
     return (torch.cat([pooled, features.to(pooled.dtype)]),)
 
 
-class UsedRowNormalizer(RowNormalizer):
+class UsedSampleNormalizer(SampleNormalizer):
     """Number of rows with a weight above 0: drawn rows of empty queues are none."""
 
-    def statistics(self, samples: Samples) -> Tensor:
-        if samples.row_weight is None:
-            return super().statistics(samples)
-        return (samples.row_weight > 0).sum()
+    def batch_statistics(self, samples: Samples) -> Tensor:
+        if samples.sample_weight is None:
+            return super().batch_statistics(samples)
+        return (samples.sample_weight > 0).sum()
 
 
 def check_memory(cfg: CfgNode) -> None:
@@ -257,7 +257,7 @@ def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, Shap
     if isinstance(layers, nn.ModuleList):
         pairs = list(zip(roi_heads.box_head, layers, strict=True))
     for head, layer in pairs:
-        if head is None or not isinstance(getattr(layer, "cls_loss", None), LOCE):
+        if head is None or not isinstance(getattr(layer, "cls_loss", None), LOCELoss):
             raise ValueError(
                 f"{KEY}.ENABLED True needs MODEL.ROI_HEADS.NAME BalancedStandardROIHeads or "
                 f"BalancedCascadeROIHeads, not {type(roi_heads).__name__}."
@@ -283,10 +283,10 @@ def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> Non
         allowed = sorted(name for name, loss in BOX_LOSSES if loss.elementwise)
         raise ValueError(
             f"{KEY}.ENABLED True adds rows without a box and BOX_LOSS "
-            f"{type(layers.box_loss).__name__} counts all rows; BOX_LOSS that work: "
+            f"{layers.box_loss.name} counts all rows; BOX_LOSS that work: "
             f"{', '.join(allowed)}."
         )
-    users = [f"REWEIGHTERS {type(reweighter).__name__}" for reweighter in layers.reweighters]
+    users = [f"REWEIGHTERS {reweighter.name}" for reweighter in layers.reweighters]
     users += [] if layers.guided is None else ["GUIDED_SCALE"]
     if users:
         raise ValueError(
@@ -294,5 +294,5 @@ def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> Non
             "compares the boxes of positives; switch one of them off."
         )
     layers.memory = memory
-    layers.normalizer = UsedRowNormalizer()
+    layers.normalizer = UsedSampleNormalizer()
     head.register_forward_pre_hook(partial(append_drawn, memory, layers.cls_loss))

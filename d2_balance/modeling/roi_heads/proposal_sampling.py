@@ -60,7 +60,7 @@ class ProposalSampling:
             stage: cascade stage; 0 in other heads.
 
         Returns:
-            Proposals of the same images, with a field `row_weight` where the proposal sampler weights.
+            Proposals of the same images; `sample_weight` is set if the proposal sampler weights.
         """
         candidates = self._candidates(proposals, stage)
         chosen = self.proposal_sampler(
@@ -70,7 +70,7 @@ class ProposalSampling:
         for proposal, selection in zip(proposals, chosen, strict=True):
             proposal = proposal[selection.keep]
             if selection.weight is not None:
-                proposal.row_weight = selection.weight
+                proposal.sample_weight = selection.weight
             result.append(proposal)
         return result
 
