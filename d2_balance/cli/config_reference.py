@@ -145,7 +145,7 @@ def _table(place: str, values: dict[str, Any], texts: dict[str, str]) -> str:
     for key, value in values.items():
         name = f"{place}.{key}"
         text = _text(texts, name).replace("|", "\\|")
-        rows.append(f"| `{name}` | `{_shown(value)}` | {text[0].upper()}{text[1:]} |")
+        rows.append(f"| `{name}` | `{_shown(value)}` | {_capitalised(text)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -153,6 +153,11 @@ def _text(texts: dict[str, str], name: str) -> str:
     if not texts.get(name):
         raise ValueError(f"{name} has no comment in config.py and no line under Args.")
     return texts[name]
+
+
+def _capitalised(text: str) -> str:
+    """The first letter in upper case, unless it is a symbol of a formula ("s, how much ...")."""
+    return text if re.match(r"[a-z](,|$)", text) else text[0].upper() + text[1:]
 
 
 def _shown(value: Any) -> str:

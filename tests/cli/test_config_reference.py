@@ -84,6 +84,13 @@ def test_quantities_of_the_training_set_are_named(name, counted):
     assert ("Counted on the training set: `class_frequency`" in section) == counted
 
 
+def test_symbols_keep_their_case_and_sentences_begin_with_a_capital():
+    page = reference_page()
+    assert "| s, how much the exponent of" in page and "| b, weight of the last rank" in page
+    meanings = [row.split(" | ")[-1] for row in page.splitlines() if row.startswith("| `")]
+    assert all(m[0] == m[0].upper() or m[1] == "," for m in meanings)
+
+
 def test_comments_above_the_keys_are_joined():
     # two lines above PRIOR_PROB in config.py
     text = key_comments()["MODEL.BALANCE.PRIOR_PROB"]
