@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +80,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes the files; 2 where the user has to change something."""
-    try:
-        print(analyze_and_save(args))
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance analyze: error: {error}", file=sys.stderr)
-        return 2
+    print(analyze_and_save(args))
     return 0
 
 

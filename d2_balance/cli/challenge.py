@@ -6,8 +6,8 @@ A stopped run goes on with --resume, between stages and inside a training."""
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
+
+from .main import CommandError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,33 +29,19 @@ def run(args: argparse.Namespace) -> int:
     from d2_balance.recipes.stages import StageError
     from d2_balance.recipes.training import check_configs
 
-    try:
-        recipe = Recipe.read(args.recipe)
-        output = args.output or recipe.output
-        if args.check:
-            check_configs(recipe)
-            check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
-            print(
-                f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and dataset "
-                "exists (files were not looked for)"
-            )
-            return 0
-        runner = Runner(recipe, output, resume=args.resume, gpus=args.num_gpus)
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance challenge: error: {error}", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, _stop)  # so that the training of a stage is ended as well
+    recipe = Recipe.read(args.recipe)
+    if args.check:
+        check_configs(recipe)
+        check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
+        print(
+            f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and dataset "
+            "exists (files were not looked for)"
+        )
+        return 0
+    runner = Runner(recipe, args.output or recipe.output, resume=args.resume, gpus=args.num_gpus)
     try:
         print(runner.run())
     except StageError as error:
         stage = next(s.name for s in recipe.stages if s.name not in runner.done)
-        print(f"d2-balance challenge: error: stage {stage}: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:  # another run works in the directory
-        print(f"d2-balance challenge: error: {error}", file=sys.stderr)
-        return 2
+        raise CommandError(f"stage {stage}: {error}") from error
     return 0
-
-
-def _stop(number: int, _frame: object) -> None:
-    sys.exit(128 + number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from tabulate import tabulate
 
@@ -33,18 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from d2_balance.evaluation import compare as comparison
     from d2_balance.utils.files import check_new
 
-    try:
-        if args.output:
-            check_new([os.path.join(args.output, file) for file in FILES], args.overwrite)
-        names = args.names or [""] * len(args.runs)
-        if len(names) != len(args.runs):
-            raise ValueError(f"--names has {len(names)} names for {len(args.runs)} runs")
-        pairs = zip(args.runs, names, strict=True)
-        runs = [comparison.read_run(path, name, args.dataset) for path, name in pairs]
-        tasks = comparison.check_comparable(runs)
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance compare: error: {error}", file=sys.stderr)
-        return 2
+    if args.output:
+        check_new([os.path.join(args.output, file) for file in FILES], args.overwrite)
+    names = args.names or [""] * len(args.runs)
+    if len(names) != len(args.runs):
+        raise ValueError(f"--names has {len(names)} names for {len(args.runs)} runs")
+    pairs = zip(args.runs, names, strict=True)
+    runs = [comparison.read_run(path, name, args.dataset) for path, name in pairs]
+    tasks = comparison.check_comparable(runs)
     for task in tasks:
         print(f"{comparison.TASKS[task]} AP on {runs[0].found.dataset}\n")
         _print(comparison.metric_rows(runs, task), ["run", *comparison.METRICS])

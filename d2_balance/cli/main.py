@@ -1,51 +1,55 @@
-"""The command `d2-balance`: one sub-command per module, listed in `COMMANDS`."""
+"""The command `d2-balance`: one module of this room per command, listed in `COMMANDS`."""
+
+from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-# name -> (module, one line of help). A module offers `add_arguments(parser) -> None` and
-# `run(args) -> int`, the exit status; its docstring is the sub-command's description. Only the
-# module that is called is imported, so that `doctor` runs where torch or Detectron2 is missing.
+# name -> one line of help; the module is d2_balance/cli/NAME.py. It offers `add_arguments(parser)`
+# and `run(args)`, which returns the exit status; its docstring is the command's description. Only
+# the module that is called is imported, so that `doctor` runs without torch and Detectron2.
 COMMANDS = {
-    "analyze": ("analyze", "show which imbalance a dataset has, and what to set"),
-    "challenge": ("challenge", "run a recipe of stages, with resume"),
-    "classmap": ("classmap", "say which classes of two datasets are the same"),
-    "compare": (
-        "compare",
-        "put evaluations side by side: groups and classes that gain",
-    ),
-    "ensemble": ("ensemble", "merge predictions of models, experts included"),
-    "eval": ("eval", "evaluate a file of predictions, by frequency group and class"),
-    "methods": ("methods", "list every method, and which go together"),
-    "doctor": (
-        "doctor",
-        "print versions, datasets, and what to do about the missing",
-    ),
-    "rescore": ("rescore", "raise scores of rare classes before the cap of 300"),
-    "show": ("show", "draw objects and detections, rare classes first"),
-    "replay": ("replay", "run the batch again whose loss was not finite"),
-    "prior": (
-        "prior",
-        "count the initial bias that foreground needs in a training set",
-    ),
+    "analyze": "show which imbalance a dataset has, and what to set",
+    "challenge": "run a recipe of stages, with resume",
+    "classmap": "say which classes of two datasets are the same",
+    "compare": "put evaluations side by side: groups and classes that gain",
+    "doctor": "print versions, datasets, and what to do about the missing",
+    "ensemble": "merge predictions of models, experts included",
+    "eval": "evaluate a file of predictions, by frequency group and class",
+    "methods": "list every method, and which go together",
+    "prior": "count the initial bias that foreground needs in a training set",
+    "replay": "run the batch again whose loss was not finite",
+    "rescore": "raise scores of rare classes before the cap of 300",
+    "show": "draw objects and detections, rare classes first",
 }
 
 
+class CommandError(Exception):
+    """A command has failed, although its input was right; the exit status is 1."""
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser; only `command`, where it is one of COMMANDS, has its arguments."""
+    """Build the parser.
+
+    Args:
+        command: one of COMMANDS, which alone gets its arguments.
+    """
     parser = argparse.ArgumentParser(
         prog="d2-balance", description="Remedies for class imbalance in Detectron2."
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (module_name, line) in COMMANDS.items():
+    for name, line in COMMANDS.items():
         if name != command:
             commands.add_parser(name, help=line)
             continue
-        module = importlib.import_module(f"d2_balance.cli.{module_name}")
+        module = importlib.import_module(f"d2_balance.cli.{name}")
         chosen = commands.add_parser(name, help=line, description=module.__doc__)
         module.add_arguments(chosen)
         chosen.set_defaults(run=module.run)
@@ -53,24 +57,50 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit status; argparse exits by itself on bad usage.
+    """Run one command.
 
-    A file that cannot be read or written (a full disk, a directory without permission) ends in one
-    line and status 2.
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        The command's exit status: 2 if the input cannot be used or a file cannot be read or
+        written, which is said in one line; 130 after Ctrl-C. argparse exits by itself on bad usage.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # as in train_net.py
+    # Detectron2 is older than these deprecations; a user can do nothing about them.
+    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # `d2-balance methods | head`: who reads has seen enough
+        with _sigterm_unwinds():
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        print(f"d2-balance {args.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `d2-balance methods | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (ValueError, OSError, CommandError) as error:
         print(f"d2-balance {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, CommandError) else 2
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143), so that child processes and temporary files are ended."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

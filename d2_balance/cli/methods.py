@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -110,10 +109,6 @@ def run(args: argparse.Namespace) -> int:
         print(pair_table())
         return 0
     path = Path(args.write)
-    try:
-        text = with_blocks(path.read_text(encoding="utf-8"), blocks())
-    except (OSError, ValueError) as error:
-        print(f"d2-balance methods: {path}: {error}", file=sys.stderr)
-        return 2
+    text = with_blocks(path.read_text(encoding="utf-8"), blocks())
     path.write_text(text, encoding="utf-8")
     return 0

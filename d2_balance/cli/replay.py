@@ -10,7 +10,6 @@ Exit status: 0 where the loss is not finite again, 1 where it is finite, 2 for a
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -21,7 +20,6 @@ from d2_balance.engine.amp import PRECISIONS
 from d2_balance.engine.hooks.nonfinite import image_name
 from d2_balance.engine.replay.saved_batch import load_saved_batch
 from d2_balance.engine.replay.search import Replay, first_non_finite
-from d2_balance.engine.setup.run import CONFIG_ERROR
 from d2_balance.engine.trainer import BalancedTrainer
 
 
@@ -36,12 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        saved = load_saved_batch(args.file)
-        cfg = saved_config(saved["config"], args.device)
-    except ValueError as error:
-        print(f"d2-balance replay: error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+    saved = load_saved_batch(args.file)
+    cfg = saved_config(saved["config"], args.device)
     model = BalancedTrainer.build_model(cfg)
     model.load_state_dict(saved["model"])
     model.train()

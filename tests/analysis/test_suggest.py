@@ -13,7 +13,7 @@ from d2_balance.analysis.suggest import Setting, advice, settings, to_yaml
 from d2_balance.analysis.table import DataTable
 from d2_balance.data import register_from_config
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.setup import validate
+from d2_balance.engine.setup.validate import validate
 
 from ..conftest import small_cfg as any_cfg
 from .conftest import coco

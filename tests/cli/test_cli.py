@@ -14,7 +14,7 @@ from d2_balance.cli import main as cli
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_module_that_parses_and_runs(name):
-    module = importlib.import_module(cli.COMMANDS[name][0])
+    module = importlib.import_module(f"d2_balance.cli.{name}")
     assert callable(module.add_arguments)
     assert callable(module.run)
     assert name in cli.build_parser().format_help()
@@ -24,8 +24,8 @@ def test_only_the_called_command_is_imported_and_its_status_returned(monkeypatch
     count = ModuleType("count")
     count.add_arguments = lambda parser: parser.add_argument("--number", type=int)
     count.run = lambda args: args.number
-    monkeypatch.setitem(sys.modules, "count", count)
-    commands = {"count": ("count", "a test"), "other": ("module_that_is_not_there", "a test")}
+    monkeypatch.setitem(sys.modules, "d2_balance.cli.count", count)
+    commands = {"count": "a test", "module_that_is_not_there": "a test"}
     monkeypatch.setattr(cli, "COMMANDS", commands)
     assert cli.main(["count", "--number", "3"]) == 3
 
@@ -35,8 +35,8 @@ def failing(monkeypatch):
     """A command `fail` that raises what it is given."""
     module = ModuleType("fail")
     module.add_arguments = lambda parser: None
-    monkeypatch.setitem(sys.modules, "fail", module)
-    monkeypatch.setattr(cli, "COMMANDS", {"fail": ("fail", "a test")})
+    monkeypatch.setitem(sys.modules, "d2_balance.cli.fail", module)
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": "a test"})
 
     def use(error):
         def run(args):
@@ -56,7 +56,7 @@ def test_a_file_that_cannot_be_written_ends_in_one_line_and_status_2(failing, ca
 
 
 def test_a_reader_that_has_seen_enough_and_deprecations_of_others_print_nothing():
-    command = "from d2_balance import cli; raise SystemExit(cli.main(['methods']))"
+    command = "from d2_balance.cli.main import main; raise SystemExit(main(['methods']))"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=PIPE, stderr=PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -75,8 +75,8 @@ def test_doctor_prints_versions_and_that_a_training_can_start(capsys):
 
 def test_doctor_runs_without_any_package(tmp_path):
     """-S leaves site-packages out: the standard library and this package are all there is."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from d2_balance import cli; "
-    code += "sys.exit(cli.main(['doctor']))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from d2_balance.cli.main import main; "
+    code += "sys.exit(main(['doctor']))"
     command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -89,8 +89,8 @@ def test_doctor_runs_where_detectron2_is_there_but_broken(tmp_path):
     """Then importing this package must not import Detectron2, or nobody is told what to do."""
     (tmp_path / "detectron2").mkdir()
     (tmp_path / "detectron2" / "__init__.py").write_text("import torch\n")
-    code = "import sys; sys.path[:0] = sys.argv[1:]; from d2_balance import cli; "
-    code += "sys.exit(cli.main(['doctor']))"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from d2_balance.cli.main import main; "
+    code += "sys.exit(main(['doctor']))"
     command = [sys.executable, "-I", "-S", "-c", code, str(ROOT), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
