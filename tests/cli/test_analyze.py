@@ -49,8 +49,8 @@ def test_the_command_prints_the_ratio_of_a_lambda_and_the_lambda_of_a_ratio(save
     assert "200 images, 300 objects, 6 classes" in out
     assert "| rare     | 4         | 2 to 8" in out and "| common   | 2         | 30 to 50" in out
     # below 20 images: 4 classes with 20 of 100; 5 % fits the two classes of 2 images
-    assert "| 0.1                         | 4              | 20.0 % |" in out
-    assert "| 0.025                       | 2              | 4.0 %  |" in out
+    assert "| 0.1                        | 4              | 20.0 % |" in out
+    assert "| 0.025                      | 2              | 4.0 %  |" in out
 
 
 def test_registered_sets_are_counted(capsys, monkeypatch, tmp_path):
