@@ -16,14 +16,14 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from d2_balance.cli.config_reference import leaves
 from d2_balance.data.class_counts import ClassCounts
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.hooks.training import BetaDecay
+from d2_balance.engine.hooks.beta_decay import BetaDecay
 from d2_balance.engine.setup.validate import check_losses_are_used, check_registered_names
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.reweight import REWEIGHTERS
 from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.utils.config_tree import leaves
 
 from .conftest import BALANCED
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -20,6 +19,7 @@ from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
 from d2_balance.reweight import REWEIGHTERS
 from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.utils.config_tree import leaves
 from d2_balance.utils.files import atomic_path
 
 HEAD = """# Configuration
@@ -38,15 +38,6 @@ SECTIONS = {
     "Reweighters (`REWEIGHTERS`)": REWEIGHTERS,
     "Proposal samplers (`PROPOSAL_SAMPLER`)": PROPOSAL_SAMPLERS,
 }
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Full names and values of all keys below a node that are no nodes themselves."""
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def key_comments() -> dict[str, str]:

@@ -148,7 +148,7 @@ def _of_classes(
         return list(dataset_dicts)
     unknown = [n for n in names if n not in classes.names]
     if unknown:
-        from d2_balance.engine.setup.validate import closest
+        from d2_balance.utils.names import closest
 
         hint = closest(unknown[0], classes.names)
         raise ValueError(f"--classes: the dataset has no class {unknown[0]!r}; {hint}")

@@ -1,42 +1,44 @@
-"""Trainer, hooks, the checks before a run and the summary after it."""
+"""Trainer, hooks, the checks before a run and the summary after it.
 
-from d2_balance.utils.lock import output_lock
+The names are loaded when they are first used: reading a config does not load the evaluation.
+"""
 
-from .errors import RunStopped
-from .hooks.nonfinite import FiniteLosses, FiniteWeights, NonFiniteLossError
-from .hooks.training import BetaDecay, LossStats, SeedSteps, decayed_beta
-from .resume.data_stream import TrainStream, build_train_stream
-from .setup.launch import check_launch, start
-from .setup.lazy import read_run, save_lazy
-from .setup.run import prepare_run, read_config, short_messages, use_cpu_without_cuda
-from .setup.scaling import batch_warning, scale_to_batch
-from .setup.validate import validate
-from .summary import write_summary
-from .trainer import BalancedTrainer
+from __future__ import annotations
 
-__all__ = [
-    "BalancedTrainer",
-    "BetaDecay",
-    "FiniteLosses",
-    "FiniteWeights",
-    "LossStats",
-    "NonFiniteLossError",
-    "RunStopped",
-    "SeedSteps",
-    "TrainStream",
-    "batch_warning",
-    "build_train_stream",
-    "check_launch",
-    "decayed_beta",
-    "output_lock",
-    "prepare_run",
-    "read_config",
-    "read_run",
-    "save_lazy",
-    "scale_to_batch",
-    "short_messages",
-    "start",
-    "use_cpu_without_cuda",
-    "validate",
-    "write_summary",
-]
+import importlib
+from typing import Any
+
+_MODULES = {
+    ".errors": ("RunStopped",),
+    ".hooks.beta_decay": ("BetaDecay", "decayed_beta"),
+    ".hooks.loss_stats": ("LossStats",),
+    ".hooks.nonfinite": ("FiniteLosses", "FiniteWeights", "NonFiniteLossError"),
+    ".hooks.seed_steps": ("SeedSteps",),
+    ".resume.data_stream": ("TrainStream", "build_train_stream"),
+    ".setup.launch": ("check_launch", "start"),
+    ".setup.lazy": ("read_run", "save_lazy"),
+    ".setup.run": (
+        "output_lock",
+        "prepare_run",
+        "read_config",
+        "short_messages",
+        "use_cpu_without_cuda",
+    ),
+    ".setup.scaling": ("batch_warning", "scale_to_batch"),
+    ".setup.validate": ("validate",),
+    ".summary": ("write_summary",),
+    ".trainer": ("BalancedTrainer",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF]

@@ -13,8 +13,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, defaults
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -25,10 +27,13 @@ from d2_balance.modeling.criterion import Normalizer
 from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import MicroBatches
 
-from .amp import PRECISIONS, RanksGradScaler, widen_inputs_of_strided_convs
 from .hooks.nonfinite import NonFiniteLossError, image_name
 from .replay.search import first_non_finite
 from .resume.random_state import seed_everything
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FULL_MODEL = "full_model"
+CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 # State that a batch changes once, however many micro-batches it is split into.
 _COUNTED_ONCE = (ClassificationLoss, BoxLoss, Normalizer, GuidedScale)
@@ -264,3 +269,59 @@ def our_steps(cfg: CfgNode) -> Iterator[None]:
         yield
     finally:
         defaults.SimpleTrainer, defaults.AMPTrainer = before
+
+
+class RanksGradScaler(torch.amp.GradScaler):
+    """A GradScaler that skips a step on every rank where one rank has an overflow.
+
+    Attributes:
+        overflowed: whether the last `step` was skipped.
+    """
+
+    overflowed = False
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        super().unscale_(optimizer)
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        # DDP has averaged the gradients and ranks agree; a model that is not wrapped need not
+        if comm.get_world_size() > 1:
+            for value in found.values():
+                dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        self.overflowed = any(value.item() for value in found.values())
+
+
+def widen_inputs_of_strided_convs(model: nn.Module) -> None:
+    """Keeps oneDNN from the case in which its gradients are memory that was never written.
+
+    That is the weight gradient of a 3 x 3 convolution with stride 2, in bfloat16 on a CPU, whose
+    input is one column wide (torch 2.14): P7 of a small image. A second column of zeros is what
+    the padding would have put there, and the output is the same.
+    """
+
+    def widen(conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if inputs[0].shape[-1] == 1:
+            return (nn.functional.pad(inputs[0], (0, 1)), *inputs[1:])
+        return None
+
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and (module.kernel_size[1], module.stride[1]) == (3, 2)
+            and module.padding_mode == "zeros"
+            and module.padding[1] == 1
+        ):
+            module.register_forward_pre_hook(widen)
+
+
+def clipped(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> torch.optim.Optimizer:
+    """An optimizer that clips gradients before its steps, as SOLVER.CLIP_GRADIENTS says."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
+        return maybe_add_gradient_clipping(cfg, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip_all(*_) -> None:
+        nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+    optimizer.register_step_pre_hook(clip_all)
+    return optimizer

@@ -26,8 +26,8 @@ from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.plots import plot_ap_by_count
 from d2_balance.utils.files import atomic_path
 
-from .hooks.training import LOSS_STATS_FILE
-from .plots import plot_density, plot_losses
+from .hooks.loss_stats import LOSS_STATS_FILE
+from .loss_plots import plot_density, plot_losses
 
 TASKS = {"bbox": "box", "segm": "mask"}
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")

@@ -25,27 +25,28 @@ from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
 
-from .clipping import CLIP_TYPES, FULL_MODEL, clipped
-from .compiled import compile_losses
-from .decoupled import train_only
 from .hooks.best import BestModel, StopEarly, StopTraining
+from .hooks.beta_decay import BetaDecay
 from .hooks.ema import WeightAverage
+from .hooks.loss_stats import LossStats
 from .hooks.nonfinite import (
     FiniteLosses,
     FiniteWeights,
     NonFiniteLossError,
     errors_without_traceback,
 )
-from .hooks.training import BetaDecay, LossStats, SeedSteps
+from .hooks.seed_steps import SeedSteps
 from .hooks.validation_loss import ValidationLoss
 from .hooks.writers import ClassAP, ClassAPWriter, log_writers
 from .replay.saved_batch import BatchSaver
 from .resume.checkpoint import BalancedCheckpointer
 from .resume.data_stream import TrainStream, build_train_stream
 from .resume.run_state import FinishIteration, RunState
+from .setup.compiled import compile_losses
 from .setup.pretrained import load_pretrained
 from .setup.scaling import scale_to_batch
-from .step import our_steps
+from .setup.trainable import train_only
+from .step import CLIP_TYPES, FULL_MODEL, clipped, our_steps
 
 _STATEFUL = (ClassificationLoss, BoxLoss, Normalizer, Reweighter, FeatureMemory)
 

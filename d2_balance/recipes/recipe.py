@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from d2_balance.engine.setup.validate import closest
+from d2_balance.utils.names import closest
 
 from .fields import check_fields
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from d2_balance.data.json_files import read_json
 from d2_balance.utils.files import atomic_path
-from d2_balance.utils.lock import LOCK_FILE, output_lock
+from d2_balance.utils.lock import LOCK_FILE, directory_lock
 
 from .class_maps import ClassLists, check_class_maps
 from .datasets import DataSets
@@ -115,7 +115,7 @@ class Runner:
             ValueError: another run works in the output directory, or has worked there since the
                 recipe was read.
         """
-        with output_lock(self.output):
+        with directory_lock(self.output):
             new = {s.name for s in self.recipe.stages if self._read(s, DONE)} - self.done.keys()
             if new:
                 raise ValueError(

@@ -10,10 +10,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from detectron2.utils import comm
-
-from d2_balance.engine.setup.run import on_main_process
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -26,26 +22,24 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def output_lock(directory: str) -> Iterator[None]:
-    """Keeps other runs from writing into `directory` while the block runs; every rank enters it.
+def directory_lock(directory: str) -> Iterator[None]:
+    """Keep other processes from writing into `directory` while the block runs.
 
-    The operating system takes the lock off when the process ends, a kill included. Where the file
+    The operating system takes the lock off when the process ends, a kill included. If the file
     system has no locks there is none, and a warning.
 
     Args:
-        directory: made where it is missing.
+        directory: made if it is missing.
 
     Raises:
-        ValueError: on all ranks, where another run holds the lock.
+        ValueError: another process holds the lock; the message names it.
     """
-    handles = []
-    on_main_process(lambda: handles.append(_locked(directory)) if comm.is_main_process() else None)
+    handle = _locked(directory)
     try:
         yield
     finally:
-        for handle in handles:
-            if handle is not None:
-                os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _locked(directory: str) -> int | None:

@@ -10,8 +10,8 @@ from detectron2.engine import HookBase
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, NonFiniteLossError
-from d2_balance.engine.amp import widen_inputs_of_strided_convs
 from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.engine.step import widen_inputs_of_strided_convs
 
 from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_balance.engine.hooks.training import BetaDecay, check_beta_decay, decayed_beta
+from d2_balance.engine.hooks.beta_decay import BetaDecay, check_beta_decay, decayed_beta
 from d2_balance.losses import GIoULoss, SmoothL1Loss
 
 from ..conftest import small_cfg

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.compiled import compile_losses
+from d2_balance.engine.setup.compiled import compile_losses
 from d2_balance.losses import (
     BAGSLoss,
     FocalLoss,

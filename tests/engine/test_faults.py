@@ -21,10 +21,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 
 from d2_balance.data import register_json
-from d2_balance.engine import BalancedTrainer, RunStopped, TrainStream
+from d2_balance.engine import BalancedTrainer, RunStopped, TrainStream, output_lock
 from d2_balance.engine.resume.checkpoint import BalancedCheckpointer
 from d2_balance.engine.resume.random_state import seed_everything
-from d2_balance.utils.lock import output_lock
 
 from ..two_ranks import joined
 from .conftest import TEST, TRAIN, run_cfg, write_dataset
@@ -235,7 +234,7 @@ def test_another_number_of_processes_continues_with_a_warning(
 
 HOLD = """
 import sys
-from d2_balance.engine.lock import output_lock
+from d2_balance.engine import output_lock
 from d2_balance.engine.random_state import seed_everything
 with output_lock(sys.argv[1]):
     print("held", flush=True)

@@ -8,7 +8,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2_balance.engine.hooks.training import LossStats
+from d2_balance.engine.hooks.loss_stats import LossStats
 from d2_balance.losses import FocalLoss, GHMCLoss, Samples, SmoothL1Loss
 
 

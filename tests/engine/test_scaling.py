@@ -11,7 +11,8 @@ from .conftest import run_cfg
 
 def large_cfg(*overrides):
     values = [
-        "SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.02",
+        "SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "4",
+        "SOLVER.BASE_LR", "0.02",
         "SOLVER.MAX_ITER", "90000", "SOLVER.STEPS", "(60000, 80000)", "SOLVER.WARMUP_ITERS", "1000",
         "SOLVER.CHECKPOINT_PERIOD", "5000", "TEST.EVAL_PERIOD", "0", "TEST.LOSS.PERIOD", "1000",
         "MODEL.BALANCE.BETA_DECAY.PERIOD", "10000",

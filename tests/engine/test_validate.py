@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from d2_balance.data import register_json
-from d2_balance.engine.setup import validate
+from d2_balance.engine.setup.validate import validate
 
 from .conftest import TRAIN, run_cfg, write_dataset
 

@@ -179,7 +179,7 @@ def _as_it_is(record: Any) -> Any:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Training mode with batch norms and dropout as at test time; generators and modes are restored."""
+    """Set training mode, with batch norms and dropout as at test time; restore it afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     model.train()

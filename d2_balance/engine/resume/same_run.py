@@ -8,6 +8,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from d2_balance.data.checks.structure import num_classes_key
+from d2_balance.utils.config_tree import leaves
 
 # With another value of these the checkpoint is one of another model.
 MODEL_KEYS = (
@@ -67,21 +68,13 @@ def changed_settings(saved: str, cfg: CfgNode) -> str:
 
 def _differing(saved: str, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
     """Keys of both with their values then and now, where these differ."""
-    before = dict(_leaves(yaml.safe_load(saved) or {}))
-    now = dict(_leaves(yaml.safe_load(cfg.dump())))
+    before = dict(leaves(yaml.safe_load(saved) or {}))
+    now = dict(leaves(yaml.safe_load(cfg.dump())))
     return {
         key: (before[key], value)
         for key, value in now.items()
         if key in before and before[key] != value
     }
-
-
-def _leaves(node: dict[str, Any], prefix: str = ""):
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _listed(keys: list[str], differing: dict[str, tuple[Any, Any]]) -> str:

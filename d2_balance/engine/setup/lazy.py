@@ -31,10 +31,11 @@ from torch.optim import Optimizer
 from d2_balance.config import add_balance_config
 from d2_balance.data.class_counts import ClassCounts
 from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
+from d2_balance.utils.config_tree import leaves
 
-from ..clipping import clipped
 from ..resume.data_stream import TrainStream
 from ..resume.random_state import seeded
+from ..step import clipped
 from ..trainer import BalancedTrainer, finished_model
 from .run import merge_overrides, read_config
 
@@ -150,16 +151,8 @@ def run_config(lazy: DictConfig) -> CfgNode:
     values |= _model_keys(lazy.model)
     merge_overrides(cfg, [part for pair in values.items() for part in pair], "lazy config")
     run = OmegaConf.to_container(lazy.get("run", OmegaConf.create()), resolve=True)
-    merge_overrides(cfg, [part for pair in _leaves(run) for part in pair], "run")
+    merge_overrides(cfg, [part for pair in leaves(run) for part in pair], "run")
     return cfg
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _model_keys(model: DictConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From the command line to a config that can run: keys, device, output directory, seed, messages."""
+"""From the command line to a config that can run: keys, device, directory, seed, messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +19,12 @@ from detectron2.utils.file_io import PathManager
 
 from d2_balance.config import add_balance_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.utils.config_tree import names
+from d2_balance.utils.lock import directory_lock
+from d2_balance.utils.names import closest
 
 from ..resume.checkpoint import resumable_files
 from ..resume.same_run import check_same_model
-from .validate import closest
 
 CONFIG_ERROR = 2
 """Exit status where the user has to change something; argparse uses the same."""
@@ -72,15 +74,8 @@ def _explained(cfg: CfgNode, source: str) -> Iterator[None]:
         for start in ("Non-existent config key: ", "Non-existent key: "):
             if text.startswith(start):
                 key = text.removeprefix(start)
-                text = f"unknown key {key}; {closest(key, _keys(cfg))}"
+                text = f"unknown key {key}; {closest(key, names(cfg))}"
         raise ValueError(f"{source}: {text}") from error
-
-
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
 
 
 def use_cpu_without_cuda(cfg: CfgNode) -> bool:
@@ -111,6 +106,18 @@ def on_main_process(function: Callable[[], T]) -> T:
     if message is not None:
         raise ValueError(message)
     return result
+
+
+@contextmanager
+def output_lock(directory: str) -> Iterator[None]:
+    """Keep other runs from writing into `directory` while the block runs; every rank enters it.
+
+    Raises:
+        ValueError: on all ranks, where another run holds the lock.
+    """
+    with ExitStack() as stack:
+        on_main_process(lambda: stack.enter_context(directory_lock(directory)))
+        yield
 
 
 def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
@@ -163,13 +170,13 @@ def holds_run(directory: str) -> bool:
     """
     if not PathManager.isdir(directory):
         return False
-    names = PathManager.ls(directory)
+    files = PathManager.ls(directory)
     metrics = os.path.join(directory, "metrics.json")
     return (
-        "last_checkpoint" in names
-        or "summary.md" in names
-        or any(name.endswith(".pth") for name in names)
-        or ("metrics.json" in names and os.path.getsize(metrics) > 0)
+        "last_checkpoint" in files
+        or "summary.md" in files
+        or any(name.endswith(".pth") for name in files)
+        or ("metrics.json" in files and os.path.getsize(metrics) > 0)
     )
 
 

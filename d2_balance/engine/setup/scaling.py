@@ -28,13 +28,13 @@ def check_reference_batch(cfg: CfgNode) -> None:
     """
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
         raise ValueError(
-            f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; must be 0, or the number "
-            "of images that the learning rate was chosen for."
+            f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; must be 0, "
+            "or the number of images that the learning rate was chosen for."
         )
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
-            "SOLVER.REFERENCE_IMS_PER_BATCH scales by IMS_PER_BATCH and SOLVER.REFERENCE_WORLD_SIZE by the "
-            "number of GPUs; must be one of them, the other being 0."
+            "SOLVER.REFERENCE_IMS_PER_BATCH scales by IMS_PER_BATCH and "
+            "SOLVER.REFERENCE_WORLD_SIZE by the number of GPUs; one of them must be 0."
         )
 
 
@@ -42,8 +42,8 @@ def scale_to_batch(cfg: CfgNode) -> str:
     """Scales a config that was made for SOLVER.REFERENCE_IMS_PER_BATCH images to IMS_PER_BATCH.
 
     The learning rate grows with the batch (Goyal et al., arXiv:1706.02677); lengths, steps and
-    periods shrink, so that as many images are seen. REFERENCE_IMS_PER_BATCH is IMS_PER_BATCH afterwards,
-    so that the config is not scaled twice.
+    periods shrink, so that as many images are seen. REFERENCE_IMS_PER_BATCH is IMS_PER_BATCH
+    afterwards, so that the config is not scaled twice.
 
     Args:
         cfg: not frozen; changed in place.
@@ -102,8 +102,8 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
     rate = cfg.SOLVER.BASE_LR
     return (
         f"{_BATCH} is {batch}, and {_RATE} {rate:g} was chosen for {rate_batch} ({where}). "
-        f"SOLVER.REFERENCE_IMS_PER_BATCH {rate_batch} scales it to {rate * batch / rate_batch:g}, and the "
-        f"schedule with it; or set {_RATE} yourself."
+        f"SOLVER.REFERENCE_IMS_PER_BATCH {rate_batch} scales it to "
+        f"{rate * batch / rate_batch:g}, and the schedule with it; or set {_RATE} yourself."
     )
 
 

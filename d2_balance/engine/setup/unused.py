@@ -7,8 +7,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 
-from d2_balance.cli.config_reference import leaves
 from d2_balance.config import add_balance_config
+from d2_balance.utils.config_tree import leaves
 
 BALANCED_META_ARCHITECTURES = {
     "RetinaNet": "BalancedRetinaNet",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import (
@@ -18,6 +19,7 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.utils import comm
 
 from d2_balance.data import (
     check_categories_match,
@@ -47,14 +49,14 @@ from d2_balance.modeling.roi_heads.feature_memory import check_memory
 from d2_balance.modeling.tta import check_test_augmentation
 from d2_balance.utils.names import closest
 
-from ..amp import check_step
 from ..hooks.best import check_best
+from ..hooks.beta_decay import check_beta_decay
 from ..hooks.ema import check_ema
-from ..hooks.training import check_beta_decay
 from ..hooks.validation_loss import check_validation_loss
 from ..hooks.writers import check_logs
 from ..resume.checkpoint import resumable_files
 from ..resume.data_stream import check_sampler
+from ..step import PRECISIONS
 from .norms import check_norms
 from .pretrained import check_weights_file
 from .scaling import check_reference_batch
@@ -97,6 +99,33 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
         check_logs(cfg)
     check_weights(cfg, eval_only, resume)
     check_data(cfg, eval_only)
+
+
+def check_step(cfg: CfgNode) -> None:
+    """Checks SOLVER.AMP and SOLVER.GRAD_ACCUM_STEPS.
+
+    Raises:
+        ValueError: naming the key and what is allowed.
+    """
+    amp, ranks = cfg.SOLVER.AMP, comm.get_world_size()
+    if amp.PRECISION not in PRECISIONS:
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}; must be one of {', '.join(PRECISIONS)}."
+        )
+    if not 0 < amp.INIT_SCALE < float("inf") or amp.MAX_SKIPPED < 1:
+        raise ValueError(
+            f"SOLVER.AMP.INIT_SCALE is {amp.INIT_SCALE} and MAX_SKIPPED {amp.MAX_SKIPPED}; allowed "
+            "are a number above 0 and an integer of at least 1."
+        )
+    cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+    if amp.ENABLED and amp.PRECISION == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise ValueError("SOLVER.AMP.PRECISION bf16 is beyond this GPU; set fp16.")
+    count, batch = cfg.SOLVER.GRAD_ACCUM_STEPS, cfg.SOLVER.IMS_PER_BATCH
+    if count < 1 or batch % (ranks * count):
+        raise ValueError(
+            f"SOLVER.GRAD_ACCUM_STEPS is {count}; must be an integer of at least 1 that divides "
+            f"the images of a rank, SOLVER.IMS_PER_BATCH {batch} over {ranks} processes."
+        )
 
 
 def check_registered_names(cfg: CfgNode) -> None:

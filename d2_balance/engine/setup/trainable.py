@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from .setup.validate import closest
+from d2_balance.utils.names import closest
 
 KEY = "MODEL.BALANCE.TRAINABLE"
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

@@ -4,7 +4,7 @@ import matplotlib.image
 import pytest
 
 from d2_balance.engine import plots
-from d2_balance.engine.plots import plot_density, plot_losses
+from d2_balance.engine.loss_plots import plot_density, plot_losses
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.decoupled import train_only
+from d2_balance.engine.setup.trainable import train_only
 
 from ..conftest import make_inputs, small_cfg
 from .conftest import run_cfg
