@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
 from d2_balance.data import ImageLabels
-from d2_balance.engine.setup.lazy import dataset_quantity
+from d2_balance.engine import dataset_quantity
 from d2_balance.losses import EQLLoss
 from d2_balance.modeling import BalancedFastRCNNOutputLayers, BalancedRCNN, BalancedStandardROIHeads
 

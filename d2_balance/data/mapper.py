@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class BalancedMapper(DatasetMapper):
         if FIELD in dataset_dict:
             dataset_dict[FIELD] = moved_boxes(dataset_dict[FIELD], transforms, image_shape)
         objects = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
+        if self.recompute_boxes and not objects:
+            self._without_objects(dataset_dict, transforms, image_shape)
+            return
         bare = [a for a in objects if not a.get("segmentation")]
         if not self.use_instance_mask or not bare:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
@@ -49,6 +53,14 @@ class BalancedMapper(DatasetMapper):
                 found.set(MASKED, torch.full((len(found),), has_mask))
                 parts.append(found)
         dataset_dict["instances"] = Instances.cat(parts)
+
+    def _without_objects(
+        self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """Leave the boxes of no object alone: Detectron2 would ask for masks that are not there."""
+        plain = copy.copy(self)
+        plain.recompute_boxes = False
+        DatasetMapper._transform_annotations(plain, dataset_dict, transforms, image_shape)
 
 
 def moved_boxes(

@@ -178,8 +178,9 @@ def _model(cfg: CfgNode) -> str:
     parts = [cfg.MODEL.META_ARCHITECTURE]
     if "RCNN" in parts[0]:
         parts.append(cfg.MODEL.ROI_HEADS.NAME)
-    depth = f", ResNet-{cfg.MODEL.RESNETS.DEPTH}" if "resnet" in cfg.MODEL.BACKBONE.NAME else ""
-    return f"{', '.join(parts)}{depth}" + (", masks" if cfg.MODEL.MASK_ON else "")
+    backbone = cfg.MODEL.BACKBONE.NAME
+    parts.append(f"ResNet-{cfg.MODEL.RESNETS.DEPTH}" if "_resnet_" in backbone else backbone)
+    return ", ".join(parts) + (", masks" if cfg.MODEL.MASK_ON else "")
 
 
 def _loss(cfg: CfgNode, name: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -73,19 +73,25 @@ class BalancedTrainer(DefaultTrainer):
         ValueError: the config asks for what cannot work; the message names the key.
     """
 
+    registered = True
+    """Whether the names of the config stand for parts that Detectron2's registries know."""
+
     def __init__(self, cfg: CfgNode) -> None:
-        if (
-            cfg.SOLVER.REFERENCE_IMS_PER_BATCH
-        ):  # train_net.py has scaled it, other callers may not have
+        if cfg.SOLVER.REFERENCE_IMS_PER_BATCH:  # the commands have scaled it, other callers may not
             cfg = cfg.clone()
             cfg.defrost()
             scale_to_batch(cfg)
         self._tensorboard: ClassAPWriter | None = None  # in the first process
         self._evaluated = -1  # iterations done when it was last evaluated
-        with _ddp_on_cpu(cfg.MODEL.DEVICE), our_steps(cfg):
+        with _ddp(self.ddp_options(), cfg.MODEL.DEVICE), our_steps(cfg):
             super().__init__(cfg)
         # this one calls backward and the optimizer
         self._trainer.register_hooks([self._finite_losses])
+
+    @classmethod
+    def ddp_options(cls) -> dict[str, Any]:
+        """Return the arguments of Detectron2's `create_ddp_model`, besides the model."""
+        return {"broadcast_buffers": False}
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, and ours behind the learning rate scheduler.
@@ -287,13 +293,16 @@ def _loss_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _ddp_on_cpu(device: str) -> Iterator[None]:
-    """Lets DefaultTrainer wrap a model on the CPU; it names a GPU to DDP otherwise."""
-    if device != "cpu":
-        yield
-        return
+def _ddp(options: dict[str, Any], device: str) -> Iterator[None]:
+    """Let DefaultTrainer wrap its model with these options; on the CPU it would name a GPU."""
     wrap = defaults.create_ddp_model
-    defaults.create_ddp_model = functools.partial(wrap, device_ids=None)
+    if device == "cpu":
+        options = options | {"device_ids": None}
+
+    def create(model: nn.Module, **_: Any) -> nn.Module:
+        return wrap(model, **options)
+
+    defaults.create_ddp_model = create
     try:
         yield
     finally:

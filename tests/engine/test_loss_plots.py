@@ -3,7 +3,7 @@
 import matplotlib.image
 import pytest
 
-from d2_balance.engine import plots
+from d2_balance.engine import loss_plots as plots
 from d2_balance.engine.loss_plots import plot_density, plot_losses
 
 

@@ -34,5 +34,5 @@ def test_norm_is_still_detectron2s_of_each_parameter():
 
 
 def test_another_type_of_clipping_is_refused_with_those_allowed():
-    with pytest.raises(ValueError, match="CLIP_TYPE is 'whole'; allowed .* value, norm, full_mode"):
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'whole'; must be .* value, norm, full_mode"):
         step("whole", 1.0)

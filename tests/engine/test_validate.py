@@ -150,7 +150,7 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         ),
         (
             ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
-            r"DATALOADER.REPEAT_THRESHOLD is 0.0, with which .* repeats no image; allowed is",
+            r"DATALOADER.REPEAT_THRESHOLD is 0.0, with which .* repeats no image; must be",
         ),
         (["DATASETS.TRAIN", "()"], r"DATASETS.TRAIN is empty"),
         (
@@ -161,7 +161,7 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         (["DATASETS.TEST", "('coco_2017_vall',)"], r"DATASETS.TEST: .*coco_2017_val"),
         (
             ["MODEL.WEIGHTS", "nowhere/model.pth"],
-            r"MODEL.WEIGHTS: the file 'nowhere/model.pth' does not exist; allowed",
+            r"MODEL.WEIGHTS: the file 'nowhere/model.pth' does not exist; must be",
         ),
         (
             ["MODEL.RETINANET.NUM_CLASSES", "80"],

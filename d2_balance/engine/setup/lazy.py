@@ -13,31 +13,30 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetMapper
 from detectron2.data.samplers import TrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from d2_balance.config import add_balance_config
-from d2_balance.data.class_counts import ClassCounts
-from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
+from d2_balance.data.mapper import BalancedMapper
+from d2_balance.modeling.build import argument_key
 from d2_balance.utils.config_tree import leaves
 
 from ..resume.data_stream import TrainStream
 from ..resume.random_state import seeded
 from ..step import clipped
 from ..trainer import BalancedTrainer, finished_model
-from .run import merge_overrides, read_config
+from .config_file import find_config, merge_overrides, read_config
+from .lazy_model import output_layers, target
 
 NEEDED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 SAVED = "lazy.yaml"
@@ -45,6 +44,7 @@ SAVED = "lazy.yaml"
 
 # name in `train` to key
 _TRAIN_KEYS = {
+    "cudnn_benchmark": "CUDNN_BENCHMARK",
     "output_dir": "OUTPUT_DIR",
     "init_checkpoint": "MODEL.WEIGHTS",
     "max_iter": "SOLVER.MAX_ITER",
@@ -56,29 +56,11 @@ _TRAIN_KEYS = {
 }
 
 
-def dataset_quantity(names: Sequence[str], num_classes: int, quantity: str) -> Tensor:
-    """A quantity of training sets for the constructor of a loss, without images that are empty.
-
-    Args:
-        names: of the datasets.
-        num_classes: K.
-        quantity: "class_frequency", "class_count" or "instance_count".
-
-    Returns:
-        (K,) float64.
-    """
-    records = get_detection_dataset_dicts(names)
-    statistics = ClassCounts.from_dataset_dicts(records, num_classes)
-    return torch.as_tensor(DATA_ARGUMENTS[quantity](statistics)).double()
-
-
 def is_lazy(path: str) -> bool:
     """Whether a file is a Python config, or a YAML file that `LazyConfig.save` wrote."""
     if not path.endswith((".yaml", ".yml")):
         return path.endswith(".py")
-    if not PathManager.isfile(path):
-        return False
-    with PathManager.open(path) as file:
+    with PathManager.open(find_config(path)) as file:
         return any(line.startswith("model:") for line in file)  # Detectron2's YAML has MODEL
 
 
@@ -92,7 +74,7 @@ def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[CfgNode, type[Ba
     Raises:
         ValueError: the file or an override cannot be used.
     """
-    if not is_lazy(path):
+    if not (path and is_lazy(path)):
         return read_config(path, overrides), BalancedTrainer
     lazy = read_lazy(path, overrides)
     return run_config(lazy), lazy_trainer(lazy)
@@ -105,7 +87,7 @@ def read_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         ValueError: it cannot be loaded, lacks a part, or an override does not fit.
     """
     try:
-        lazy = LazyConfig.load(path)
+        lazy = LazyConfig.load(find_config(path))
     except (OSError, SyntaxError, ImportError, NameError, KeyError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     missing = [name for name in NEEDED if name not in lazy]
@@ -156,35 +138,48 @@ def run_config(lazy: DictConfig) -> CfgNode:
 
 
 def _model_keys(model: DictConfig) -> dict[str, Any]:
-    """Names of the parts of a model under their keys in YAML."""
-    keys = {"MODEL.META_ARCHITECTURE": _name(model)}
-    head = model
+    """Return the names of the parts of a model under their keys in YAML."""
+    keys = {"MODEL.META_ARCHITECTURE": _name(model), "MODEL.BACKBONE.NAME": _backbone(model)}
     if "roi_heads" in model:
         heads = model.roi_heads
-        head = heads.box_predictor
         keys["MODEL.ROI_HEADS.NAME"] = _name(heads)
         keys["MODEL.ROI_HEADS.NUM_CLASSES"] = heads.num_classes
         keys["MODEL.PROPOSAL_GENERATOR.NAME"] = _name(model.proposal_generator)
         keys["MODEL.MASK_ON"] = heads.get("mask_head") is not None
+        keys["MODEL.KEYPOINT_ON"] = heads.get("keypoint_head") is not None
     elif "num_classes" in model:
         node = "FCOS" if "FCOS" in keys["MODEL.META_ARCHITECTURE"] else "RETINANET"
         keys[f"MODEL.{node}.NUM_CLASSES"] = model.num_classes
-    if not isinstance(head, DictConfig):
-        return keys  # a cascade has a list
+    head = output_layers(model)[0]  # the stages of a cascade have the same losses
     for part, key in (("cls_loss", "CLS_LOSS"), ("box_loss", "BOX_LOSS")):
         loss = head.get(part)
         if loss is None:
             continue
         name = _target(loss).name
         keys[f"MODEL.BALANCE.{key}"] = name
-        for argument in inspect.signature(_target(loss)).parameters.values():
+        for argument in inspect.signature(target(loss)).parameters.values():
             if argument.default is not argument.empty and argument.name in loss:
                 place = f"MODEL.BALANCE.{name.upper()}.{argument_key(argument.name)}"
                 keys[place] = _plain(loss[argument.name])
     for part in ("cls_weight", "box_weight"):
         if part in head:
-            keys[f"MODEL.BALANCE.{part.upper()}"] = float(head[part])
+            keys[f"MODEL.BALANCE.{part.replace('_', '_LOSS_').upper()}"] = float(head[part])
     return keys
+
+
+def _backbone(model: DictConfig) -> str:
+    """Return the name of a backbone for people, such as "FPN of ResNet-50"."""
+    node = model.backbone
+    text = _name(node)
+    for inner in ("bottom_up", "net"):
+        if inner in node:
+            node = node[inner]
+            text += f" of {_name(node)}"
+    depth = OmegaConf.select(node, "stages.depth") or node.get("depth")
+    width = node.get("embed_dim")
+    if depth is not None:
+        text += f"-{depth}" if width is None else f" ({depth} blocks, {width} channels)"
+    return text
 
 
 def _plain(value: Any) -> Any:
@@ -203,12 +198,10 @@ def _in_order(value: Any) -> Any:
     return [_in_order(part) for part in value] if isinstance(value, list) else value
 
 
-def _target(node: DictConfig) -> Any:
-    return locate(node._target_) if isinstance(node._target_, str) else node._target_
-
-
 def _name(node: DictConfig) -> str:
-    return _target(node).__name__
+    called = target(node)
+    # a bound method such as ResNet.make_stage goes by the name of its class
+    return getattr(called, "__self__", called).__name__
 
 
 def _names(loader: DictConfig) -> tuple[str, ...]:
@@ -221,6 +214,11 @@ def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
 
     class LazyTrainer(BalancedTrainer):
         lazy = config
+        registered = False  # its parts are classes, whatever they are registered as
+
+        @classmethod
+        def ddp_options(cls) -> dict[str, Any]:
+            return super().ddp_options() | _plain(cls.lazy.train.get("ddp") or {})
 
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -272,7 +270,7 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     with seeded(seed):  # the sampler draws the seed of its order from numpy
         dataset = instantiate(node.dataset)
-        mapper = instantiate(node.mapper)
+        mapper = instantiate(_balanced_mapper(node.mapper))
         sampler = node.get("sampler")
         sampler = TrainingSampler(len(dataset)) if sampler is None else instantiate(sampler)
     return TrainStream(
@@ -285,6 +283,18 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
         seed=seed,
         max_broken=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
     )
+
+
+def _balanced_mapper(node: DictConfig) -> DictConfig:
+    """Return the mapper with ours in place of Detectron2's, which stops at images without objects.
+
+    That is one with `recompute_boxes`; ours also knows ignore regions and objects without masks.
+    """
+    if target(node) is not DatasetMapper:
+        return node
+    node = copy.deepcopy(node)
+    node._target_ = BalancedMapper
+    return node
 
 
 def save_lazy(trainer: type[BalancedTrainer], directory: str) -> None:

@@ -1,4 +1,4 @@
-"""From the command line to a config that can run: keys, device, directory, seed, messages."""
+"""Settle where a run writes, its seed and device, and how it ends where a user must act."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from d2_balance.config import add_balance_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT
-from d2_balance.utils.config_tree import names
 from d2_balance.utils.lock import directory_lock
-from d2_balance.utils.names import closest
 
 from ..resume.checkpoint import resumable_files
 from ..resume.same_run import check_same_model
@@ -32,50 +29,6 @@ CONFIG_ERROR = 2
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults, then MODEL.BALANCE, then a YAML file, then the command line.
-
-    Args:
-        config_file: YAML file, or "" for none.
-        overrides: keys and values in turn.
-
-    Raises:
-        ValueError: a file that cannot be read, an unknown key (with keys that look like it), or a
-            value of the wrong type.
-    """
-    cfg = get_cfg()
-    add_balance_config(cfg)
-    if config_file:
-        with _explained(cfg, config_file):
-            cfg.merge_from_file(config_file)
-    merge_overrides(cfg, overrides, "command line")
-    return cfg
-
-
-def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None:
-    """Sets keys of a config to values, given in turn.
-
-    Raises:
-        ValueError: an unknown key, or a value of the wrong type; the message names `source`.
-    """
-    with _explained(cfg, source):
-        cfg.merge_from_list(list(overrides))
-
-
-@contextmanager
-def _explained(cfg: CfgNode, source: str) -> Iterator[None]:
-    """Turns what yacs and PyYAML raise into ValueErrors that say where and what."""
-    try:
-        yield
-    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
-        text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
-        for start in ("Non-existent config key: ", "Non-existent key: "):
-            if text.startswith(start):
-                key = text.removeprefix(start)
-                text = f"unknown key {key}; {closest(key, names(cfg))}"
-        raise ValueError(f"{source}: {text}") from error
 
 
 def use_cpu_without_cuda(cfg: CfgNode) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
+
+from .config_file import config_layers
 
 _LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
 _PERIODS = (
@@ -83,17 +83,21 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
 
     Args:
         cfg: the config that they give.
-        config_file: as given to `read_config`.
+        config_file: YAML, as given to `read_config`.
         overrides: as given to `read_config`.
 
     Returns:
         The message; "" where there is nothing to say.
     """
-    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH or config_file.endswith(".py"):
+    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH:
         return ""
     batch = rate_batch = 16  # Detectron2's default, of the model zoo too
     where = "Detectron2's defaults"
-    for source, values in (*_layers(config_file), ("the command line", _pairs(overrides))):
+    layers = [
+        (path, {f"SOLVER.{key}": value for key, value in (layer.get("SOLVER") or {}).items()})
+        for path, layer in (config_layers(config_file) if config_file else ())
+    ]
+    for source, values in (*layers, ("the command line", _pairs(overrides))):
         batch = values.get(_BATCH, batch)
         if _RATE in values:
             rate_batch, where = batch, source
@@ -105,22 +109,6 @@ def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] 
         f"SOLVER.REFERENCE_IMS_PER_BATCH {rate_batch} scales it to "
         f"{rate * batch / rate_batch:g}, and the schedule with it; or set {_RATE} yourself."
     )
-
-
-def _layers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A YAML file and those that it is based on, the first base first."""
-    if not path:
-        return
-    with PathManager.open(path) as file:
-        content = yaml.safe_load(file) or {}
-    bases = content.get("_BASE_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        base = os.path.expanduser(base)
-        if not (os.path.isabs(base) or "://" in base):
-            base = os.path.join(os.path.dirname(path), base)
-        yield from _layers(base)
-    solver = content.get("SOLVER") or {}
-    yield path, {f"SOLVER.{key}": value for key, value in solver.items()}
 
 
 def _pairs(overrides: Sequence[str]) -> dict[str, Any]:

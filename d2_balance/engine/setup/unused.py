@@ -14,11 +14,13 @@ BALANCED_META_ARCHITECTURES = {
     "RetinaNet": "BalancedRetinaNet",
     "FCOS": "BalancedFCOS",
     "GeneralizedRCNN": "BalancedRCNN",
+    "PanopticFPN": "BalancedPanopticFPN",
 }
 BALANCED_PROPOSAL_GENERATORS = {"RPN": "BalancedRPN"}
 BALANCED_ROI_HEADS = {
     "StandardROIHeads": "BalancedStandardROIHeads",
     "CascadeROIHeads": "BalancedCascadeROIHeads",
+    "Res5ROIHeads": "BalancedRes5ROIHeads",
 }
 
 

@@ -67,7 +67,9 @@ from .unused import check_losses_are_used
 _SIZES_LOOKED_AT = 200
 
 
-def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
+def validate(
+    cfg: CfgNode, *, eval_only: bool = False, resume: bool = False, registered: bool = True
+) -> None:
     """Checks everything that can be checked before the model and the loaders are built.
 
     Loads the datasets, as the run will.
@@ -76,14 +78,16 @@ def validate(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> 
         cfg: the full config; DATASETS.REGISTER is registered already.
         eval_only: True leaves the training sets alone, which may not be on this machine.
         resume: True does not ask for MODEL.WEIGHTS where OUTPUT_DIR holds a checkpoint.
+        registered: False leaves the names of the model's parts alone; a lazy config has classes.
 
     Raises:
         ValueError: naming the key or file and what is allowed.
     """
     if not eval_only:
         check_step(cfg)
-    check_registered_names(cfg)
-    check_losses_are_used(cfg)
+    if registered:
+        check_registered_names(cfg)
+        check_losses_are_used(cfg)
     check_losses(cfg, eval_only)
     check_numbers(cfg)
     check_beta_decay(cfg)
@@ -317,4 +321,6 @@ def _has_classes(name: str) -> bool:
 
 
 def _is_a(cfg: CfgNode, *models: type) -> bool:
-    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), models)
+    name = cfg.MODEL.META_ARCHITECTURE
+    # a lazy config may have a class that is not registered
+    return name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.panoptic_fpn import PanopticFPN
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 
 from d2_balance.data.image_labels import ImageLabels
@@ -34,3 +35,8 @@ class BalancedRCNN(LabelledImages, GeneralizedRCNN):
         build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
         ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedPanopticFPN(BalancedRCNN, PanopticFPN):
+    """PanopticFPN whose RoI heads and RPN receive labels and regions as in `BalancedRCNN`."""

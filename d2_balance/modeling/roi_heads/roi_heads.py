@@ -17,10 +17,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from d2_balance.data.mapper import MASKED
 from d2_balance.sampling import ProposalSampler
 
 from ..build import build_proposal_sampler
@@ -195,3 +196,44 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
                 proposal.gt_classes, targets, self.num_classes
             )
         return self.select(proposals, stage) if mines else proposals
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedRes5ROIHeads(BalancedROIHeads, Res5ROIHeads):
+    """Res5ROIHeads (C4 models) with `BalancedFastRCNNOutputLayers`.
+
+    Arguments as `BalancedROIHeads`.
+
+    The mask head trains on the features of the box head, on every positive: `masks_per_image` has
+    no effect, and objects without a mask are refused where there is a mask head.
+    """
+
+    @property
+    def box_in_features(self) -> list[str]:
+        """Names of the feature maps that the heads read."""
+        return self.in_features
+
+    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+        return self.res5, self.box_predictor
+
+    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+        boxes = [p.proposal_boxes for p in proposals]
+        features = self._shared_roi_transform(self._features, boxes)
+        return self.box_predictor(features.mean(dim=[2, 3]))
+
+    def forward(self, images, features, proposals, targets=None) -> Any:
+        if self.training and self.mask_on and any(t.has(MASKED) for t in targets or ()):
+            raise ValueError(
+                "BalancedRes5ROIHeads trains masks on the features of its boxes, and a training "
+                "set has objects without a mask; set MODEL.MASK_ON False or take a model with FPN."
+            )
+        return super().forward(images, features, proposals, targets)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        channels = ret["box_predictor"].cls_score.in_features
+        ret["box_predictor"] = BalancedFastRCNNOutputLayers(
+            cfg, ShapeSpec(channels=channels, height=1, width=1)
+        )
+        return ret

@@ -1,0 +1,147 @@
+"""YAML configs by path or by name, with what they are based on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import detectron2.model_zoo
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from d2_balance.config import add_balance_config
+from d2_balance.utils.config_tree import names
+from d2_balance.utils.names import closest
+
+ZOO = os.path.join(os.path.dirname(detectron2.model_zoo.__file__), "configs")
+"""Directory of Detectron2's model zoo."""
+
+logger = logging.getLogger(__name__)
+
+
+def find_config(name: str, beside: str = "") -> str:
+    """Return the path of a config file.
+
+    Args:
+        name: a path, relative to `beside` or the working directory; or a name of the model zoo,
+            such as "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
+        beside: directory of the file that names it as its _BASE_.
+
+    Raises:
+        ValueError: there is no such file; with names of the model zoo that look alike.
+    """
+    path = os.path.expanduser(name)
+    places = [path if "://" in path else os.path.join(beside, path), os.path.join(ZOO, name)]
+    for place in places:
+        if PathManager.isfile(place):
+            return place
+    known = [p.relative_to(ZOO).as_posix() for p in Path(ZOO).rglob(f"*{Path(name).suffix}")]
+    raise ValueError(
+        f"the config {name!r} does not exist; it must be a file, or a name of Detectron2's model "
+        f"zoo. {closest(name, known)}".rstrip()
+    )
+
+
+def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
+    """Read Detectron2's defaults, then MODEL.BALANCE, then a YAML file, then the command line.
+
+    Args:
+        config_file: YAML file or name of the model zoo, see `find_config`; "" for none.
+        overrides: keys and values in turn.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown key (with keys that look like it), or a
+            value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_balance_config(cfg)
+    for path, layer in config_layers(config_file) if config_file else ():
+        with _explained(cfg, path):
+            version = layer.pop("VERSION", cfg.VERSION)
+            if version != cfg.VERSION:
+                raise ValueError(
+                    f"VERSION is {version}; it must be {cfg.VERSION} "
+                    "(detectron2.config.upgrade_config translates old keys)"
+                )
+            cfg.merge_from_other_cfg(CfgNode(layer))
+    merge_overrides(cfg, overrides, "command line")
+    return cfg
+
+
+def config_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read a YAML file and those that it is based on.
+
+    Tags that run Python are allowed, as in Detectron2, whose own zoo has them.
+
+    Args:
+        name: see `find_config`.
+
+    Returns:
+        Pairs of path and content without _BASE_, the first base first.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    return _layers(find_config(name), ())
+
+
+def _layers(path: str, above: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    if path in above:
+        raise ValueError(f"{path}: its _BASE_ leads back to itself")
+    try:
+        with PathManager.open(path) as file:
+            text = file.read()
+        content = _load(text, path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: it must hold keys and values, not {type(content).__name__}")
+    bases = content.pop("_BASE_", [])
+    found = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        try:
+            below = find_config(base, os.path.dirname(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: _BASE_: {error}") from error
+        found += _layers(below, (*above, path))
+    return [*found, (path, content)]
+
+
+def _load(text: str, path: str) -> Any:
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.constructor.ConstructorError:
+        if not path.startswith(ZOO):
+            logger.warning(
+                f"{path} has tags that run Python code; trust the file before you use it"
+            )
+        return yaml.unsafe_load(text)
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None:
+    """Set keys of a config to values, given in turn.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type; the message names `source`.
+    """
+    with _explained(cfg, source):
+        cfg.merge_from_list(list(overrides))
+
+
+@contextmanager
+def _explained(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Turn what yacs and PyYAML raise into ValueErrors that say where and what."""
+    try:
+        yield
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+        text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
+        for start in ("Non-existent config key: ", "Non-existent key: "):
+            if text.startswith(start):
+                key = text.removeprefix(start)
+                text = f"unknown key {key}; {closest(key, names(cfg))}"
+        raise ValueError(f"{source}: {text}") from error
