@@ -72,9 +72,7 @@ def setup(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[Bal
     if unscaled and not args.eval_only:
         logger.warning(unscaled)
     register_from_config(cfg)
-    validate(
-        cfg, eval_only=args.eval_only, resume=args.resume, registered=trainer.registered
-    )
+    validate(cfg, eval_only=args.eval_only, resume=args.resume, registered=trainer.registered)
     save_lazy(trainer, cfg.OUTPUT_DIR)
     return cfg, trainer
 

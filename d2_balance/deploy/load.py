@@ -25,9 +25,10 @@ from d2_balance.data.model_classes import (
 )
 from d2_balance.engine.hooks.ema import FILE as AVERAGED
 from d2_balance.engine.resume.checkpoint import BalancedCheckpointer
+from d2_balance.engine.setup.config_file import merge_overrides
 from d2_balance.engine.setup.lazy import SAVED as LAZY
 from d2_balance.engine.setup.lazy import read_run
-from d2_balance.engine.setup.run import last_checkpoint, merge_overrides, use_cpu_without_cuda
+from d2_balance.engine.setup.run import last_checkpoint, use_cpu_without_cuda
 from d2_balance.losses import CLS_LOSSES
 from d2_balance.utils.names import closest
 

@@ -33,7 +33,7 @@ def test_file_and_command_line_are_merged(tmp_path):
         (["SOLVER.MAXITER", "3"], r"unknown key SOLVER.MAXITER; did you mean SOLVER.MAX_ITER"),
         (["MODEL.BALANCE.GHMC.BINS", "many"], r"Type mismatch.*MODEL.BALANCE.GHMC.BINS"),
         (["MODEL.BALANCE.GHMC.BINS"], r"odd length"),
-        (["MODEL.BALANCE.EQL.LAMBDA", "0.1"], r"renamed to MODEL.BALANCE.EQL.LAMBDA"),
+        (["MODEL.BALANCE.EQL.LAMBDA_", "0.1"], r"renamed to MODEL.BALANCE.EQL.LAMBDA"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(overrides, expected):

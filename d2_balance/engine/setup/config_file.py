@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from d2_balance.config import add_balance_config
+from d2_balance.utils.config_files import config_directory
 from d2_balance.utils.config_tree import names
 from d2_balance.utils.names import closest
 
@@ -28,22 +29,28 @@ def find_config(name: str, beside: str = "") -> str:
     """Return the path of a config file.
 
     Args:
-        name: a path, relative to `beside` or the working directory; or a name of the model zoo,
-            such as "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
+        name: a path, relative to `beside` or the working directory; or the name of a config of
+            this package or of Detectron2's model zoo, such as
+            "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
         beside: directory of the file that names it as its _BASE_.
 
     Raises:
-        ValueError: there is no such file; with names of the model zoo that look alike.
+        ValueError: there is no such file; with the names that look alike.
     """
     path = os.path.expanduser(name)
-    places = [path if "://" in path else os.path.join(beside, path), os.path.join(ZOO, name)]
-    for place in places:
+    own = str(config_directory())
+    places = [path if "://" in path else os.path.join(beside, path)]
+    for place in (*places, os.path.join(own, name), os.path.join(ZOO, name)):
         if PathManager.isfile(place):
             return place
-    known = [p.relative_to(ZOO).as_posix() for p in Path(ZOO).rglob(f"*{Path(name).suffix}")]
+    known = [
+        file.relative_to(directory).as_posix()
+        for directory in (own, ZOO)
+        for file in Path(directory).rglob(f"*{Path(name).suffix}")
+    ]
     raise ValueError(
-        f"the config {name!r} does not exist; it must be a file, or a name of Detectron2's model "
-        f"zoo. {closest(name, known)}".rstrip()
+        f"the config {name!r} does not exist; it must be a file, or a name of this package or of "
+        f"Detectron2's model zoo. {closest(name, known)}".rstrip()
     )
 
 
