@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from d2_balance.engine import read_config
 from d2_balance.engine.setup.run import (
     holds_run,
     last_checkpoint,
     prepare_run,
-    read_config,
     short_messages,
     use_cpu_without_cuda,
 )
