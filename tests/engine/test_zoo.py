@@ -20,7 +20,7 @@ from d2_balance.data.class_counts import ClassCounts
 from d2_balance.engine import BalancedTrainer, balance_model, find_config, read_config
 from d2_balance.engine.setup.config_file import ZOO
 from d2_balance.engine.setup.validate import check_losses_are_used, check_registered_names
-from d2_balance.losses import EQL, GHMC
+from d2_balance.losses import EQLLoss, GHMCLoss
 from d2_balance.modeling import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers
 
 YAML = sorted(p.relative_to(ZOO).as_posix() for p in Path(ZOO).rglob("*.yaml"))
@@ -186,7 +186,11 @@ def test_a_lazy_config_of_the_zoo_trains_with_other_losses(name):
     narrow_lazy(model)
     keypoints = "roi_heads" in model and "keypoint_head" in model.roi_heads
     dense = "roi_heads" not in model
-    loss = L(GHMC)() if dense else L(EQL)(lambda_=0.01, class_frequency=torch.full((CLASSES,), 0.1))
+    loss = (
+        L(GHMCLoss)()
+        if dense
+        else L(EQLLoss)(lambda_=0.01, class_frequency=torch.full((CLASSES,), 0.1))
+    )
     balance_model(
         model,
         "some_train",
@@ -247,9 +251,9 @@ def test_federated_keys_of_detectron2_become_losses_of_ours():
 
     federated = {"use_fed_loss": True, "use_sigmoid_ce": True, "fed_loss_num_classes": 7}
     layers = predictor(**federated, get_fed_cls_weights=None)
-    assert layers.cls_loss._target_.__name__ == "Federated" and layers.cls_loss.num_sampled == 7
+    assert layers.cls_loss._target_.__name__ == "FederatedLoss" and layers.cls_loss.num_sampled == 7
     assert not set(federated) & set(layers)
-    assert predictor(use_sigmoid_ce=True).cls_loss._target_.__name__ == "SigmoidCE"
+    assert predictor(use_sigmoid_ce=True).cls_loss._target_.__name__ == "SigmoidCELoss"
     assert "cls_loss" not in predictor()
 
 

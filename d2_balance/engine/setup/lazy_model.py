@@ -1,7 +1,7 @@
 """The losses of this package in a lazy config of Detectron2: swaps targets, fills in the data.
 
 model = model_zoo.get_config("common/models/cascade_rcnn.py").model
-balance_model(model, "my_train", num_classes=30, cls_loss=L(EQL)(lambda_=0.01))
+balance_model(model, "my_train", num_classes=30, cls_loss=L(EQLLoss)(lambda_=0.01))
 """
 
 from __future__ import annotations
