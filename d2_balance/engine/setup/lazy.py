@@ -155,7 +155,7 @@ def _model_keys(model: DictConfig) -> dict[str, Any]:
         loss = head.get(part)
         if loss is None:
             continue
-        name = _target(loss).name
+        name = target(loss).name
         keys[f"MODEL.BALANCE.{key}"] = name
         for argument in inspect.signature(target(loss)).parameters.values():
             if argument.default is not argument.empty and argument.name in loss:
