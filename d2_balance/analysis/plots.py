@@ -13,8 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.evaluation.diagnosis_plots import new_figure
-from d2_balance.evaluation.plots import GROUP_COLOURS, count_ticks
+from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure
 
 from .anchors import AnchorReport
 from .report import Analysis

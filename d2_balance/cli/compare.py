@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 import os
 
-from tabulate import tabulate
-
 FILES = ("compare.md", "compare.html", "compare_box.png", "compare_mask.png")
 
 
@@ -31,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes the files; 2 where the user has to change something."""
     from d2_balance.evaluation import compare as comparison
     from d2_balance.utils.files import check_new
+    from d2_balance.utils.text import table
 
     if args.output:
         check_new([os.path.join(args.output, file) for file in FILES], args.overwrite)
@@ -42,14 +41,10 @@ def run(args: argparse.Namespace) -> int:
     tasks = comparison.check_comparable(runs)
     for task in tasks:
         print(f"{comparison.TASKS[task]} AP on {runs[0].found.dataset}\n")
-        _print(comparison.metric_rows(runs, task), ["run", *comparison.METRICS])
+        print(table(comparison.metric_rows(runs, task), ["run", *comparison.METRICS]) + "\n")
         if args.classes > 0:
             rows = comparison.gain_rows(runs, task, args.classes)
-            _print(rows, comparison.gain_headers(runs))
+            print(table(rows, comparison.gain_headers(runs)) + "\n")
     if args.output:
         print("\n".join(comparison.write_comparison(runs, tasks, args.output)))
     return 0
-
-
-def _print(rows: list[list[str]], headers: list[str]) -> None:
-    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n")

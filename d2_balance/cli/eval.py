@@ -4,20 +4,8 @@ with LVIS rules for LVIS-style files and COCO rules for others."""
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from typing import TYPE_CHECKING
-
-from tabulate import tabulate
-
-if TYPE_CHECKING:
-    from d2_balance.evaluation.predictions import Detections
-    from d2_balance.evaluation.record import Evaluation
-    from d2_balance.evaluation.sources import Annotations
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
-TASKS = {"bbox": "box", "segm": "mask"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-dets", type=int, help="detections that count (LVIS 300, COCO 100)")
     parser.add_argument("--style", choices=("coco", "lvis"), help="rules, if not the file's own")
-    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), help="boxes, masks, or both")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("bbox", "segm"), help="boxes, masks, or both"
+    )
     parser.add_argument(
         "--cuts",
         nargs=2,
@@ -57,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes the files; 2 where the user has to change something."""
     from d2_balance.evaluation.evaluate import evaluate_predictions
+    from d2_balance.evaluation.per_class import write_csv
     from d2_balance.evaluation.predictions import read_predictions
+    from d2_balance.evaluation.report import text_report, write_report
     from d2_balance.evaluation.sources import Annotations
     from d2_balance.utils.files import check_new
 
@@ -67,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         train = Annotations.load(args.train, "--train") if args.train else None
         truth = Annotations.load(args.dataset, "--dataset", args.style)
         detections = read_predictions(args.predictions, truth.data, truth.path)
-        found = evaluate_predictions(
+        evaluation = evaluate_predictions(
             truth,
             detections,
             train=train,
@@ -78,88 +70,15 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, FileExistsError) as error:
         print(f"d2-balance eval: error: {error}", file=sys.stderr)
         return 2
-    print(report(found, args.classes))
-    write(found, args.json, args.csv)
+    print(text_report(evaluation, args.classes))
+    if args.json:
+        evaluation.write(args.json)
+    if args.csv:
+        write_csv(evaluation.classes, args.csv)
     if args.report:
-        write_diagnosis(args, truth, detections, found)
+        from d2_balance.evaluation.diagnosis import diagnose
+
+        parts = [diagnose(truth, detections, evaluation, task) for task in evaluation.results]
+        name = os.path.basename(args.predictions)
+        print("\n" + write_report(args.report, evaluation, parts, name)[0])
     return 0
-
-
-def write_diagnosis(
-    args: argparse.Namespace, truth: Annotations, detections: Detections, found: Evaluation
-) -> None:
-    """Write the page, its figures and the plots into the directory --report."""
-    from d2_balance.evaluation.diagnosis import diagnose
-    from d2_balance.evaluation.diagnosis_plots import write_report
-
-    parts = [diagnose(truth, detections, found, task) for task in found.results]
-    name = os.path.basename(args.predictions)
-    page, *_ = write_report(args.report, found, parts, name)
-    print(f"\n{page}")
-
-
-def write(found: Evaluation, json_file: str | None, csv_file: str | None) -> None:
-    """Write the figures as JSON, and the classes as CSV, each atomically."""
-    from d2_balance.evaluation.per_class import write_csv
-
-    if json_file:
-        found.write(json_file)
-    if csv_file:
-        write_csv(found.classes, csv_file)
-
-
-def report(found: Evaluation, max_classes: int = 40) -> str:
-    """The tables as text: metrics, frequency groups, and classes by training images."""
-    from d2_balance.data.groups import GROUPS
-
-    limit = "an image" if found.rules == "lvis" else "an image and class"
-    head = (
-        f"{found.detections:,} detections on {found.images:,} images of {found.dataset}, "
-        f"{found.rules.upper()} rules, {found.max_dets} detections {limit}"
-    )
-    rows = [[TASKS[t], *(_percent(m[k]) for k in METRICS)] for t, m in found.results.items()]
-    parts = [head, _table(rows, ["", *METRICS])]
-    rows = []
-    for letter, name in GROUPS.items():
-        members = [r for r in found.classes.values() if r["group"] == letter]
-        counts = [r["train_image_count"] for r in members if r["train_image_count"] is not None]
-        span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
-        values = [_percent(m[f"AP{letter}"]) for m in found.results.values()]
-        rows.append([name, len(members), span, *values])
-    columns = [f"{TASKS[task]} AP" for task in found.results]
-    parts.append(_table(rows, ["group", "classes", "training images", *columns]))
-    parts.append(_class_table(found, max_classes))
-    return "\n\n".join([part for part in parts if part] + [f"- {n}" for n in found.notes])
-
-
-def _class_table(found: Evaluation, limit: int) -> str:
-    columns = [f"{key}{'' if t == 'bbox' else '_' + t}" for t in found.results for key in _KEYS]
-    order = sorted(
-        found.classes.items(),
-        key=lambda item: (item[1]["train_image_count"] or 0, -item[1]["instances"]),
-    )
-    rows = [
-        [name, r["group"] or "-", _count(r["train_image_count"]), r["instances"]]
-        + [_percent(r[c]) for c in columns]
-        for name, r in order[:limit]
-    ]
-    headers = ["class", "group", "training images", "ground truths", *columns]
-    text = _table(rows, headers)
-    if len(order) > limit:
-        text += f"\n\n{limit} of {len(order)} classes, rarest first; --json and --csv give all"
-    return text if limit else ""
-
-
-_KEYS = ("AP", "AP50")
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _table(rows: list[list], headers: list[str]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.page import Page
+from d2_balance.utils.plotting import count_ticks, new_figure
+from d2_balance.utils.text import count as count_text
+from d2_balance.utils.text import percent, signed, table
 
-from .diagnosis_plots import new_figure
-from .plots import count_ticks
-from .record import Evaluation
+from .record import TASKS, Evaluation
 
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
-TASKS = {"bbox": "box", "segm": "mask"}
 # Okabe and Ito: told apart with any colour vision.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_RUNS = len(RUN_COLOURS)
@@ -112,10 +112,10 @@ def metric_rows(runs: Sequence[Run], task: str) -> list[list[str]]:
     rows = []
     for run in runs:
         own = run.found.results[task]
-        cells = [_percent(own[m]) for m in METRICS]
+        cells = [percent(own[m]) for m in METRICS]
         if run is not runs[0]:
             pairs = zip(cells, METRICS, strict=True)
-            cells = [f"{cell} ({_signed(own[m] - first[m])})" for cell, m in pairs]
+            cells = [f"{cell} ({signed(own[m] - first[m])})" for cell, m in pairs]
         rows.append([run.name, *cells])
     return rows
 
@@ -193,7 +193,7 @@ def _bars(axes, runs: Sequence[Run], task: str) -> None:
         places = np.arange(len(shown)) + (number - (len(runs) - 1) / 2) * width
         axes.bar(places, np.nan_to_num(values), width, color=RUN_COLOURS[number], label=run.name)
         for x, value in zip(places, values, strict=True):
-            text = _percent(value)
+            text = percent(value)
             axes.text(x, np.nan_to_num(value) + 0.4, text, ha="center", va="bottom", fontsize=7)
     names = {"AP": "all"} | {f"AP{letter}": name for letter, name in GROUPS.items()}
     axes.set_xticks(range(len(shown)), [names[m] for m in shown])
@@ -230,16 +230,14 @@ def gain_rows(runs: Sequence[Run], task: str, count: int) -> list[list[str]]:
     for name, values in ends:
         record = runs[0].found.classes[name]
         images = record["train_image_count"]
-        middle = [record["group"] or "-", "-" if images is None else f"{images:,}"]
-        gain = _signed(values[-1] - values[0])
-        rows.append([name, *middle, *map(_percent, values), gain])
+        middle = [record["group"] or "-", count_text(images)]
+        gain = signed(values[-1] - values[0])
+        rows.append([name, *middle, *map(percent, values), gain])
     return rows
 
 
 def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) -> list[str]:
     """Write compare.md, compare.html and a PNG per task into `directory`; returns their paths."""
-    from tabulate import tabulate
-
     paths = []
     lines = [f"# {' and '.join(run.name for run in runs)} on {runs[0].found.dataset}"]
     for task in tasks:
@@ -247,12 +245,11 @@ def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) 
         paths.append(os.path.join(directory, file))
         with atomic_path(paths[-1]) as temporary:
             plot_comparison(runs, task).savefig(temporary, format="png")
-        table = {"tablefmt": "github", "disable_numparse": True}
         lines += [
             f"## {TASKS[task].capitalize()} AP",
-            tabulate(metric_rows(runs, task), ["run", *METRICS], **table),
+            table(metric_rows(runs, task), ["run", *METRICS]),
             f"![AP of each class and by group]({file})",
-            tabulate(gain_rows(runs, task, 10), gain_headers(runs), **table),
+            table(gain_rows(runs, task, 10), gain_headers(runs)),
         ]
     paths.insert(0, os.path.join(directory, "compare.html"))
     comparison_page(runs, tasks).write(paths[0])
@@ -260,11 +257,3 @@ def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) 
     with atomic_path(paths[0]) as temporary, open(temporary, "w", encoding="utf-8") as out:
         out.write("\n\n".join(lines) + "\n")
     return paths
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _signed(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:+.1f}"

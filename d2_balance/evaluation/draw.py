@@ -10,17 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from tqdm import tqdm
 
+from d2_balance.data import category_names, register_json
+from d2_balance.data.catalog.register import load_dataset
+from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS
-from d2_balance.data.groups import GROUPS
+from d2_balance.data.groups import GROUPS, groups_from_counts
+from d2_balance.utils.files import atomic_path
+from d2_balance.utils.names import closest
+from d2_balance.utils.plotting import GROUP_COLOURS, new_figure
 
-from .plots import GROUP_COLOURS
+from .predictions import read_predictions
+from .sources import Annotations
 
 _WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small images
 _DPI = 100
@@ -166,8 +174,7 @@ def _compose(
     notes = _notes(record, classes)
     extra = 0.75 + 0.22 * len(notes)  # inches for the text
     size = (len(drawn) * width / _DPI + 0.2, height / _DPI + extra)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size, dpi=_DPI)
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (title, image) in zip(panels, drawn, strict=True):
         axes.imshow(image)
@@ -194,3 +201,122 @@ def _notes(record: Mapping[str, Any], classes: Classes) -> list[str]:
         if names:
             notes.append(f"{words}: {', '.join(names[:_NAMES])}{more}")
     return notes
+
+
+def draw_dataset(
+    dataset: str,
+    output: str,
+    *,
+    images: str | None = None,
+    predictions: str | None = None,
+    count: int = 20,
+    class_names: Sequence[str] | None = None,
+    min_score: float = 0.3,
+    train: str | None = None,
+) -> list[str]:
+    """Draw images of a dataset as PNG files, those of the rarest classes first.
+
+    Args:
+        dataset: name of a registered dataset, or an annotation file.
+        output: directory of the files.
+        images: directory of the images; needed with an annotation file, and only there.
+        predictions: prediction file to draw beside the objects.
+        count: images to draw.
+        class_names: draw only images that show one of these classes.
+        min_score: detections below it are not drawn; in [0, 1].
+        train: dataset whose images per class say what is rare; None: what `dataset` says, or
+            its own counts.
+
+    Returns:
+        Paths of the PNG files.
+
+    Raises:
+        ValueError: a dataset, a class, a number or a file that cannot be used.
+        FileExistsError: a file of that name is there already.
+    """
+    if count < 1:
+        raise ValueError(f"--count is {count}; it must be at least 1")
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score is {min_score}; it must be in [0, 1]")
+    name, dataset_dicts = _load(dataset, images)
+    classes = _classes(name, dataset_dicts, train)
+    wanted = _of_classes(dataset_dicts, classes, class_names)
+    chosen = rarest_first(wanted, classes.image_count, count)
+    paths = [_path(output, n, record) for n, record in enumerate(chosen, start=1)]
+    for path in paths:
+        if os.path.exists(path):
+            raise FileExistsError(
+                f"{path} exists, and show replaces no file; give another --output"
+            )
+    check_image_sizes(chosen, dataset)
+    found = None
+    if predictions:
+        truth = Annotations.load(dataset, "dataset")
+        found = read_predictions(predictions, truth.data, truth.path)
+    for path, record in zip(tqdm(paths, "drawing", delay=2, disable=None), chosen, strict=True):
+        detections = None if found is None else found.get(record["image_id"], [])
+        with atomic_path(path) as temporary:
+            draw(record, classes, detections, min_score).savefig(temporary, format="png")
+    return paths
+
+
+def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """Name in the catalogs and records of a registered dataset, or of a file."""
+    if source not in DatasetCatalog and not os.path.isfile(source):
+        raise ValueError(
+            f"{source!r} is neither a registered dataset nor an annotation file "
+            "(`d2-balance doctor` lists what is found)"
+        )
+    if os.path.isfile(source):
+        if not images:
+            raise ValueError(f"{source}: --images must name the directory of its images")
+        register_json(source, source, images, "--images")
+    elif images:
+        raise ValueError(f"--images is for annotation files; {source!r} is registered with its own")
+    dataset_dicts = load_dataset(source)
+    if not isinstance(dataset_dicts, list) or not dataset_dicts:
+        raise ValueError(f"{source!r} has no images to draw")
+    return source, dataset_dicts
+
+
+def _classes(name: str, dataset_dicts: Sequence[dict[str, Any]], train: str | None) -> Classes:
+    """Names, counts and groups; counts of --train, else the file's, else of the set itself."""
+    by_id = category_names(name)
+    index = {raw: k for k, raw in enumerate(by_id)}
+    metadata = MetadataCatalog.get(name)
+    groups = metadata.get("class_group")
+    if train:
+        given = Annotations.load(train, "--train").image_count()
+        counts, groups = [given.get(class_name, 0) for class_name in by_id.values()], None
+    elif metadata.get("class_image_count"):
+        known = {c["id"]: c["image_count"] for c in metadata.class_image_count}
+        counts = [known.get(raw, 0) for raw in by_id]
+    else:
+        counts = image_counts(dataset_dicts, len(by_id))
+    return Classes(list(by_id.values()), counts, groups or groups_from_counts(counts), index)
+
+
+def _of_classes(
+    dataset_dicts: Sequence[dict[str, Any]], classes: Classes, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Records that show one of the classes; all where none is named."""
+    if not names:
+        return list(dataset_dicts)
+    unknown = [n for n in names if n not in classes.names]
+    if unknown:
+        hint = closest(unknown[0], classes.names)
+        raise ValueError(f"--classes: the dataset has no class {unknown[0]!r}; {hint}")
+    wanted = {list(classes.names).index(n) for n in names}
+    found = [
+        record
+        for record in dataset_dicts
+        if any(a["category_id"] in wanted for a in record.get("annotations", ()))
+    ]
+    if not found:
+        raise ValueError(f"--classes: no image shows {', '.join(names)}; name other classes")
+    return found
+
+
+def _path(directory: str, number: int, record: dict[str, Any]) -> str:
+    stem = os.path.splitext(os.path.basename(record["file_name"]))[0]
+    return os.path.join(directory, f"{number:03d}_{stem}.png")

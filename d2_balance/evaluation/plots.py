@@ -3,14 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure
 
-# Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
-GROUP_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}
 _MAX_LABELS = 30
 # Where a label may stand beside its point: (dx, dy) in points, horizontal, vertical alignment.
 _PLACES = (
@@ -48,8 +44,7 @@ def plot_ap_by_count(
     ]
     if not points:
         raise ValueError(f"{path}: no class has both {metric} and a number of training images")
-    figure = Figure(figsize=(8, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, so that a caller's own backend stays
+    figure = new_figure(8, 4.8)
     axes = figure.add_subplot()
     for group in (*GROUPS, None):
         _draw_group(axes, [p for p in points if p[2] == group], group)
@@ -95,16 +90,6 @@ def _style_axes(axes, points: Sequence[tuple], metric: str) -> None:
     axes.set_ylabel(f"{metric} (%)")
     axes.grid(color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def count_ticks(low: float, high: float) -> list[int]:
-    """Whole counts from `low` to `high` that part a log axis well."""
-    decades = [10**k for k in range(math.ceil(math.log10(high)) + 1)]
-    for steps in ((1,), (1, 2, 5), range(1, 10)):
-        ticks = sorted({t * m for t in decades for m in steps if low <= t * m <= high})
-        if len(ticks) >= 4:
-            break
-    return ticks
 
 
 def _write_names(figure, axes, points: Sequence[tuple]) -> None:

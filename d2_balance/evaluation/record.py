@@ -8,6 +8,10 @@ from typing import Any
 from d2_balance.data.annotations import read_json
 from d2_balance.utils.files import atomic_path
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+TASKS = {"bbox": "box", "segm": "mask"}
+"""Tasks, and what tables call them."""
+
 
 @dataclass
 class Evaluation:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d2_balance.cli.rescore import METRICS
 from d2_balance.evaluation.merge import ensemble, rescore
 
 
@@ -59,7 +58,7 @@ FIELDS: Mapping[str, Field] = {
     "factors": TEXT,
     "iou": Field("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
     "max_dets": Field("an integer of at least 0", lambda value: _whole(value, 0)),
-    "metric": _one_of(METRICS),
+    "metric": _one_of(rescore.METRICS),
 }
 """The fields by name; where kinds of stages differ, `OWN` comes first."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from d2_balance.cli.eval import TASKS
 from d2_balance.evaluation.files import file_name_of
+from d2_balance.evaluation.record import TASKS
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.page import Page
 

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 import d2_balance
-from d2_balance.cli.ensemble import merge_files
-from d2_balance.cli.rescore import apply_factors, fit_factors
 from d2_balance.evaluation.evaluate import evaluate_predictions
 from d2_balance.evaluation.files import file_name_of
+from d2_balance.evaluation.merge.ensemble import merge_files
+from d2_balance.evaluation.merge.rescore import apply_factors, fit_factors
 from d2_balance.evaluation.predictions import read_predictions
 from d2_balance.evaluation.record import Evaluation
 from d2_balance.utils.files import atomic_path
@@ -164,32 +164,34 @@ def _ensemble(work: Work) -> None:
         )
     dataset = work.datasets.source(stage["dataset"])
     options = {k: stage[k] for k in ("method", "iou", "max_dets") if stage[k] is not None}
-    merge_files(inputs, dataset, work.path(PREDICTIONS), **options)
+    print(merge_files(inputs, dataset, work.path(PREDICTIONS), **options))
     _evaluate_file(work, work.path(PREDICTIONS))
 
 
 def _fit(work: Work) -> None:
     stage, source = work.stage, work.datasets.source
     options = {k: stage[k] for k in ("method", "metric", "max_dets") if stage[k] is not None}
-    fit_factors(
+    text = fit_factors(
         work.of(stage["predictions"], PREDICTIONS),
         source(stage["dataset"]),
         work.path(FACTORS),
         tests=[source(name) for name in stage["test"]],
         **options,
     )
+    print(text)
 
 
 def _rescore(work: Work) -> None:
     stage = work.stage
     options = {} if stage["max_dets"] is None else {"max_dets": stage["max_dets"]}
-    apply_factors(
+    text = apply_factors(
         work.of(stage["predictions"], PREDICTIONS),
         work.of(stage["factors"], FACTORS),
         work.datasets.source(stage["dataset"]),
         work.path(PREDICTIONS),
         **options,
     )
+    print(text)
     _evaluate_file(work, work.path(PREDICTIONS))
 
 

@@ -80,6 +80,25 @@ def register_json(name: str, json_file: str, image_root: str, key: str = "regist
     DatasetCatalog.register(name, functools.partial(load_json, json_file, image_root, name))
 
 
+def load_dataset(name: str) -> Any:
+    """A registered dataset as its loader gives it.
+
+    Raises:
+        ValueError: the loader failed; names the dataset and its file.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except ValueError:
+        raise  # of our own loader: names the file and what is wrong in it
+    except Exception as error:  # loaders of others may raise anything
+        json_file = MetadataCatalog.get(name).get("json_file", "its annotation file")
+        raise ValueError(
+            f"the dataset {name!r} cannot be loaded from {json_file} "
+            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the directory "
+            "that holds Detectron2's datasets, see datasets/README.md."
+        ) from error
+
+
 def registered_file(name: str) -> str | None:
     """The local annotation file of a set that `register_json` registered, else None."""
     found = _registered_as(name)

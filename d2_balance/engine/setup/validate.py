@@ -28,6 +28,7 @@ from d2_balance.data import (
     require_image_labels,
 )
 from d2_balance.data.catalog.external import is_external
+from d2_balance.data.catalog.register import load_dataset
 from d2_balance.data.checks.coverage import (
     classes_with_objects,
     log_left_out_negatives,
@@ -295,25 +296,6 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
         require_image_labels(dataset_dicts, name, key)
     if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
         check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT, boxes_too=external)
-
-
-def load_dataset(name: str) -> Any:
-    """A registered dataset as its loader gives it.
-
-    Raises:
-        ValueError: the loader failed; names the dataset and its file.
-    """
-    try:
-        return DatasetCatalog.get(name)
-    except ValueError:
-        raise  # of our own loader: names the file and what is wrong in it
-    except Exception as error:  # loaders of others may raise anything
-        json_file = MetadataCatalog.get(name).get("json_file", "its annotation file")
-        raise ValueError(
-            f"the dataset {name!r} cannot be loaded from {json_file} "
-            f"({type(error).__name__}: {error}); $DETECTRON2_DATASETS must point to the directory "
-            "that holds Detectron2's datasets, see datasets/README.md."
-        ) from error
 
 
 def _has_classes(name: str) -> bool:

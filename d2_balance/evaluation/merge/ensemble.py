@@ -23,14 +23,19 @@ n: detections of a class in an image.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
-from d2_balance.data.catalog.class_map import ClassMap
+from d2_balance.data.catalog.class_map import ClassMap, load_class_map
+from d2_balance.utils.files import atomic_path
 
-from ..columns import DetectionTexts, PredictionColumns
+from ..columns import DetectionTexts, PredictionColumns, read_columns
+from ..sources import Annotations
 
 METHODS = ("nms", "soft-nms", "wbf")
 
@@ -289,3 +294,76 @@ def weighted_box(boxes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
     total = sum(scores)
     weights = [s / total for s in scores] if total > 0 else [1 / len(scores)] * len(scores)
     return [sum(w * box[k] for w, box in zip(weights, boxes, strict=True)) for k in range(4)]
+
+
+def merge_files(
+    inputs: Sequence[tuple[str, str | None, str | None]],
+    dataset: str,
+    output: str,
+    *,
+    method: str = "nms",
+    iou: float = 0.5,
+    max_dets: int = 300,
+) -> str:
+    """Merge prediction files.
+
+    Args:
+        inputs: (file, dataset whose classes it has or None for those of `dataset`, class map file
+            or None for names and synsets).
+        dataset: name or annotation file of the images and of the result's classes.
+        output: file to write, atomically; it must be new.
+        method, iou, max_dets: see `Ensemble`.
+
+    Returns:
+        What each file gave and what came out, as text.
+
+    Raises:
+        ValueError: files that do not fit the dataset, an expert without shared classes, or an
+            argument out of range.
+        FileExistsError: the output is there.
+    """
+    if os.path.exists(output):
+        raise FileExistsError(f"{output} exists, and nothing is overwritten; name a new file")
+    if not inputs:
+        raise ValueError("nothing to merge: give prediction files, or --expert")
+    truth = Annotations.load(dataset, "--dataset")
+    read = [_member(truth, *source) for source in inputs]
+    ensemble = Ensemble([member for member, _ in read], method, iou, max_dets)
+    images = len(truth.data["images"])
+    written = _write(ensemble, images, output)
+    lines = [text for _, text in read]
+    return "\n".join([*lines, f"{output}: {written:,} detections on {images:,} images, {method}"])
+
+
+def _member(
+    truth: Annotations, path: str, classes: str | None, map_file: str | None
+) -> tuple[Member, str]:
+    images, categories = truth.data["images"], truth.data["categories"]
+    ids = [c["id"] for c in categories]
+    if classes is None:
+        columns = read_columns(path, images, categories, truth.path)
+        return Member(columns, None, ids), f"{path}: {len(columns):,} detections"
+    source = Annotations.load(classes, f"classes of {path}").data["categories"]
+    found = load_class_map(map_file, source, categories, (classes, truth.name))
+    columns = read_columns(path, images, source, truth.path, classes)
+    member = Member(columns, found, ids)
+    kept = len(member.kept()[0])
+    head = f"{path}: {kept:,} of {len(columns):,} detections are of shared classes"
+    return member, f"{head}\n{found.report()}"
+
+
+def _write(ensemble: Ensemble, images: int, output: str) -> int:
+    count = 0
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(output))
+        texts = [stack.enter_context(DetectionTexts(member.columns)) for member in ensemble.members]
+        file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+        file.write("[")
+        merged = tqdm(ensemble.merge(images), "merging", images, delay=2, disable=None)
+        for found in merged:
+            if found:
+                # a line for each image
+                file.write(("," if count else "") + "\n" + ", ".join(ensemble.texts(found, texts)))
+                count += len(found)
+        file.write("\n]\n")
+    return count

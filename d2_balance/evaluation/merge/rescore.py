@@ -26,16 +26,21 @@ from typing import Any
 
 import numpy as np
 
-from d2_balance.data.groups import GROUPS
+from d2_balance.data.annotations import read_json
+from d2_balance.data.checks.structure import category_name
+from d2_balance.data.groups import GROUPS, LVIS_CUTS
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.text import percent, table
 
 from ..average_precision import average_precision
-from ..columns import PredictionColumns, capped, read_objects
+from ..columns import DetectionTexts, PredictionColumns, capped, read_columns, read_objects
 from ..evaluate import ground_truth
-from ..groups import group_metrics
+from ..groups import group_metrics, resolve_groups, training_counts
 from ..sources import Annotations
 
 METHODS = ("groups", "norcal")
+METRICS = ("AP", "APr", "APc", "APf")
+"""What can be maximised."""
 STEPS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
 """Factors tried for rare and common classes, those of frequent ones being 1."""
 GAMMAS = tuple(round(0.1 * n, 1) for n in range(16))
@@ -88,8 +93,6 @@ class Rescoring:
         Raises:
             ValueError: naming the file.
         """
-        from d2_balance.data.annotations import read_json
-
         found = read_json(path)
         try:
             return cls(**found["rescoring"])
@@ -278,3 +281,188 @@ def _file_name(image: Mapping[str, Any]) -> str:
 
 def _differ(a: str, b: str) -> bool:
     return bool(a and b) and a.split("/")[-1] != b.split("/")[-1]
+
+
+def fit_factors(
+    predictions: str,
+    dataset: str,
+    output: str,
+    *,
+    tests: Sequence[str],
+    trained_on: Sequence[str] = (),
+    train: str | None = None,
+    method: str = "groups",
+    task: str = "",
+    metric: str = "AP",
+    max_dets: int = 300,
+) -> str:
+    """Fit a rule on held-out images and write it.
+
+    Args:
+        predictions: prediction file of the held-out images.
+        dataset: the held-out images.
+        output: file to write; it must be new.
+        tests: datasets that are evaluated on; `dataset` must share no image with them.
+        trained_on: datasets the model was trained on; shared images are reported.
+        train: dataset that gives groups and counts; None: `dataset`.
+        method: one of METHODS.
+        task: "bbox" or "segm"; "": masks if everything has one.
+        metric: what to maximise, one of METRICS.
+        max_dets: detections of an image that count.
+
+    Returns:
+        What was chosen and what it changes, as text.
+
+    Raises:
+        ValueError: no test set is named, the images are among those of one, or the classes have
+            no frequency groups.
+        FileExistsError: the output is there.
+    """
+    _check_output(output, max_dets)
+    if not tests:
+        raise ValueError(
+            "name what is evaluated on with --test or --run; factors are never fitted on it"
+        )
+    truth = Annotations.load(dataset)
+    check_held_out(truth, [Annotations.load(test, "--test") for test in tests])
+    notes = [_trained_on(truth, Annotations.load(name, "--run")) for name in trained_on]
+    groups, counts = _groups(truth, Annotations.load(train, "--train") if train else truth)
+    columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
+    if not task:
+        masks = len(columns) and columns.has_mask.all()
+        task = "segm" if masks and _all_masks(truth) else "bbox"
+    lacking = ~columns.has_mask if task == "segm" else columns.box[:, 0] != columns.box[:, 0]
+    if lacking.any():
+        what = "a mask" if task == "segm" else "a bbox"
+        raise ValueError(
+            f"{predictions}: {task} needs {what} in every detection, {lacking.sum()} "
+            "have none; --task chooses the other"
+        )
+    measure = Measure(truth, columns, groups, task, max_dets)
+    plain = measure(columns.score)
+    rule, tried = fit(measure, groups, counts, method, metric)
+    scores = rule.scores(columns, truth.class_names)
+    after = measure(scores)
+    rule.write(
+        output,
+        task=task,
+        metric=metric,
+        max_dets=max_dets,
+        before={k: plain[k] for k in METRICS},
+        after={k: after[k] for k in METRICS},
+        tried=[[text, {k: metrics[k] for k in METRICS}] for text, metrics in tried],
+    )
+    chosen = (
+        f"gamma {rule.gamma:g}"
+        if method == "norcal"
+        else ", ".join(f"{k} {v:.3g}" for k, v in rule.factors.items())
+    )
+    lines = [
+        *notes,
+        f"{len(tried)} settings tried on {dataset}, {task}; best {metric}: {chosen}",
+        _metrics(plain, after),
+        _change_table(changes(columns, scores, truth.class_names, groups, max_dets), max_dets),
+    ]
+    if not _cuts(columns, max_dets):
+        lines.append(
+            f"- no image has more than {max_dets} detections: the cap cuts nothing, and factors "
+            "change nothing. Predict with a larger TEST.DETECTIONS_PER_IMAGE and a smaller score "
+            "threshold"
+        )
+    return "\n".join(filter(None, lines))
+
+
+def apply_factors(
+    predictions: str, factors: str, dataset: str, output: str, *, max_dets: int = 300
+) -> str:
+    """Write predictions with new scores, the best `max_dets` of each image (0: all).
+
+    Returns:
+        What changed, as text.
+
+    Raises:
+        ValueError: files that do not fit each other.
+        FileExistsError: the output is there.
+    """
+    _check_output(output, max_dets, 0)
+    rule = Rescoring.read(factors)
+    truth = Annotations.load(dataset)
+    columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
+    scores = rule.scores(columns, truth.class_names)
+    rows = capped(columns, scores, max_dets).tolist()
+    if rows:
+        with (
+            DetectionTexts(columns) as texts,
+            atomic_path(output) as temporary,
+            open(temporary, "w", encoding="utf-8") as file,
+        ):
+            for number, row in enumerate(rows):
+                same = scores[row] == columns.score[row]
+                text = texts.text(row) if same else texts.changed(row, score=float(scores[row]))
+                file.write(("[\n" if not number else ",\n") + text)
+            file.write("\n]\n")
+    else:
+        with atomic_path(output) as temporary, open(temporary, "w") as file:
+            file.write("[]\n")
+    changed = int((scores != columns.score).sum())
+    table = _change_table(
+        changes(columns, scores, truth.class_names, rule.groups, max_dets), max_dets
+    )
+    return f"{output}: {len(rows):,} detections; {changed:,} of {len(columns):,} scores changed\n{table}"
+
+
+def _check_output(output: str, max_dets: int, least: int = 1) -> None:
+    if os.path.exists(output):
+        raise FileExistsError(f"{output} exists, and nothing is overwritten; name a new file")
+    if max_dets < least:
+        raise ValueError(f"max_dets is {max_dets}; it must be at least {least}")
+
+
+def _groups(truth: Annotations, train: Annotations) -> tuple[dict[str, str], dict[str, int]]:
+    """Frequency group and training images by class name."""
+    names = list(truth.class_names.values())
+    by_name = {category_name(c): c for c in train.data["categories"]}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(f"{train.name} lacks {len(missing)} classes, such as {missing[0]!r}")
+    entries = [by_name[name] for name in names]
+    counts = training_counts(names, train.image_count, entries, train.name)
+    letters = resolve_groups(names, None, entries, counts, LVIS_CUTS)
+    pairs = zip(names, letters, counts, strict=True)
+    found = [(name, letter, count or 0) for name, letter, count in pairs]
+    return {n: letter for n, letter, _ in found}, {n: count for n, _, count in found}
+
+
+def _trained_on(truth: Annotations, train: Annotations) -> str:
+    """Say how many of the images the model was trained on, "" if none."""
+    ids = {image["id"] for image in train.data["images"]}
+    seen = sum(image["id"] in ids for image in truth.data["images"])
+    if not seen:
+        return ""
+    return (
+        f"- {seen} of {len(truth.data['images'])} images have ids of {train.name}, which the "
+        "model was trained on: its scores are higher there than on new images"
+    )
+
+
+def _all_masks(truth: Annotations) -> bool:
+    return all(a.get("segmentation") for a in truth.data["annotations"])
+
+
+def _cuts(columns: PredictionColumns, max_dets: int) -> bool:
+    return bool(len(columns)) and int(np.bincount(columns.image).max()) > max_dets
+
+
+def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    rows = [
+        [name, *(percent(figures[k], 2) for k in METRICS)]
+        for name, figures in (("before", before), ("after", after))
+    ]
+    return table(rows, ["", *METRICS])
+
+
+def _change_table(rows: list[list], max_dets: int) -> str:
+    cap = f"of {max_dets} an image" if max_dets else "(no cap)"
+    return table(
+        rows, ["group", "classes", "detections", f"kept {cap}, before", "after"], align=True
+    )

@@ -1,32 +1,81 @@
-"""Images and the page of a diagnosis."""
+"""One evaluation as text, plots and a page."""
+
+from __future__ import annotations
 
 import json
-import math
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import atomic_path
-from d2_balance.utils.page import Page
+from d2_balance.utils.plotting import GROUP_COLOURS, new_figure
+from d2_balance.utils.text import cell, count, percent, table
 
-from .diagnosis import Diagnosis
-from .plots import GROUP_COLOURS
-from .record import Evaluation
+from .record import METRICS, TASKS, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from d2_balance.utils.page import Page
+
+    from .diagnosis import Diagnosis
 
 COLOURS = {"all": "#1a1a1a"} | {name: GROUP_COLOURS[letter] for letter, name in GROUPS.items()}
 MARKERS = "osD^v"
 MOST_CLASSES = 30
-TASKS = {"bbox": "box", "segm": "mask"}
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure without pyplot, so that a caller's own backend stays."""
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def text_report(evaluation: Evaluation, max_classes: int = 40) -> str:
+    """Return the tables as text: metrics, frequency groups, and classes by training images.
+
+    Args:
+        evaluation: the figures.
+        max_classes: classes to list, the rarest first; 0: none.
+    """
+    limit = "an image" if evaluation.rules == "lvis" else "an image and class"
+    head = (
+        f"{evaluation.detections:,} detections on {evaluation.images:,} images of "
+        f"{evaluation.dataset}, {evaluation.rules.upper()} rules, {evaluation.max_dets} detections "
+        f"{limit}"
+    )
+    results = evaluation.results
+    rows = [[TASKS[t], *(percent(m[k]) for k in METRICS)] for t, m in results.items()]
+    sections = [head, table(rows, ["", *METRICS])]
+    rows = []
+    for letter, name in GROUPS.items():
+        members = [r for r in evaluation.classes.values() if r["group"] == letter]
+        counts = [r["train_image_count"] for r in members if r["train_image_count"] is not None]
+        span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
+        values = [percent(m[f"AP{letter}"]) for m in results.values()]
+        rows.append([name, str(len(members)), span, *values])
+    columns = [f"{TASKS[task]} AP" for task in results]
+    sections.append(table(rows, ["group", "classes", "training images", *columns]))
+    if max_classes:
+        sections.append(_class_table(evaluation, max_classes))
+    return "\n\n".join(sections + [f"- {note}" for note in evaluation.notes])
+
+
+def _class_table(evaluation: Evaluation, limit: int) -> str:
+    columns = [
+        f"{key}{'' if task == 'bbox' else '_' + task}"
+        for task in evaluation.results
+        for key in ("AP", "AP50")
+    ]
+    order = sorted(
+        evaluation.classes.items(),
+        key=lambda item: (item[1]["train_image_count"] or 0, -item[1]["instances"]),
+    )
+    rows = [
+        [name, r["group"] or "-", count(r["train_image_count"]), str(r["instances"])]
+        + [percent(r[c]) for c in columns]
+        for name, r in order[:limit]
+    ]
+    text = table(rows, ["class", "group", "training images", "ground truths", *columns])
+    if len(order) > limit:
+        text += f"\n\n{limit} of {len(order)} classes, rarest first; --json and --csv give all"
+    return text
 
 
 def plot_curves(found: Diagnosis) -> Figure:
@@ -129,6 +178,8 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
         parts: one diagnosis per task.
         predictions: name of the file, for the heading.
     """
+    from d2_balance.utils.page import Page
+
     page = Page(f"{predictions} on {found.dataset}")
     page.text(
         f"{found.detections:,} detections on {found.images:,} images, {found.rules.upper()} rules, "
@@ -136,7 +187,7 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
         + (f" Groups by the images of {found.train}." if found.train else "")
     )
     metrics = list(next(iter(found.results.values())))
-    rows = [[TASKS[t], *(_percent(m[k]) for k in metrics)] for t, m in found.results.items()]
+    rows = [[TASKS[t], *(percent(m[k]) for k in metrics)] for t, m in found.results.items()]
     page.table(rows, ["", *metrics])
     page.items(found.notes) if found.notes else None
     for part in parts:
@@ -158,7 +209,7 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
     page.heading("Classes, rarest first")
     columns = list(next(iter(found.classes.values()), {}))
     order = sorted(found.classes.items(), key=lambda item: item[1]["train_image_count"] or 0)
-    page.table([[n, *(_cell(r[c]) for c in columns)] for n, r in order], ["class", *columns])
+    page.table([[n, *(cell(r[c]) for c in columns)] for n, r in order], ["class", *columns])
     return page
 
 
@@ -184,13 +235,3 @@ def write_report(
             with atomic_path(paths[-1]) as temporary:
                 draw(part).savefig(temporary, format="png")
     return paths
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return _percent(value) if isinstance(value, float) else str(value)
