@@ -24,6 +24,7 @@ COMMANDS = {
     "ensemble": "merge predictions of models, experts included",
     "eval": "evaluate a file of predictions, by frequency group and class",
     "methods": "list every method, and which go together",
+    "predict": "detect in images, directories and videos with a trained model",
     "prior": "count the initial bias that foreground needs in a training set",
     "replay": "run the batch again whose loss was not finite",
     "rescore": "raise scores of rare classes before the cap of 300",

@@ -12,7 +12,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-import d2_balance  # noqa: F401  registers models, heads and the built-in datasets
 from d2_balance.data.catalog.metadata import category_names
 from d2_balance.data.catalog.register import register_from_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT

@@ -7,8 +7,9 @@ size of another one and each gets the detections that it gets alone.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from d2_balance.data.model_classes import ModelClasses, class_activation, class_thresholds
 from d2_balance.utils.names import closest
 
+_Item = tuple[int, dict[str, Any] | str]  # index, and inputs of the model or why there are none
 _AHEAD = 4  # batches of other sizes that wait until they are full
 
 
@@ -36,6 +38,7 @@ class Prediction:
     Attributes:
         index: position in the sequence of images that was given.
         source: path of the image; None if an array was given.
+        size: height and width of the image; None if it could not be read.
         instances: detections on the CPU (`pred_boxes`, `scores`, `pred_classes`, and `pred_masks`
             if the model has masks), or None if the image could not be read.
         error: why it could not be read, else None.
@@ -43,6 +46,7 @@ class Prediction:
 
     index: int
     source: str | None
+    size: tuple[int, int] | None
     instances: Instances | None
     error: str | None = None
 
@@ -94,6 +98,7 @@ class Predictor:
             thing_classes=self.names,
             thing_dataset_id_to_contiguous_id={raw: k for k, raw in enumerate(self.category_ids)},
         )
+        self._has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
         self.input_format = input_format or cfg.INPUT.FORMAT
         self.resize = resize or T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
@@ -171,10 +176,23 @@ class Predictor:
         """
         return self.forward([self.preprocess(self._in_format(image))])[0]
 
-    @torch.inference_mode()
-    def forward(self, inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Run the model on a batch of what `preprocess` returns."""
-        return self.model(list(inputs))
+    @torch.no_grad()
+    def forward(
+        self, inputs: Sequence[dict[str, Any]], *, paste_masks: bool = True
+    ) -> list[dict[str, Any]]:
+        """Run the model on a batch.
+
+        Args:
+            inputs: what `preprocess` returns.
+            paste_masks: False leaves boxes in the resized image and masks (R, 1, M, M) in their
+                boxes, for `detector_postprocess` to finish; for models with masks only.
+
+        Returns:
+            `{"instances": Instances}` for each image.
+        """
+        if paste_masks or not self._has_masks:
+            return self.model(list(inputs))
+        return [{"instances": i} for i in self.model.inference(list(inputs), do_postprocess=False)]
 
     def predict(
         self,
@@ -182,6 +200,7 @@ class Predictor:
         *,
         batch_size: int = 1,
         num_workers: int = 0,
+        paste_masks: bool = True,
     ) -> Iterator[Prediction]:
         """Detect in many images.
 
@@ -190,6 +209,7 @@ class Predictor:
                 turned upright by their EXIF orientation.
             batch_size: images that the model takes at once, at least 1.
             num_workers: processes that read and resize images; 0 does so in this process.
+            paste_masks: see `forward`.
 
         Yields:
             One prediction for each image. With a batch size of 1 they come in order; otherwise in
@@ -203,23 +223,50 @@ class Predictor:
                 f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least "
                 "1 and 0"
             )
-        loader = DataLoader(
+        items = DataLoader(
             _Images(self, images),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=2 * batch_size if num_workers else None,
+            worker_init_fn=_ignore_interrupts,
         )
-        for batch in _batches(loader, batch_size):
-            first = batch[0]
-            if isinstance(first[1], str):
-                yield Prediction(first[0], _path(images[first[0]]), None, first[1])
+        for prediction in self._predict(items, batch_size, paste_masks):
+            image = images[prediction.index]
+            yield replace(prediction, source=image) if isinstance(image, str) else prediction
+
+    def predict_frames(
+        self, frames: Iterable[np.ndarray], *, batch_size: int = 1, paste_masks: bool = True
+    ) -> Iterator[Prediction]:
+        """Detect in images that come one after another, such as the frames of a video.
+
+        Args:
+            frames: arrays as for `__call__`, read as they are needed.
+            batch_size, paste_masks: as for `predict`.
+        """
+        items = (
+            (index, self.preprocess(self._in_format(frame))) for index, frame in enumerate(frames)
+        )
+        return self._predict(items, batch_size, paste_masks)
+
+    def _predict(
+        self, items: Iterable[_Item], batch_size: int, paste_masks: bool
+    ) -> Iterator[Prediction]:
+        for batch in _batches(items, batch_size):
+            index, content = batch[0]
+            if isinstance(content, str):
+                yield Prediction(index, None, None, None, content)
                 continue
-            outputs = self.forward([inputs for _, inputs in batch])
-            for (index, _), output in zip(batch, outputs, strict=True):
-                yield Prediction(index, _path(images[index]), output["instances"].to("cpu"))
+            outputs = self.forward([inputs for _, inputs in batch], paste_masks=paste_masks)
+            for (index, inputs), output in zip(batch, outputs, strict=True):
+                size = (inputs["height"], inputs["width"])
+                yield Prediction(index, None, size, output["instances"].to("cpu"))
 
     def _in_format(self, image: np.ndarray) -> np.ndarray:
         return image[:, :, ::-1] if self.input_format == "RGB" else image
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 class _Images(Dataset):
@@ -254,9 +301,6 @@ def _preprocessed(image: np.ndarray, resize: T.Augmentation) -> dict[str, Any]:
     return {"image": tensor, "height": height, "width": width}
 
 
-_Item = tuple[int, dict[str, Any] | str]
-
-
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     """Batches of inputs of equal size, and each failure as a batch of its own."""
     waiting: dict[tuple[int, ...], list[_Item]] = {}
@@ -280,7 +324,3 @@ def _owners(model: nn.Module) -> list[Any]:
 
 def _num_classes(model: nn.Module) -> int | None:
     return next((owner.num_classes for owner in _owners(model)), None)
-
-
-def _path(image: str | np.ndarray) -> str | None:
-    return image if isinstance(image, str) else None

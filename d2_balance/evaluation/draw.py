@@ -118,7 +118,7 @@ def draw(
         found = [_detection(d, classes) for d in sorted(strong, key=lambda d: d["score"])]
         text = f"{_number(found, 'detection')} of score {min_score:g} and more"
         panels.append((f"{text} ({len(detections) - len(strong)} below)", found))
-    drawn = [(title, _overlay(image, items)) for title, items in panels]
+    drawn = [(title, overlay(image, items)) for title, items in panels]
     return _compose(record, drawn, classes)
 
 
@@ -148,7 +148,7 @@ def _detection(detection: Mapping[str, Any], classes: Classes) -> dict[str, Any]
     }
 
 
-def _overlay(image: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def overlay(image: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """(H, W, 3) the image with its items, enlarged where it is small."""
     scale = max(1.0, _WIDTH / image.shape[1])
     visualizer = Visualizer(image, scale=scale)
