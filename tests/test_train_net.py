@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
 
-import train_net
+from d2_balance.cli.main import build_parser
+from d2_balance.engine.train import train
 
 from .conftest import RETINANET
 from .engine.conftest import write_dataset
@@ -65,9 +65,12 @@ def clean_up():
             MetadataCatalog.remove(name)
 
 
+def parsed(arguments):
+    return build_parser("train").parse_args(["train", *arguments])
+
+
 def run(config, *arguments):
-    args = default_argument_parser().parse_args(["--config-file", config, *map(str, arguments)])
-    return train_net.main(args)
+    return train(parsed(["--config-file", config, *map(str, arguments)]))
 
 
 def state(path):
@@ -76,8 +79,8 @@ def state(path):
 
 KILLED = """
 import os, sys
-from detectron2.engine import HookBase, default_argument_parser
-import train_net
+from detectron2.engine import HookBase
+from d2_balance.cli.main import main
 from d2_balance.engine import BalancedTrainer
 
 class Kill(HookBase):
@@ -87,7 +90,7 @@ class Kill(HookBase):
 
 build_hooks = BalancedTrainer.build_hooks
 BalancedTrainer.build_hooks = lambda self: [*build_hooks(self), Kill()]
-train_net.main(default_argument_parser().parse_args(sys.argv[1:]))
+main(["train", *sys.argv[1:]])
 """
 
 
@@ -154,7 +157,7 @@ def test_a_mistake_ends_with_one_message_and_status_2(config, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        "train_net.py: error: MODEL.BALANCE.CLS_LOSS: 'XX' is unknown; allowed: "
+        "d2-balance train: error: MODEL.BALANCE.CLS_LOSS: 'XX' is unknown; allowed: "
     )
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     # corrected, the same directory can be used

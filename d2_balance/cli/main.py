@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from d2_balance.utils.errors import is_deliberate
+
 # name -> one line of help; the module is d2_balance/cli/NAME.py. It offers `add_arguments(parser)`
 # and `run(args)`, which returns the exit status; its docstring is the command's description. Only
 # the module that is called is imported, so that `doctor` runs without torch and Detectron2.
@@ -29,7 +31,14 @@ COMMANDS = {
     "replay": "run the batch again whose loss was not finite",
     "rescore": "raise scores of rare classes before the cap of 300",
     "show": "draw objects and detections, rare classes first",
+    "train": "train or evaluate a detector, with resume",
 }
+
+# Detectron2 is older than these deprecations; a user can do nothing about them. Set at import, so
+# that processes which a training starts have them too.
+warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
 
 
 class CommandError(Exception):
@@ -68,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         written, which is said in one line; 130 after Ctrl-C. argparse exits by itself on bad usage.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    # Detectron2 is older than these deprecations; a user can do nothing about them.
-    warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         with _sigterm_unwinds():
@@ -83,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, CommandError) as error:
+        if isinstance(error, ValueError) and not is_deliberate(error):
+            raise  # a bug, whose traceback is needed
         print(f"d2-balance {args.command}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, CommandError) else 2
 

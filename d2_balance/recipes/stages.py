@@ -10,12 +10,10 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-import d2_balance
 from d2_balance.evaluation.evaluate import evaluate_predictions
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.merge.ensemble import merge_files
@@ -120,7 +118,7 @@ def _train(work: Work) -> None:
     _register(config, work.datasets.entries())
     path = work.path("config.yaml")
     _write_yaml(path, config)
-    _train_net(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
+    _train_process(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
 
 
 def _predict(work: Work) -> None:
@@ -143,7 +141,7 @@ def _predict(work: Work) -> None:
     config["MODEL"] = config.get("MODEL", {}) | {"WEIGHTS": os.path.join(directory, WEIGHTS)}
     path = work.path("config.yaml")
     _write_yaml(path, config)
-    _train_net(work, "--eval-only", "--config-file", path)
+    _train_process(work, "--eval-only", "--config-file", path)
     found = work.path(os.path.join("run", "inference", f"predictions_{file_name_of(name)}.json"))
     os.replace(found, work.path(PREDICTIONS))
     if not stage["classes"]:
@@ -226,21 +224,18 @@ _ACTIONS: dict[str, Callable[[Work], Any]] = {
 }
 
 
-def _train_net(work: Work, *arguments: str) -> None:
-    """Run the training script, and end it when this process is ended.
+def _train_process(work: Work, *arguments: str) -> None:
+    """Run `d2-balance train`, and end it when this process is ended.
 
-    Where this process is killed outright, Linux ends the script; elsewhere it goes on, and its lock
-    refuses a second one in the same directory.
+    Where this process is killed outright, Linux ends the training; elsewhere it goes on, and its
+    lock refuses a second one in the same directory.
 
     Raises:
         StageError: it has failed.
     """
-    script = Path(d2_balance.__file__).parents[1] / "train_net.py"
-    if not script.is_file():
-        raise ValueError(f"{script} does not exist; recipes need the repository, not the package")
     with open(work.log, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, "-m", "d2_balance", "train", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             preexec_fn=_ends_with_this_process(),
@@ -254,7 +249,7 @@ def _train_net(work: Work, *arguments: str) -> None:
     if status:
         with open(work.log, encoding="utf-8", errors="replace") as log:
             last = "".join(log.readlines()[-5:])
-        raise StageError(f"train_net.py ended with status {status}; {work.log} ends:\n{last}")
+        raise StageError(f"the training ended with status {status}; {work.log} ends:\n{last}")
 
 
 def _ends_with_this_process() -> Callable[[], None] | None:

@@ -96,18 +96,19 @@ def process(rank, ranks, meeting, arguments, kill):
     # workers as a run of its own has them; this process was started in another way
     multiprocessing.set_start_method("fork", force=True)
     import torch.distributed as dist
-    from detectron2.engine import default_argument_parser
     from detectron2.utils import comm
 
-    import train_net
     from d2_balance.engine.setup.launch import leave_groups
+    from d2_balance.engine.train import train
+
+    from ..test_train_net import parsed
 
     if ranks > 1:
         dist.init_process_group("gloo", init_method=meeting, world_size=ranks, rank=rank)
         comm.create_local_process_group(ranks)
     if kill is not None:
         plant(*kill)
-    train_net.main(default_argument_parser().parse_args(arguments))
+    train(parsed(arguments))
     comm.synchronize()
     leave_groups()
 
@@ -115,7 +116,7 @@ def process(rank, ranks, meeting, arguments, kill):
 def run(ranks, directory, config, *more, kill=None):
     """Exit codes of the ranks; where one is killed, so are the others."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "d2_balance.engine", "train_net"])
+    server.set_forkserver_preload(["torch", "d2_balance.engine.train"])
     arguments = ["--config-file", str(config), *more, "OUTPUT_DIR", str(directory)]
     meeting = f"file://{directory}.meeting{random.random()}"
     started = []

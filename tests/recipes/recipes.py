@@ -158,18 +158,18 @@ def run(*arguments):
 
 
 class Fakes:
-    """Stands in for train_net.py: writes weights or predictions at once."""
+    """Stands in for the training: writes weights or predictions at once."""
 
     def __init__(self, monkeypatch):
         self.calls, self.fails = [], ""
-        monkeypatch.setattr(stages, "_train_net", self)
+        monkeypatch.setattr(stages, "_train_process", self)
 
     def __call__(self, work, *arguments):
         self.calls.append(work.stage.name)
         config = yaml.safe_load(Path(arguments[arguments.index("--config-file") + 1]).read_text())
         if self.fails == work.stage.name:
             Path(work.path("half.json")).write_text("broken")
-            raise stages.StageError("train_net.py ended with status 3")
+            raise stages.StageError("the training ended with status 3")
         directory = Path(config["OUTPUT_DIR"])
         (directory / "inference").mkdir(parents=True, exist_ok=True)
         if work.stage.kind == "train":

@@ -216,5 +216,5 @@ def test_check_knows_data_sets_without_their_files(directory, capsys):
     external[0] = "more"
     Path("recipe.yaml").write_text(yaml.safe_dump(content))
     assert run("--check") == 2
-    assert "stage model: DATASETS.EXTERNAL[0] is 'more'; allowed is" in capsys.readouterr().err
+    assert "stage model: DATASETS.EXTERNAL[0] is 'more'; must be" in capsys.readouterr().err
     assert not os.path.exists("out")

@@ -42,7 +42,7 @@ def test_a_run_goes_on_behind_the_stage_that_failed(directory, fakes, capsys, st
     recipe()
     fakes.fails = stage
     assert run() == 1
-    assert f"stage {stage}: train_net.py ended with status 3" in capsys.readouterr().err
+    assert f"stage {stage}: the training ended with status 3" in capsys.readouterr().err
     before = contents("out")
     assert not (directory / f"out/{stage}/done.json").exists()
     assert "not done" in (directory / "out/report.md").read_text()

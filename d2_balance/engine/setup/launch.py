@@ -16,6 +16,9 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+PROGRAM = "d2-balance train"
+"""Name of the program in messages."""
+
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables of torchrun; LOCAL_WORLD_SIZE comes with them."""
 
@@ -40,7 +43,7 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
         launch(_run, *numbers, args.dist_url, args=(main, args))
     except ProcessExitedException as error:
         if error.signal_name:  # otherwise the process itself has printed why it ended
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
 
 
@@ -92,7 +95,7 @@ def _check_torchrun(args: argparse.Namespace) -> None:
     if wrong:
         raise ValueError(
             f"torchrun has started the processes already: leave out {' and '.join(wrong)} "
-            "(torchrun takes --nproc-per-node and --nnodes), or call train_net.py without torchrun."
+            "(torchrun takes --nproc-per-node and --nnodes), or do without torchrun."
         )
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if torch.cuda.is_available() and local >= gpus:

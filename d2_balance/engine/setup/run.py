@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -18,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.utils.errors import is_deliberate
 from d2_balance.utils.lock import directory_lock
 
 from ..resume.checkpoint import resumable_files
@@ -169,15 +169,8 @@ def short_messages(
     try:
         yield
     except kind as error:
-        if not _is_deliberate(error):
+        if not is_deliberate(error):
             raise
         if comm.get_local_rank() == 0 or not getattr(error, "everywhere", True):
             print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(CONFIG_ERROR)
-
-
-def _is_deliberate(error: Exception) -> bool:
-    """Whether the error was raised on purpose: by us, Detectron2, fvcore or yacs themselves."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = frames[-1].f_globals.get("__name__", "")
-    return module.split(".")[0] in ("d2_balance", "detectron2", "fvcore", "yacs")
