@@ -90,7 +90,8 @@ words: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The pages lie in site/; open site/index.html."
 
 # Tables and JSON of each lie in $(BENCH_OUTPUT); under 15 minutes on two idle cores.
 bench: $(STAMP)

@@ -177,7 +177,7 @@ METHODS = (
     ),
     Method(
         ("Federated",),
-        "classes that nobody looked for",
+        "classes that are not annotated exhaustively",
         ("2103.07461",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_1x_federated.yaml",
         "LVIS v1 box AP 26.5 -> 28.3 (CenterNet2 R-50)",

@@ -25,15 +25,20 @@ HEAD_COLUMNS = {
 }
 
 
-def method_table(links: bool) -> str:
-    """The list of methods as a Markdown table; with links relative to the project's directory."""
+def method_table(links: bool, root: str = "") -> str:
+    """The list of methods as a Markdown table.
+
+    Args:
+        links: whether files and papers are links.
+        root: path from the page to the project's directory, "" or one that ends with a slash.
+    """
     rows = []
     for m in METHODS:
         papers = [f"[{p}]({ARXIV}{p})" if links else p for p in m.papers]
         file, config = source_file(m), m.config
         if links:
-            file = f"[{Path(file).name}]({file})" if file else "Detectron2"
-            config = f"[{Path(config).stem}]({config})"
+            file = f"[{Path(file).name}]({root}{file})" if file else "Detectron2"
+            config = f"[{Path(config).stem}]({root}{config})"
         names = ", ".join(f"`{n}`" if links else n for n in m.names)
         rows.append([names, m.purpose, ", ".join(papers), file, config, m.published])
     headers = ["name in YAML", "against", "paper", "file", "config", "published"]
@@ -89,15 +94,26 @@ def pair_table() -> str:
     )
 
 
-def blocks() -> dict[str, str]:
-    """The generated parts of README.md by the name of their markers."""
-    return {"methods": method_table(links=True), "pairs": pair_table()}
+def blocks(root: str = "") -> dict[str, str]:
+    """The generated parts of a page by the name of their markers; `root` as in `method_table`."""
+    return {"methods": method_table(links=True, root=root), "pairs": pair_table()}
+
+
+def _root_from(page: Path) -> str:
+    """Path from a page of the project to the project's directory; "" for a page elsewhere."""
+    try:
+        depth = len(page.resolve().relative_to(Path(__file__).parents[2]).parts) - 1
+    except ValueError:
+        return ""
+    return "../" * depth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance methods`."""
     parser.add_argument(
-        "--write", metavar="FILE", help="bring the tables in a Markdown file, README.md, up to date"
+        "--write",
+        metavar="FILE",
+        help="bring the tables in a Markdown file, docs/methods.md, up to date",
     )
 
 
@@ -109,6 +125,6 @@ def run(args: argparse.Namespace) -> int:
         print(pair_table())
         return 0
     path = Path(args.write)
-    text = with_blocks(path.read_text(encoding="utf-8"), blocks())
+    text = with_blocks(path.read_text(encoding="utf-8"), blocks(_root_from(path)))
     path.write_text(text, encoding="utf-8")
     return 0
