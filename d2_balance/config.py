@@ -248,6 +248,9 @@ def add_training_config(cfg: CfgNode) -> None:
     # Micro-batches that the share of a rank in IMS_PER_BATCH is split into, at least 1: less memory
     # for the same batch. Costs a second forward pass.
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
+    # Seconds after Ctrl-C or SIGTERM, above 0, in which a run must have saved its checkpoint; it
+    # ends then without one.
+    cfg.SOLVER.INTERRUPT_TIMEOUT = 30.0
     # IMS_PER_BATCH that learning rate, warm-up, steps, length and periods of the config were chosen
     # for; they are scaled where IMS_PER_BATCH is another. 0 is off.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from d2_balance.config import add_balance_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT
-from d2_balance.engine.hooks.nonfinite import image_name
+from d2_balance.data.unreadable import image_name
 from d2_balance.engine.replay.saved_batch import load_saved_batch
 from d2_balance.engine.replay.search import Replay, first_non_finite
 from d2_balance.engine.step import PRECISIONS

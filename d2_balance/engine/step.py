@@ -22,12 +22,13 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from d2_balance.data.unreadable import image_name
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.modeling.criterion import Normalizer
 from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import MicroBatches
 
-from .hooks.nonfinite import NonFiniteLossError, image_name
+from .hooks.nonfinite import NonFiniteLossError
 from .replay.search import first_non_finite
 from .resume.random_state import seed_everything
 

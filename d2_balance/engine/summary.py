@@ -60,6 +60,7 @@ def write_summary(
     parts = [f"# {title}" + (" (evaluation only)" if eval_only else "")]
     for name, found in by_set.items():
         parts += [f"## Results on {name}", results_table(found, per_class[name], name)]
+        parts += [f"- {note}." for note in _notes(directory, name) if "left out" in note]
     parts += ["## Run", _run_table(cfg, config_file, metrics, eval_only)]
     parts += ["## Data", _data(cfg, eval_only)]
     plots = _draw_plots(directory, title, metrics, per_class, eval_only)
@@ -285,6 +286,15 @@ def _draw_plots(
 def _per_class(directory: str, name: str) -> dict[str, dict]:
     path = os.path.join(directory, "inference", f"per_class_ap_{file_name_of(name)}.json")
     return read_per_class(path) if os.path.isfile(path) else {}
+
+
+def _notes(directory: str, name: str) -> list[str]:
+    """Return what the evaluator noted beside its figures."""
+    path = os.path.join(directory, "inference", f"evaluation_{file_name_of(name)}.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("notes", [])
 
 
 def _table(headers: list[str], rows: list) -> str:

@@ -6,18 +6,20 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import Tensor, nn
 
+from d2_balance.data.model_classes import ModelClasses
+from d2_balance.data.unreadable import SkipUnreadable
 from d2_balance.evaluation import build_evaluator
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.modeling.criterion import Normalizer
@@ -25,9 +27,11 @@ from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
 
-from .hooks.best import BestModel, StopEarly, StopTraining
+from .errors import Interrupted, StopTraining
+from .hooks.best import BestModel, StopEarly
 from .hooks.beta_decay import BetaDecay
 from .hooks.ema import WeightAverage
+from .hooks.interrupt import SaveOnSignal
 from .hooks.loss_stats import LossStats
 from .hooks.nonfinite import (
     FiniteLosses,
@@ -99,8 +103,9 @@ class BalancedTrainer(DefaultTrainer):
         The main process has hooks that the others lack (checkpoints, writers), so places are
         counted from the front, where all ranks agree.
         """
+        saved = {"cfg": self.cfg, "classes": self._known_classes()}
         self.checkpointer = BalancedCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg, trainer=weakref.proxy(self)
+            self.model, self.cfg.OUTPUT_DIR, **saved, trainer=weakref.proxy(self)
         )
         found = super().build_hooks()
         names = [MetadataCatalog.get(n).get("thing_classes") for n in self.cfg.DATASETS.TRAIN[:1]]
@@ -116,7 +121,7 @@ class BalancedTrainer(DefaultTrainer):
         ]
         state = RunState(self.model, self.cfg.OUTPUT_DIR, self.cfg.SOLVER.CHECKPOINT_PERIOD)
         behind = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        weights = BalancedCheckpointer(self.model, self.cfg.OUTPUT_DIR, cfg=self.cfg)
+        weights = BalancedCheckpointer(self.model, self.cfg.OUTPUT_DIR, **saved)
         self._average = WeightAverage.from_config(self.cfg, self.model, weights)
         place = next(i for i, h in enumerate(found) if isinstance(h, behind))
         found[place:place] = [self._average, state]
@@ -125,12 +130,25 @@ class BalancedTrainer(DefaultTrainer):
         best = BestModel.from_config(self.cfg, weights, self._measured_weights)
         found[place + 1 : place + 1] = [
             self._class_ap(),
-            ValidationLoss.from_config(self.cfg, self.model, self._measured_weights),
+            ValidationLoss.from_config(self.cfg, self.model, self._measuring),
             best,
         ]
         stop = None if best is None else StopEarly(best, state, self.checkpointer)
+        self._stop = SaveOnSignal(
+            state, self.checkpointer, self._finite_losses, self.cfg.SOLVER.INTERRUPT_TIMEOUT
+        )
         # must stay the last one
-        return [*found, stop, FinishIteration(state, self.cfg.TEST.EVAL_PERIOD)]
+        return [*found, stop, self._stop, FinishIteration(state, self.cfg.TEST.EVAL_PERIOD)]
+
+    def _known_classes(self) -> ModelClasses | None:
+        """Return what is saved of the classes with the model, on the first rank."""
+        if not comm.is_main_process():
+            return None
+        try:
+            return ModelClasses.from_run(self.cfg, self.model)
+        except ValueError as error:  # must not cost a training
+            logger.warning(f"Names and counts of the classes are not saved with the model: {error}")
+            return None
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers, and those that LOG names."""
@@ -152,11 +170,17 @@ class BalancedTrainer(DefaultTrainer):
         """A block in which the model has the weights that are evaluated."""
         return nullcontext() if self._average is None else self._average.applied()
 
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """A block in which the model is measured, which SIGINT and SIGTERM leave at once."""
+        with self._stop.evaluating(), self._measured_weights():
+            yield
+
     def _evaluate(self) -> dict:
         """Results of `test` for the present weights, which are not evaluated twice."""
         done = self.iter if self.iter >= self.max_iter else self.iter + 1
         if done != self._evaluated:
-            with self._measured_weights():
+            with self._measuring():
                 self._last_eval_results = self.test(self.cfg, self.model)
             self._evaluated = done
         return self._last_eval_results
@@ -226,6 +250,12 @@ class BalancedTrainer(DefaultTrainer):
         return build_train_stream(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        """Detectron2's loader, which leaves out images that cannot be read."""
+        mapper = SkipUnreadable(DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `d2_balance.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
@@ -258,6 +288,7 @@ class BalancedTrainer(DefaultTrainer):
 
         Raises:
             NonFiniteLossError: see `run_step`; or a step has made the weights infinite or NaN.
+            Interrupted: SIGINT or SIGTERM has come; a checkpoint is saved.
         """
         if self.start_iter >= self.max_iter:
             logger.info(
@@ -267,10 +298,16 @@ class BalancedTrainer(DefaultTrainer):
             with self._measured_weights():
                 self._last_eval_results = self.test(self.cfg, self.model)
         else:
+            self.checkpointer.save_classes()
             if isinstance(self.data_loader, TrainStream):
                 self.data_loader.start = self.start_iter
-            with errors_without_traceback(), suppress(StopTraining):
-                super().train()
+            with errors_without_traceback():
+                try:
+                    super().train()
+                except Interrupted:
+                    raise
+                except StopTraining:
+                    pass  # the run has ended early
         return self._last_eval_results if comm.is_main_process() else {}
 
 

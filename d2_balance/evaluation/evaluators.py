@@ -23,6 +23,7 @@ from detectron2.utils.logger import create_small_table, log_first_n
 from tqdm import tqdm
 
 from d2_balance.data import bad_annotations
+from d2_balance.data.unreadable import SKIPPED, listed_images
 
 from .average_precision import APTable, GroundTruth, average_precision
 from .files import RankPredictions, file_name_of
@@ -109,6 +110,7 @@ class COCOGroupEvaluator(COCOEvaluator):
         self._files = RankPredictions(self._directory(), comm.get_rank())
         self._category_ids = self._category_ids_by_class_index()
         self._skipped = 0
+        self._unreadable: dict[int | str, tuple[str, str]] = {}  # image id to name and reason
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Write the detections of a batch to this rank's file.
@@ -124,6 +126,9 @@ class COCOGroupEvaluator(COCOEvaluator):
         if self._files is None:
             self.reset()
         for image, output in zip(inputs, outputs, strict=True):
+            if SKIPPED in image:
+                (self._unreadable[image["image_id"]],) = image[SKIPPED].items()
+                continue
             if "instances" not in output:
                 raise ValueError(
                     f"{type(self).__name__} evaluates instances; the model gave {sorted(output)}"
@@ -146,10 +151,19 @@ class COCOGroupEvaluator(COCOEvaluator):
             self.reset()
         if self._skipped:
             logger.warning(f"{self._skipped} detections skipped: score or box is not finite")
+        unreadable = self._unreadable
         if self._distributed:
             comm.synchronize()
+            unreadable = {k: v for own in comm.all_gather(unreadable) for k, v in own.items()}
         try:
             if self._distributed and not comm.is_main_process():
+                return {}
+            notes = self._left_out(unreadable)
+            if unreadable:
+                every = self._coco_api.imgs if img_ids is None else img_ids
+                img_ids = [i for i in every if i not in unreadable]
+            if unreadable and not img_ids:
+                logger.error(f"{self._dataset_name}: no image can be read; nothing is evaluated")
                 return {}
             truth = self._ground_truth(img_ids)
             detections, has_masks = self._merge(truth)
@@ -165,7 +179,18 @@ class COCOGroupEvaluator(COCOEvaluator):
             task: average_precision(truth, detections, task, self._max_dets)
             for task in self._tasks_of(truth, has_masks)
         }
-        return self._report(truth, tables)
+        return self._report(truth, tables, notes)
+
+    def _left_out(self, unreadable: Mapping[int | str, tuple[str, str]]) -> list[str]:
+        """Log and return what a reader of the figures must know of images that were not read."""
+        if not unreadable:
+            return []
+        note = (
+            f"{len(unreadable)} of {len(self._coco_api.imgs)} images of {self._dataset_name} cannot "
+            f"be read and are left out: {listed_images(dict(unreadable.values()))}"
+        )
+        logger.warning(note)
+        return [note]
 
     def _ground_truth(self, img_ids: list | None) -> GroundTruth:
         report = bad_annotations(self._dataset_name)
@@ -199,12 +224,12 @@ class COCOGroupEvaluator(COCOEvaluator):
         self._files.remove(ranks)
         return detections, has_masks
 
-    def _report(self, truth: GroundTruth, tables: dict[str, APTable]) -> dict:
+    def _report(self, truth: GroundTruth, tables: dict[str, APTable], notes: list[str]) -> dict:
         names = self._class_names(truth.class_ids)
         in_file = [self._coco_api.cats[c] for c in truth.class_ids] if self.federated else []
         counts = training_counts(names, self._train_image_count, in_file, self._dataset_name)
         groups = resolve_groups(names, self._groups, in_file, counts, self._cuts)
-        self._results, notes = OrderedDict(), []
+        self._results = OrderedDict()
         for task, table in tables.items():
             metrics, reasons = group_metrics(table, groups, self._dataset_name)
             self._results[task] = metrics

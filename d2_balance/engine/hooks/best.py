@@ -18,6 +18,7 @@ from detectron2.utils import comm
 
 from d2_balance.utils.names import closest
 
+from ..errors import StopTraining
 from ..resume.checkpoint import BalancedCheckpointer
 from ..resume.run_state import RunState
 
@@ -231,10 +232,6 @@ class BestModel(HookBase):
             return
         self.value, self.iteration = state["value"], state["iteration"]
         self._reference, self._without = state["reference"], state["without"]
-
-
-class StopTraining(BaseException):
-    """Leaves the loop of Detectron2's trainer, which logs every Exception as a failure."""
 
 
 class StopEarly(HookBase):

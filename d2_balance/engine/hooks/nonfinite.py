@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from d2_balance.data.unreadable import image_name
 from d2_balance.utils.distributed import world_size
 
 from ..errors import RunStopped
@@ -33,7 +35,7 @@ _OVERFLOW = (
     "In float32 the loss of this batch is finite: half precision has overflowed in the forward "
     "pass. Set SOLVER.AMP.PRECISION bf16 or SOLVER.AMP.ENABLED False."
 )
-_BAD_INPUT = "Mend these images or their annotations, or take them out."
+_BAD_INPUT = "Fix these images or their annotations, or take them out."
 _SHOWN = 8  # images and classes that a message lists
 
 logger = logging.getLogger(__name__)
@@ -93,12 +95,17 @@ class Report:
 class FiniteLosses(HookBase):
     """Raises `NonFiniteLossError` on all ranks, before the step, where a rank's loss is not finite.
 
-    Belongs to the trainer that calls the optimizer: DefaultTrainer's `_trainer`.
+    Belongs to the trainer that calls the optimizer: DefaultTrainer's `_trainer`. The ranks' all-reduce
+    also tells whether one of them has been asked to stop.
 
     Args:
         model: wrapped in DDP or not.
         class_names: K names; None: classes are called by their index.
         saver: keeps the batch for `d2-balance replay`; None: it is not kept.
+
+    Attributes:
+        wants_to_stop: says whether this rank has been asked to stop.
+        stop_everywhere: whether any rank had been asked before the last backward pass.
     """
 
     def __init__(
@@ -111,6 +118,8 @@ class FiniteLosses(HookBase):
         self._names, self._saver = class_names, saver
         self._batch: list[dict[str, Any]] = []
         self._losses: dict[str, Tensor] = {}
+        self.wants_to_stop: Callable[[], bool] = lambda: False
+        self.stop_everywhere = False
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
 
@@ -126,9 +135,15 @@ class FiniteLosses(HookBase):
     def after_backward(self) -> None:
         total = sum(value.float() for value in self._losses.values())
         bad = (~total.isfinite()).float()
-        if world_size() > 1:
-            dist.all_reduce(bad)
-        if bad.item():
+        if world_size() == 1:
+            if bad.item():
+                raise self.error()
+            return
+        both = torch.stack([bad, torch.full_like(bad, float(self.wants_to_stop()))])
+        dist.all_reduce(both)
+        failed, stops = both.tolist()
+        self.stop_everywhere = stops > 0
+        if failed:
             raise self.error()
 
     def error(self) -> NonFiniteLossError:
@@ -233,11 +248,6 @@ def errors_without_traceback() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(shorten)
-
-
-def image_name(record: dict[str, Any]) -> str:
-    """How a message calls an image: its file name, or its id where there is none."""
-    return str(record.get("file_name") or f"image_id {record.get('image_id', 'unknown')}")
 
 
 def _non_finite(losses: dict[str, Tensor]) -> dict[str, float]:

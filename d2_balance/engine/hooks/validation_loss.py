@@ -25,8 +25,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
 
+from d2_balance.data.unreadable import SKIPPED, SkipUnreadable
 from d2_balance.utils.distributed import MicroBatches
 
+from ..errors import RunStopped
 from ..resume.random_state import seed_everything, seeded
 
 logger = logging.getLogger(__name__)
@@ -119,8 +121,14 @@ class ValidationLoss(HookBase):
         rank, ranks = comm.get_rank(), comm.get_world_size()
         mine = range(rank, len(self._images), ranks)
         with _unchanged(self._model), self._weights():
-            found = [self._losses(i, record) for i, record in zip(mine, self._load(mine))]  # noqa: B905
+            found = [
+                self._losses(i, record)
+                for i, record in zip(mine, self._load(mine))  # noqa: B905
+                if SKIPPED not in record
+            ]
         everything = [losses for part in comm.all_gather(found) for losses in part]
+        if not everything:
+            raise RunStopped("TEST.LOSS: no image of DATASETS.TEST can be read.", everywhere=True)
         names = sorted({name for losses in everything for name in losses})
         # fsum is exact: the mean does not depend on how the images were shared out
         means = {n: math.fsum(x.get(n, 0.0) for x in everything) / len(everything) for n in names}
@@ -170,7 +178,7 @@ def validation_images(cfg: CfgNode) -> Any:
         dicts += found[:limit] if limit else found
     arguments = DatasetMapper.from_config(cfg, is_train=True)
     arguments |= {"augmentations": build_augmentation(cfg, False), "recompute_boxes": False}
-    return MapDataset(dicts, DatasetMapper(**arguments))
+    return MapDataset(dicts, SkipUnreadable(DatasetMapper(**arguments)))
 
 
 def _as_it_is(record: Any) -> Any:

@@ -23,6 +23,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from d2_balance.data.model_classes import CHECKPOINT_KEY, FILE, ModelClasses, class_activation
 from d2_balance.utils.files import atomic_path
 
 from ..errors import RunStopped
@@ -47,6 +48,8 @@ class BalancedCheckpointer(DetectionCheckpointer):
         model: wrapped in DDP or not.
         save_dir: directory of the run.
         cfg: saved with the model, and compared when a run is resumed; None: neither.
+        classes: names, counts and thresholds, saved with the model under "classes" and in the
+            run's directory; None: unknown.
         save_to_disk: None: on the first rank only.
         checkpointables: see Detectron2.
     """
@@ -57,11 +60,12 @@ class BalancedCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         cfg: CfgNode | None = None,
+        classes: ModelClasses | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self._cfg = cfg
+        self._cfg, self._classes = cfg, classes
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Saves model and checkpointables to `save_dir`/`name`.pth.
@@ -83,12 +87,14 @@ class BalancedCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
         data |= {} if self._cfg is None else {"config": self._cfg.dump()}
+        data |= {} if self._classes is None else {CHECKPOINT_KEY: self._classes.as_dict()}
         logger.info(f"Saving checkpoint to {path}")
         try:
             with atomic_path(path, sync=True) as temporary:
                 # a file of Python's, whose error says what was wrong; PyTorch's own hides it
                 with open(temporary, "wb") as file:
                     torch.save(data | kwargs, file)
+            self.save_classes()
             if _NUMBERED.fullmatch(file_name) or file_name == _FINAL:
                 self.tag_last_checkpoint(file_name)
         except Exception as error:
@@ -99,6 +105,11 @@ class BalancedCheckpointer(DetectionCheckpointer):
             if file_name == _FINAL:
                 raise RunStopped(message) from error
             logger.error(message)
+
+    def save_classes(self) -> None:
+        """Write classes.json into the run's directory, on the first rank."""
+        if self._classes is not None and self.save_dir and self.save_to_disk:
+            self._classes.save(os.path.join(self.save_dir, FILE))
 
     def _not_written(self, path: str, cause: OSError) -> str:
         kept = [name for name in resumable_files(self.save_dir) if os.path.exists(name)]
@@ -226,9 +237,42 @@ class BalancedCheckpointer(DetectionCheckpointer):
             ValueError: it cannot be read, or holds more than tensors and plain values.
         """
         try:
-            return _load_plain(filename)
+            content = _load_plain(filename)
         except _UNREADABLE as error:
             raise ValueError(f"{filename} cannot be loaded: {_first_line(error)}") from error
+        if isinstance(content, dict) and "model" not in content:
+            # where Lightning, mmdetection and others keep the tensors
+            content = content.get("state_dict", content)
+            other = [name for name, value in content.items() if not isinstance(value, Tensor)]
+            if other:
+                raise ValueError(
+                    f"{filename} has no 'model' or 'state_dict', and more than tensors "
+                    f"({', '.join(map(str, other[:_SHOWN]))}); save the weights alone: "
+                    "torch.save({'model': model.state_dict()}, FILE)"
+                )
+            content = {"model": content}
+        return content
+
+
+def load_trained(model: nn.Module, weights: str) -> None:
+    """Load the weights of a trained model, to be evaluated.
+
+    Args:
+        model: as the config builds it.
+        weights: MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: the file cannot be read, or its classifier makes scores in another way.
+    """
+    saved = ModelClasses.of_weights(weights)
+    trained = None if saved is None else saved.activation
+    own = class_activation(model)
+    if trained and own and trained != own:
+        raise ValueError(
+            f"{weights} was trained with {trained} scores, and the config makes {own} scores; set "
+            "MODEL.BALANCE.CLS_LOSS to the loss that it was trained with."
+        )
+    BalancedCheckpointer(model, save_to_disk=False).load(weights)
 
 
 def resumable_files(directory: str) -> list[str]:

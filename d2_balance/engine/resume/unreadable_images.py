@@ -7,36 +7,20 @@ rank and the position, so that a resumed run and any number of workers see the s
 from __future__ import annotations
 
 import logging
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
-from PIL import Image
 from torch.utils.data import Dataset
+
+from d2_balance.data.unreadable import SKIPPED, UNREADABLE, image_name, listed_images
 
 from ..errors import RunStopped
 from .random_state import seeded
 
 KEY = "DATALOADER.MAX_UNREADABLE_IMAGES"
-SKIPPED = "skipped_images"
-"""Key of a record: images that it stands for, and what was wrong with them."""
-
-# What Pillow raises for files that are missing, cut off or no images, and Detectron2 where the
-# size is not that of the annotations. Everything else is a mistake in the code and ends the run.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    SizeMismatchError,
-)
 _TRIES = 10  # images that are tried for one place
 
 logger = logging.getLogger(__name__)
@@ -82,16 +66,12 @@ class SeededImages(Dataset):
                     record = self._images[index]
                 except UNREADABLE as error:
                     record = {}
-                    skipped[self._name(index)] = f"{type(error).__name__}: {error}"
+                    skipped[image_name(self._records[index])] = f"{type(error).__name__}: {error}"
                     same = np.flatnonzero(self._wide == self._wide[index])
                     index = int(same[np.random.randint(len(same))])
             if record:
                 break
         return record | {SKIPPED: skipped} if skipped else record
-
-    def _name(self, index: int) -> str:
-        record = self._records[index]
-        return str(record.get("file_name") or f"image_id {record.get('image_id', index)}")
 
 
 class BrokenImages:
@@ -117,7 +97,7 @@ class BrokenImages:
                 self._add(name, reason)
             if skipped and not record:
                 raise RunStopped(
-                    f"{len(skipped)} images in a row cannot be read: {_listed(skipped)}. Is the "
+                    f"{len(skipped)} images in a row cannot be read: {listed_images(skipped)}. Is the "
                     "disk of the training set there? --resume continues."
                 )
 
@@ -128,16 +108,10 @@ class BrokenImages:
         if len(self.found) > self._limit:
             raise RunStopped(
                 f"{len(self.found)} training images cannot be read and {KEY} is {self._limit}: "
-                f"{_listed(self.found)}. Mend them or take them out, or raise {KEY}; --resume "
+                f"{listed_images(self.found)}. Fix them or take them out, or raise {KEY}; --resume "
                 "continues."
             )
         logger.warning(
             f"The image {name} cannot be read and is skipped ({reason}); another one takes its "
             f"place. {len(self.found)} so far, {KEY} is {self._limit}."
         )
-
-
-def _listed(images: dict[str, str], shown: int = 8) -> str:
-    texts = [f"{name} ({reason})" for name, reason in images.items()]
-    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return ", ".join(texts[:shown]) + more

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from d2_balance.config import add_balance_config
 from d2_balance.data.mapper import BalancedMapper
+from d2_balance.data.unreadable import SkipUnreadable
 from d2_balance.modeling.build import argument_key
 from d2_balance.utils.config_tree import leaves
 
@@ -245,7 +246,9 @@ def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
         def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
             node = copy.deepcopy(cls.lazy.dataloader.test)
             node.dataset.names = dataset_name
-            return instantiate(node)
+            loader = _plain(node)
+            loader["mapper"] = {"_target_": SkipUnreadable, "mapper": loader["mapper"]}
+            return instantiate(loader)
 
         @classmethod
         def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -53,6 +53,7 @@ from d2_balance.utils.names import closest
 from ..hooks.best import check_best
 from ..hooks.beta_decay import check_beta_decay
 from ..hooks.ema import check_ema
+from ..hooks.interrupt import check_interrupt
 from ..hooks.validation_loss import check_validation_loss
 from ..hooks.writers import check_logs
 from ..resume.checkpoint import resumable_files
@@ -99,7 +100,13 @@ def validate(
         region_files(cfg)
     check_dataset_names(cfg, eval_only)
     if not eval_only:
-        for check in (check_reference_batch, check_ema, check_validation_loss, check_best):
+        for check in (
+            check_reference_batch,
+            check_ema,
+            check_validation_loss,
+            check_best,
+            check_interrupt,
+        ):
             check(cfg)
         check_logs(cfg)
     check_weights(cfg, eval_only, resume)
