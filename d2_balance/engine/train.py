@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from contextlib import ExitStack
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -16,8 +16,9 @@ from detectron2.utils.logger import setup_logger
 
 from d2_balance.data import register_from_config
 
-from .errors import RunStopped
+from .errors import Interrupted, RunStopped
 from .hooks.nonfinite import NonFiniteLossError
+from .resume.checkpoint import load_trained
 from .setup.launch import PROGRAM
 from .setup.lazy import read_run, save_lazy
 from .setup.run import output_lock, prepare_run, short_messages, use_cpu_without_cuda
@@ -44,7 +45,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             cfg, trainer_class = _set_up(args, stack)
             if args.eval_only:
                 model = trainer_class.build_model(cfg)
-                DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+                load_trained(model, cfg.MODEL.WEIGHTS)
             else:
                 trainer = trainer_class(cfg)
                 trainer.resume_or_load(resume=args.resume)
@@ -53,32 +54,44 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
                 verify_results(cfg, results)
         else:
-            with short_messages(PROGRAM, (NonFiniteLossError, RunStopped)):
-                results = trainer.train()
+            results = _train(trainer)
         if comm.is_main_process():
             write_summary(cfg, results, config_file=args.config_file, eval_only=args.eval_only)
         return results
 
 
+def _train(trainer: BalancedTrainer) -> dict[str, Any]:
+    try:
+        with short_messages(PROGRAM, (NonFiniteLossError, RunStopped)):
+            return trainer.train()
+    except Interrupted as stop:
+        if comm.get_local_rank() == 0:
+            print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
+
+
 def _set_up(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[BalancedTrainer]]:
-    """Check the config of the run; OUTPUT_DIR belongs to the run until `stack` is left."""
+    """Check the config of the run; OUTPUT_DIR belongs to the run until `stack` is left.
+
+    What can end the run comes before Detectron2 logs the environment and the whole config.
+    """
     cfg, trainer = read_run(args.config_file, args.opts)
     scaled = scale_to_batch(cfg)
     without_cuda = use_cpu_without_cuda(cfg)
     prepare_run(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     stack.enter_context(output_lock(cfg.OUTPUT_DIR))
-    default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="d2_balance")
     logger = logging.getLogger("d2_balance")
+    register_from_config(cfg)
+    validate(cfg, eval_only=args.eval_only, resume=args.resume, registered=trainer.lazy is None)
+    unscaled = "" if trainer.lazy is not None else batch_warning(cfg, args.config_file, args.opts)
+    default_setup(cfg, args)
     if without_cuda:
-        logger.info("No CUDA device was found: MODEL.DEVICE is cpu.")
+        logger.info("There is no CUDA device: MODEL.DEVICE is cpu.")
     if scaled:
         logger.info(scaled)
-    unscaled = batch_warning(cfg, args.config_file, args.opts)
     if unscaled and not args.eval_only:
         logger.warning(unscaled)
-    register_from_config(cfg)
-    validate(cfg, eval_only=args.eval_only, resume=args.resume, registered=trainer.registered)
     save_lazy(trainer, cfg.OUTPUT_DIR)
     return cfg, trainer

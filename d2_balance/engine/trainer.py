@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from d2_balance.data.model_classes import ModelClasses
@@ -77,8 +78,8 @@ class BalancedTrainer(DefaultTrainer):
         ValueError: the config asks for what cannot work; the message names the key.
     """
 
-    registered = True
-    """Whether the names of the config stand for parts that Detectron2's registries know."""
+    lazy: DictConfig | None = None
+    """The lazy config that the model, the data and the optimizer are made of."""
 
     def __init__(self, cfg: CfgNode) -> None:
         if cfg.SOLVER.REFERENCE_IMS_PER_BATCH:  # the commands have scaled it, other callers may not

@@ -91,7 +91,7 @@ def plant(iteration, place):
     BalancedTrainer.build_hooks = lambda self: [*build(self), Kill()]
 
 
-def process(rank, ranks, meeting, arguments, kill):
+def process(rank, ranks, meeting, arguments, kill, plant_in=None):
     torch.set_num_threads(1)
     # workers as a run of its own has them; this process was started in another way
     multiprocessing.set_start_method("fork", force=True)
@@ -107,14 +107,18 @@ def process(rank, ranks, meeting, arguments, kill):
         dist.init_process_group("gloo", init_method=meeting, world_size=ranks, rank=rank)
         comm.create_local_process_group(ranks)
     if kill is not None:
-        plant(*kill)
+        (plant_in or plant)(*kill)
     train(parsed(arguments))
     comm.synchronize()
     leave_groups()
 
 
-def run(ranks, directory, config, *more, kill=None):
-    """Exit codes of the ranks; where one is killed, so are the others."""
+def run(ranks, directory, config, *more, kill=None, plant_in=None, everywhere=False):
+    """Exit codes of the ranks; where one is killed, so are the others.
+
+    `plant_in` plants something else, after which all ranks end by themselves; `everywhere` does
+    so in all of them.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch", "d2_balance.engine.train"])
     arguments = ["--config-file", str(config), *more, "OUTPUT_DIR", str(directory)]
@@ -122,12 +126,15 @@ def run(ranks, directory, config, *more, kill=None):
     started = []
     for rank in range(ranks):
         # with several ranks the last one is killed, or the first one while it saves
-        mine = kill if kill and (kill[1] == PLACES[3] or rank == ranks - 1) else None
-        started.append(server.Process(target=process, args=(rank, ranks, meeting, arguments, mine)))
+        hit = everywhere or (kill and kill[1] == PLACES[3]) or rank == ranks - 1
+        mine = kill if hit else None
+        started.append(
+            server.Process(target=process, args=(rank, ranks, meeting, arguments, mine, plant_in))
+        )
         started[-1].start()
     watched = started[0] if kill and kill[1] == PLACES[3] else started[-1]
     watched.join(timeout=300)
-    if kill:
+    if kill and plant_in is None:
         for each in started:
             each.kill()
     for each in started:

@@ -104,13 +104,16 @@ class SaveOnSignal(HookBase):
             self._at_once = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first is a note, another one ends the process."""
+        """Handle a signal: the first is a note, a second Ctrl-C ends the process.
+
+        SIGTERM comes again from whoever started the process, when another rank has ended before.
+        """
         del frame
         now = time.monotonic()
-        if self._signal and now - self._when < _AGAIN:
-            return
         if self._signal:
-            self._leave(f"a second {signal_name(number)}")
+            if number == signal.SIGINT and now - self._when > _AGAIN:
+                self._leave("A second Ctrl-C")
+            return
         self._signal, self._when = number, now
         watchdog = threading.Timer(
             self._timeout, self._leave, (f"{KEY}: {self._timeout:g} seconds have passed",)

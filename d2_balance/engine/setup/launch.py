@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -40,11 +44,29 @@ def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace
         return
     numbers = args.num_gpus, args.num_machines, args.machine_rank
     try:
-        launch(_run, *numbers, args.dist_url, args=(main, args))
+        with _signals_passed_on() if args.num_gpus > 1 else nullcontext():
+            launch(_run, *numbers, args.dist_url, args=(main, args))
     except ProcessExitedException as error:
         if error.signal_name:  # otherwise the process itself has printed why it ended
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """Leave Ctrl-C and SIGTERM to the processes that were started, and wait for their end."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:

@@ -215,7 +215,6 @@ def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
 
     class LazyTrainer(BalancedTrainer):
         lazy = config
-        registered = False  # its parts are classes, whatever they are registered as
 
         @classmethod
         def ddp_options(cls) -> dict[str, Any]:
@@ -302,6 +301,5 @@ def _balanced_mapper(node: DictConfig) -> DictConfig:
 
 def save_lazy(trainer: type[BalancedTrainer], directory: str) -> None:
     """Writes the lazy config of a run to its directory, in the first process; for YAML none."""
-    lazy = getattr(trainer, "lazy", None)
-    if lazy is not None and comm.is_main_process():
-        LazyConfig.save(lazy, os.path.join(directory, SAVED))
+    if trainer.lazy is not None and comm.is_main_process():
+        LazyConfig.save(trainer.lazy, os.path.join(directory, SAVED))
