@@ -291,6 +291,15 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.LOG.WANDB_PROJECT = ""
     # "online", or "offline" for machines without network.
     cfg.LOG.WANDB_MODE = "online"
+    # Experiment of MLflow to log to; "" is off. Needs the package mlflow or mlflow-skinny.
+    cfg.LOG.MLFLOW_EXPERIMENT = ""
+    # Where MLflow keeps its runs, such as http://HOST:5000; "" is OUTPUT_DIR/mlruns.
+    cfg.LOG.MLFLOW_URI = ""
+    # Images of the first test set whose detections are drawn after each evaluation, for
+    # TensorBoard, Weights & Biases and MLflow, at least 0.
+    cfg.LOG.IMAGES = 4
+    # Score from which these detections are drawn, in [0, 1].
+    cfg.LOG.IMAGES_MIN_SCORE = 0.3
 
     _C = cfg.MODEL.BALANCE
     # Whether torch.compile compiles the losses; where that fails they run as ever, with a warning.

@@ -30,6 +30,8 @@ from .hooks.loss_stats import LOSS_STATS_FILE
 from .loss_plots import plot_density, plot_losses
 
 TASKS = {"bbox": "box", "segm": "mask"}
+_CLASSES_SHOWN = 20
+_CLASS_METRICS = ("box AP", "mask AP")
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def write_summary(
     parts = [f"# {title}" + (" (evaluation only)" if eval_only else "")]
     for name, found in by_set.items():
         parts += [f"## Results on {name}", results_table(found, per_class[name], name)]
+        parts += class_table(per_class[name])
         parts += [f"- {note}." for note in _notes(directory, name) if "left out" in note]
     parts += ["## Run", _run_table(cfg, config_file, metrics, eval_only)]
     parts += ["## Data", _data(cfg, eval_only)]
@@ -112,6 +115,32 @@ def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: 
         reasons.setdefault(reason, []).append(metric)
     notes = [f"- {', '.join(keys)}: {reason}." for reason, keys in reasons.items()]
     return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+
+
+def class_table(records: Mapping[str, Any]) -> list[str]:
+    """Return a Markdown table of AP by class in percent, rarest class first.
+
+    Args:
+        records: AP by class, as the evaluator writes it.
+
+    Returns:
+        The table; nothing for more than 20 classes, which the plot by image count shows.
+    """
+    if not 0 < len(records) <= _CLASSES_SHOWN:
+        return []
+    tasks = [key for key in ("AP", "AP_segm") if any(key in r for r in records.values())]
+    headers = ["class", "training images", "test objects", *_CLASS_METRICS[: len(tasks)]]
+    ordered = sorted(records.items(), key=lambda item: item[1].get("train_image_count") or 0)
+    rows = [
+        [
+            name,
+            "-" if r.get("train_image_count") is None else f"{r['train_image_count']:,}",
+            f"{r.get('instances', 0):,}",
+            *(_percent(r.get(task)) for task in tasks),
+        ]
+        for name, r in ordered
+    ]
+    return [_table(headers, rows)]
 
 
 def _reason(metric: str, measured: bool, records: Mapping[str, Any], name: str) -> str:

@@ -32,6 +32,7 @@ from .errors import Interrupted, StopTraining
 from .hooks.best import BestModel, StopEarly
 from .hooks.beta_decay import BetaDecay
 from .hooks.ema import WeightAverage
+from .hooks.example_detections import ExampleDetections, ImageWriter
 from .hooks.interrupt import SaveOnSignal
 from .hooks.loss_stats import LossStats
 from .hooks.nonfinite import (
@@ -87,6 +88,7 @@ class BalancedTrainer(DefaultTrainer):
             cfg.defrost()
             scale_to_batch(cfg)
         self._tensorboard: ClassAPWriter | None = None  # in the first process
+        self._image_writers: list[ImageWriter] = []  # in the first process
         self._evaluated = -1  # iterations done when it was last evaluated
         with _ddp(self.ddp_options(), cfg.MODEL.DEVICE), our_steps(cfg):
             super().__init__(cfg)
@@ -131,6 +133,7 @@ class BalancedTrainer(DefaultTrainer):
         best = BestModel.from_config(self.cfg, weights, self._measured_weights)
         found[place + 1 : place + 1] = [
             self._class_ap(),
+            self._example_detections(),
             ValidationLoss.from_config(self.cfg, self.model, self._measuring),
             best,
         ]
@@ -157,7 +160,26 @@ class BalancedTrainer(DefaultTrainer):
         self._tensorboard = ClassAPWriter(self.cfg.OUTPUT_DIR)
         place = next(i for i, w in enumerate(found) if isinstance(w, TensorboardXWriter))
         found[place] = self._tensorboard
-        return [*found, *log_writers(self.cfg)]
+        found += log_writers(self.cfg)
+        self._image_writers = [writer for writer in found if hasattr(writer, "add_image")]
+        return found
+
+    def _example_detections(self) -> ExampleDetections | None:
+        count, datasets = self.cfg.LOG.IMAGES, self.cfg.DATASETS.TEST
+        if not (count and datasets and self._image_writers):
+            return None
+        loader = self.build_test_loader(self.cfg, datasets[0])
+        records = loader.dataset
+        return ExampleDetections(
+            self.model,
+            [records[index] for index in range(min(count, len(records)))],
+            datasets[0],
+            self.cfg.INPUT.FORMAT,
+            self._image_writers,
+            period=self.cfg.TEST.EVAL_PERIOD,
+            min_score=self.cfg.LOG.IMAGES_MIN_SCORE,
+            weights=self._measured_weights,
+        )
 
     def _class_ap(self) -> ClassAP | None:
         if not self.cfg.TEST.CLASS_AP:

@@ -235,7 +235,6 @@ def test_another_number_of_processes_continues_with_a_warning(
 HOLD = """
 import sys
 from d2_balance.engine import output_lock
-from d2_balance.engine.random_state import seed_everything
 with output_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

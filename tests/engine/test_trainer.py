@@ -84,7 +84,7 @@ def stateful():
     for registry, key in ((CLS_LOSSES, "CLS_LOSS"), (BOX_LOSSES, "BOX_LOSS")):
         base = ClassificationLoss if registry is CLS_LOSSES else BoxLoss
         for name, cls in registry:
-            if cls.statistics is base.statistics:
+            if cls.batch_statistics is base.batch_statistics:
                 continue
             dense = registry is BOX_LOSSES or has_class_columns_only(cls)
             yield pytest.param(

@@ -76,7 +76,7 @@ def test_a_good_config_passes(dataset, tmp_path, kind):
         (
             "faster",
             ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
-            "BalancedStandardROIHeads, BalancedCascadeROIHeads; Res5ROIHeads has no balanced form",
+            "ROI_HEADS.NAME BalancedRes5ROIHeads in place of Res5ROIHeads",
         ),
         (
             "faster",

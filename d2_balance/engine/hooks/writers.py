@@ -1,4 +1,4 @@
-"""Logs besides Detectron2's: metrics.csv, Weights & Biases, and AP of each class in TensorBoard."""
+"""Logs besides Detectron2's: CSV, Weights & Biases, MLflow; classes and images in TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -17,31 +21,40 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
 from d2_balance.evaluation.files import file_name_of
+from d2_balance.utils.files import atomic_path
+
+from .example_detections import check_example_detections
 
 CSV_FILE = "metrics.csv"
 WANDB_FILE = "wandb_run.json"
 WANDB_MODES = ("online", "offline")
+MLFLOW_FILE = "mlflow_run.json"
+_ALLOWED = re.compile(r"[^\w\-./ ]")  # what names of MLflow must not hold
+_BATCH = 1000  # metrics in a call to MLflow
 
 logger = logging.getLogger(__name__)
 
 
 def check_logs(cfg: CfgNode) -> None:
-    """Checks LOG.
+    """Check LOG.
 
     Raises:
         ValueError: naming the key and what to do.
     """
-    if not cfg.LOG.WANDB_PROJECT:
-        return
-    if cfg.LOG.WANDB_MODE not in WANDB_MODES:
+    check_example_detections(cfg)
+    if cfg.LOG.WANDB_PROJECT and cfg.LOG.WANDB_MODE not in WANDB_MODES:
         raise ValueError(
             f"LOG.WANDB_MODE is {cfg.LOG.WANDB_MODE!r}; must be {' or '.join(WANDB_MODES)}."
         )
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"LOG.WANDB_PROJECT is {cfg.LOG.WANDB_PROJECT!r} and the package wandb is missing: "
-            'pip install wandb, or set LOG.WANDB_PROJECT "".'
-        )
+    for key, package, install in (
+        ("WANDB_PROJECT", "wandb", "wandb"),
+        ("MLFLOW_EXPERIMENT", "mlflow", "mlflow-skinny"),
+    ):
+        if cfg.LOG[key] and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"LOG.{key} is {cfg.LOG[key]!r} and the package {package} is missing: "
+                f'pip install {install}, or set LOG.{key} "".'
+            )
 
 
 class _NewScalars(EventWriter):
@@ -100,17 +113,13 @@ class WandbWriter(_NewScalars):
         import wandb
 
         path = os.path.join(cfg.OUTPUT_DIR, WANDB_FILE)
-        known = {}
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                known = json.load(file)
         self._run = wandb.init(
             project=cfg.LOG.WANDB_PROJECT,
             mode=cfg.LOG.WANDB_MODE,
             dir=cfg.OUTPUT_DIR,
             config=yaml.safe_load(cfg.dump()),
             resume="allow",
-            **known,
+            **_read_json(path),
         )
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"id": self._run.id}, file)
@@ -121,8 +130,76 @@ class WandbWriter(_NewScalars):
         for iteration, scalars in self.new_scalars().items():
             self._run.log(scalars | {"iteration": iteration})
 
+    def add_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        """Write (H, W, 3) uint8 RGB."""
+        import wandb
+
+        self._run.log({name: wandb.Image(image), "iteration": iteration})
+
     def close(self) -> None:
         self._run.finish()
+
+
+class MlflowWriter(_NewScalars):
+    """Logs scalars and images to MLflow; a resumed run continues the same one there.
+
+    Args:
+        cfg: with LOG; it is logged as the artifact config.yaml.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        uri = cfg.LOG.MLFLOW_URI
+        if not uri:
+            uri = Path(cfg.OUTPUT_DIR, "mlruns").resolve().as_uri()
+            # MLflow 3 asks for a consent to files, and a database needs more than mlflow-skinny
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        import mlflow
+
+        self._client = mlflow.MlflowClient(uri)
+        path = os.path.join(cfg.OUTPUT_DIR, MLFLOW_FILE)
+        known = _read_json(path)
+        if known:
+            self._run_id = known["run_id"]
+            self._client.update_run(self._run_id, status="RUNNING")
+        else:
+            experiment = self._client.get_experiment_by_name(cfg.LOG.MLFLOW_EXPERIMENT)
+            number = (
+                self._client.create_experiment(cfg.LOG.MLFLOW_EXPERIMENT)
+                if experiment is None
+                else experiment.experiment_id
+            )
+            name = os.path.basename(os.path.normpath(cfg.OUTPUT_DIR))
+            self._run_id = self._client.create_run(number, run_name=name).info.run_id
+            for key, value in _headline(cfg).items():
+                self._client.log_param(self._run_id, key, value)
+            with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                json.dump({"run_id": self._run_id, "uri": uri}, file)
+        self._client.log_text(self._run_id, cfg.dump(), "config.yaml")
+
+    def write(self) -> None:
+        now = int(time.time() * 1000)
+        for iteration, scalars in self.new_scalars().items():
+            metrics = [
+                self._metric(_ALLOWED.sub("_", name), value, now, iteration)
+                for name, value in scalars.items()
+            ]
+            for start in range(0, len(metrics), _BATCH):
+                self._client.log_batch(self._run_id, metrics[start : start + _BATCH])
+
+    def _metric(self, *values: Any) -> Any:
+        from mlflow.entities import Metric
+
+        return Metric(*values)
+
+    def add_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        """Write (H, W, 3) uint8 RGB as a PNG, one file for each iteration."""
+        stem = _ALLOWED.sub("_", os.path.splitext(name)[0])
+        file = f"{stem}/{iteration:07d}.png"
+        self._client.log_image(self._run_id, image, artifact_file=file)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
 
 
 class ClassAPWriter(TensorboardXWriter):
@@ -143,6 +220,10 @@ class ClassAPWriter(TensorboardXWriter):
             for key in ("AP", "AP_segm"):
                 if record.get(key) is not None:
                     self._writer.add_scalar(f"{prefix}class_{key}/{name}", record[key], iteration)
+
+    def add_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        """Write (H, W, 3) uint8 RGB."""
+        self._writer.add_image(name, image, iteration, dataformats="HWC")
 
 
 class ClassAP(HookBase):
@@ -176,9 +257,7 @@ class ClassAP(HookBase):
         for dataset in self._datasets if self._writer is not None else ():
             name = f"per_class_ap_{file_name_of(dataset)}.json"
             path = os.path.join(self._directory, name)
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    records = json.load(file)
+            if records := _read_json(path):
                 prefix = f"{dataset}/" if len(self._datasets) > 1 else ""
                 self._writer.add_classes(records, prefix, self.trainer.iter)
 
@@ -190,4 +269,29 @@ def log_writers(cfg: CfgNode) -> list[EventWriter]:
         writers.append(CSVWriter(os.path.join(cfg.OUTPUT_DIR, CSV_FILE)))
     if comm.is_main_process() and cfg.LOG.WANDB_PROJECT:
         writers.append(WandbWriter(cfg))
+    if comm.is_main_process() and cfg.LOG.MLFLOW_EXPERIMENT:
+        writers.append(MlflowWriter(cfg))
     return writers
+
+
+def _headline(cfg: CfgNode) -> dict[str, Any]:
+    """Return the settings that runs are compared by."""
+    balance = cfg.MODEL.BALANCE
+    return {
+        "model": cfg.MODEL.META_ARCHITECTURE,
+        "cls_loss": balance.CLS_LOSS or "stock",
+        "box_loss": balance.BOX_LOSS or "stock",
+        "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
+        "lr": cfg.SOLVER.BASE_LR,
+        "batch": cfg.SOLVER.IMS_PER_BATCH,
+        "max_iter": cfg.SOLVER.MAX_ITER,
+        "seed": cfg.SEED,
+    }
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    """Return the content of a file, {} if there is none."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -8,6 +8,7 @@ own have, and `run` with keys under their names in YAML, for example
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,8 @@ from .lazy_model import output_layers, target
 NEEDED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 SAVED = "lazy.yaml"
 """File of OUTPUT_DIR that holds the lazy config of a run; train_net.py takes it."""
+
+_NEED_TIMM = ("ViT", "MViT", "SwinTransformer")
 
 # name in `train` to key
 _TRAIN_KEYS = {
@@ -78,6 +81,7 @@ def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[CfgNode, type[Ba
     if not (path and is_lazy(path)):
         return read_config(path, overrides), BalancedTrainer
     lazy = read_lazy(path, overrides)
+    _check_packages(lazy, path)
     return run_config(lazy), lazy_trainer(lazy)
 
 
@@ -109,6 +113,17 @@ def read_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(f"command line: {error}") from error
 
 
+def _check_packages(lazy: DictConfig, path: str) -> None:
+    """Refuse a transformer of Detectron2 where the package that it is made of is missing."""
+    backbone = _backbone(lazy.model)
+    needs_timm = any(name in backbone for name in _NEED_TIMM)
+    if needs_timm and importlib.util.find_spec("timm") is None:
+        raise ValueError(
+            f"{path}: the backbone {backbone} needs the package timm: pip install "
+            "'d2-balance[vitdet]' or pip install timm."
+        )
+
+
 def run_config(lazy: DictConfig) -> CfgNode:
     """The keys of a run that hooks, checks and the summary read, from a lazy config.
 
@@ -131,6 +146,8 @@ def run_config(lazy: DictConfig) -> CfgNode:
     values["DATALOADER.NUM_WORKERS"] = loaders.train.get("num_workers", 0)
     if "lr" in lazy.optimizer:
         values["SOLVER.BASE_LR"] = float(lazy.optimizer.lr)
+    if "input_format" in lazy.model:
+        values["INPUT.FORMAT"] = lazy.model.input_format
     values |= _model_keys(lazy.model)
     merge_overrides(cfg, [part for pair in values.items() for part in pair], "lazy config")
     run = OmegaConf.to_container(lazy.get("run", OmegaConf.create()), resolve=True)
