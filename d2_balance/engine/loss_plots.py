@@ -121,7 +121,7 @@ def _loss_curves(
             (r["iteration"], r[name]) for r in metrics if name in r and math.isfinite(r[name])
         ]
         if points:
-            curves[name] = tuple(map(list, zip(*points, strict=True)))
+            curves[name] = [p[0] for p in points], [p[1] for p in points]
     return curves
 
 

@@ -80,7 +80,8 @@ class StepTrainer(SimpleTrainer):
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.precision, self.scaler = precision, scaler
-        self.micro_batches, self.random_key = micro_batches, None
+        self.micro_batches = micro_batches
+        self.random_key: tuple[int, ...] | None = None
         self._seed, self._max_skipped = seed, max_skipped
         self._skipped, self._skipped_in_row = 0, 0
         self._device = next(model.parameters()).device
@@ -135,7 +136,7 @@ class StepTrainer(SimpleTrainer):
         """Adds the gradients of a batch, or of one that `sums` splits; returns its losses."""
         with nullcontext() if sums is None else sums.summed():
             losses = self._forward(self.model, data)
-        total = sum(losses.values())
+        total: Any = sum(losses.values())
         if sums is not None:
             total = total / sums.count
         (total if self.scaler is None else self.scaler.scale(total)).backward()
@@ -155,7 +156,9 @@ class StepTrainer(SimpleTrainer):
             raise ValueError(f"{len(data)} images cannot be split into {self.micro_batches}.")
         parts = [data[i * size : (i + 1) * size] for i in range(self.micro_batches)]
         seed = self._seed if self._seed >= 0 else int(torch.randint(2**31, ()))
-        keys = [(seed, comm.get_rank(), self.iter, i) for i in range(len(parts))]
+        keys: list[tuple[int, ...]] = [
+            (seed, comm.get_rank(), self.iter, i) for i in range(len(parts))
+        ]
         before = [buffer.clone() for buffer in self._once]
         sums = MicroBatches(len(parts))
         if self._once:
@@ -170,7 +173,8 @@ class StepTrainer(SimpleTrainer):
             with nullcontext() if last else self._without_ddp_reduction():
                 found.append(self._train_on(part, sums))
         with torch.no_grad():
-            return {name: sum(x[name] for x in found) / len(found) for name in found[0]}
+            sums_of: dict[str, Any] = {n: sum(x[n] for x in found) for n in found[0]}
+            return {name: value / len(found) for name, value in sums_of.items()}
 
     @torch.no_grad()
     def _count(
@@ -181,7 +185,7 @@ class StepTrainer(SimpleTrainer):
         sums: MicroBatches,
     ) -> None:
         """Notes the statistics of the micro-batches, and leaves the model as it was."""
-        module = getattr(self.model, "module", self.model)
+        module: Any = getattr(self.model, "module", self.model)
         buffers = list(module.buffers())
         saved = [buffer.clone() for buffer in buffers]
         with EventStorage(self.iter):  # what the heads log counts in the second pass

@@ -27,6 +27,7 @@ from d2_balance.evaluation.plots import plot_ap_by_count
 from d2_balance.utils.files import atomic_path
 
 from .hooks.loss_stats import LOSS_STATS_FILE
+from .hooks.writers import read_json
 from .loss_plots import plot_density, plot_losses
 
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -232,7 +233,7 @@ def _device(cfg: CfgNode) -> str:
 
 def _training_time(metrics: list[dict[str, float]]) -> str:
     """Time in training steps, evaluation not counted, from the median times of the log."""
-    seconds, before = 0.0, -1
+    seconds, before = 0.0, -1.0
     for record in metrics:
         if "time" in record:
             seconds += record["time"] * (record["iteration"] - before)
@@ -299,16 +300,14 @@ def _draw_plots(
             if drawn:
                 file = f"ap_by_count_{file_name_of(name)}_{task}.png"
                 caption = f"{task} AP of each class of {name} by training images"
-                plot_ap_by_count(records, os.path.join(directory, file), metric, caption)
+                plot_ap_by_count(dict(records), os.path.join(directory, file), metric, caption)
                 plots[file] = caption
     stats = os.path.join(directory, LOSS_STATS_FILE)
-    if not eval_only and os.path.isfile(stats):
-        with open(stats, encoding="utf-8") as file:
-            records = json.load(file)
-        for source, vectors in records[-1]["stats"].items():
-            if {"density", "weight"} <= vectors.keys():
-                plot_density(records, source, os.path.join(directory, f"density_{source}.png"))
-                plots[f"density_{source}.png"] = f"Gradient density of {source}"
+    history = [] if eval_only else read_json(stats, [])
+    for source, vectors in history[-1]["stats"].items() if history else ():
+        if {"density", "weight"} <= vectors.keys():
+            plot_density(history, source, os.path.join(directory, f"density_{source}.png"))
+            plots[f"density_{source}.png"] = f"Gradient density of {source}"
     return plots
 
 
@@ -320,10 +319,7 @@ def _per_class(directory: str, name: str) -> dict[str, dict]:
 def _notes(directory: str, name: str) -> list[str]:
     """Return what the evaluator noted beside its figures."""
     path = os.path.join(directory, "inference", f"evaluation_{file_name_of(name)}.json")
-    if not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("notes", [])
+    return read_json(path, {}).get("notes", [])
 
 
 def _table(headers: list[str], rows: list) -> str:

@@ -79,6 +79,7 @@ class BalancedTrainer(DefaultTrainer):
         ValueError: the config asks for what cannot work; the message names the key.
     """
 
+    _hooks: list[HookBase]
     lazy: DictConfig | None = None
     """The lazy config that the model, the data and the optimizer are made of."""
 
@@ -112,7 +113,7 @@ class BalancedTrainer(DefaultTrainer):
         )
         found = super().build_hooks()
         names = [MetadataCatalog.get(n).get("thing_classes") for n in self.cfg.DATASETS.TRAIN[:1]]
-        model = getattr(self.model, "module", self.model)
+        model: Any = getattr(self.model, "module", self.model)
         saver = BatchSaver(model, self.cfg.dump(), self.cfg.OUTPUT_DIR, *names)
         self._finite_losses = FiniteLosses(self.model, names[0] if names else None, saver)
         place = 1 + next(i for i, h in enumerate(found) if isinstance(h, hooks.LRScheduler))
@@ -168,8 +169,7 @@ class BalancedTrainer(DefaultTrainer):
         count, datasets = self.cfg.LOG.IMAGES, self.cfg.DATASETS.TEST
         if not (count and datasets and self._image_writers):
             return None
-        loader = self.build_test_loader(self.cfg, datasets[0])
-        records = loader.dataset
+        records = getattr(self.build_test_loader(self.cfg, datasets[0]), "dataset", ())
         return ExampleDetections(
             self.model,
             [records[index] for index in range(min(count, len(records)))],

@@ -118,3 +118,20 @@ def test_records_stay_as_they_are_and_the_config_makes_the_mapper(record):
     cfg = small_cfg("mask", "INPUT.MIN_SIZE_TRAIN", (30,))
     assert len(BalancedMapper(cfg, True)(record)["instances"]) == 2
     assert str(record) == before
+
+
+def test_recomputed_boxes_do_not_stop_at_an_image_without_objects(tmp_path):
+    from PIL import Image as PILImage
+
+    PILImage.new("RGB", (40, 30)).save(tmp_path / "empty.png")
+    mapper = BalancedMapper(
+        is_train=True,
+        augmentations=[],
+        image_format="BGR",
+        use_instance_mask=True,
+        recompute_boxes=True,
+    )
+    record = {"file_name": str(tmp_path / "empty.png"), "width": 40, "height": 30}
+    assert len(mapper(record | {"annotations": []})["instances"]) == 0
+    crowd = {"bbox": [1, 2, 5, 6], "bbox_mode": 1, "category_id": 0, "iscrowd": 1}
+    assert len(mapper(record | {"annotations": [crowd]})["instances"]) == 0

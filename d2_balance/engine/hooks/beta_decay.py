@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -74,13 +75,18 @@ class BetaDecay(HookBase):
     def __init__(
         self, model: nn.Module, *, mode: str, amount: float, period: int, minimum: float = 0.0
     ) -> None:
-        self._modules = [m for m in model.modules() if isinstance(m, SmoothL1Loss)]
+        self._modules: list[Any] = [m for m in model.modules() if isinstance(m, SmoothL1Loss)]
         if not self._modules:
             raise ValueError(
                 "MODEL.BALANCE.BETA_DECAY.ENABLED is True, but no box loss of the model is "
                 "SmoothL1; set MODEL.BALANCE.BOX_LOSS SmoothL1 or switch the schedule off."
             )
-        self._schedule = {"mode": mode, "amount": amount, "period": period, "minimum": minimum}
+        self._schedule: dict[str, Any] = {
+            "mode": mode,
+            "amount": amount,
+            "period": period,
+            "minimum": minimum,
+        }
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> BetaDecay | None:

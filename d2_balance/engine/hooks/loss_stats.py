@@ -86,12 +86,12 @@ class LossStats(HookBase):
             self._stride *= 2
 
 
-def _named_sources(model: nn.Module) -> dict[str, nn.Module]:
+def _named_sources(model: nn.Module) -> dict[str, Any]:
     """Modules with stats by class name; a number is added where a class occurs more than once."""
     kinds = (ClassificationLoss, BoxLoss, Reweighter, GuidedScale)
     found = [m for m in model.modules() if isinstance(m, kinds) and hasattr(m, "log_values")]
     names = [getattr(m, "name", type(m).__name__) for m in found]
-    sources = {}
+    sources: dict[str, Any] = {}
     for i, (name, module) in enumerate(zip(names, found, strict=True)):
         number = f"_{names[:i].count(name)}" if names.count(name) > 1 else ""
         sources[name + number] = module

@@ -133,7 +133,7 @@ class FiniteLosses(HookBase):
             self._losses = {name: value.detach() for name, value in losses.items()}
 
     def after_backward(self) -> None:
-        total = sum(value.float() for value in self._losses.values())
+        total = torch.stack([value.float() for value in self._losses.values()]).sum()
         bad = (~total.isfinite()).float()
         if world_size() == 1:
             if bad.item():

@@ -119,7 +119,7 @@ class WandbWriter(_NewScalars):
             dir=cfg.OUTPUT_DIR,
             config=yaml.safe_load(cfg.dump()),
             resume="allow",
-            **_read_json(path),
+            **read_json(path, {}),
         )
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"id": self._run.id}, file)
@@ -158,7 +158,7 @@ class MlflowWriter(_NewScalars):
 
         self._client = mlflow.MlflowClient(uri)
         path = os.path.join(cfg.OUTPUT_DIR, MLFLOW_FILE)
-        known = _read_json(path)
+        known = read_json(path, {})
         if known:
             self._run_id = known["run_id"]
             self._client.update_run(self._run_id, status="RUNNING")
@@ -254,10 +254,12 @@ class ClassAP(HookBase):
             self._write()
 
     def _write(self) -> None:
-        for dataset in self._datasets if self._writer is not None else ():
+        if self._writer is None:
+            return
+        for dataset in self._datasets:
             name = f"per_class_ap_{file_name_of(dataset)}.json"
             path = os.path.join(self._directory, name)
-            if records := _read_json(path):
+            if records := read_json(path, {}):
                 prefix = f"{dataset}/" if len(self._datasets) > 1 else ""
                 self._writer.add_classes(records, prefix, self.trainer.iter)
 
@@ -289,9 +291,9 @@ def _headline(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    """Return the content of a file, {} if there is none."""
+def read_json(path: str, missing: Any) -> Any:
+    """Return the content of a file, `missing` if there is none."""
     if not os.path.isfile(path):
-        return {}
+        return missing
     with open(path, encoding="utf-8") as file:
         return json.load(file)

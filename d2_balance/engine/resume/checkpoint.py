@@ -198,7 +198,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
                 mine = False
         if all(comm.all_gather(mine)):
             return checkpoint
-        content = [checkpoint if comm.is_main_process() else None]
+        content: list[Any] = [checkpoint if comm.is_main_process() else None]
         dist.broadcast_object_list(content, src=0, group=comm._get_global_gloo_group())
         return checkpoint if mine else content[0]
 

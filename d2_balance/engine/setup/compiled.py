@@ -39,7 +39,7 @@ class _Compiled:
     no failure of the compiler.
     """
 
-    def __init__(self, loss: nn.Module, fallback: _Fallback) -> None:
+    def __init__(self, loss: ClassificationLoss | BoxLoss, fallback: _Fallback) -> None:
         self._plain, self._fallback = loss.compute, fallback
         self._name = loss.name
         self._compiled: Callable[..., Tensor] | None = None
@@ -77,7 +77,7 @@ def compile_losses(model: nn.Module) -> None:
         fallback.note(error, "a small function")
         return
     for loss in losses:
-        loss.compute = _Compiled(loss, fallback)
+        loss.compute = _Compiled(loss, fallback)  # type: ignore[method-assign]
     logger.info(f"{KEY}: {len(losses)} losses are compiled at their first batch.")
 
 

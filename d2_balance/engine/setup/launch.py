@@ -59,7 +59,8 @@ def _signals_passed_on() -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         del frame
         for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
+            if child.pid is not None:
+                os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -150,14 +150,15 @@ def run_config(lazy: DictConfig) -> CfgNode:
         values["INPUT.FORMAT"] = lazy.model.input_format
     values |= _model_keys(lazy.model)
     merge_overrides(cfg, [part for pair in values.items() for part in pair], "lazy config")
-    run = OmegaConf.to_container(lazy.get("run", OmegaConf.create()), resolve=True)
+    run: Any = OmegaConf.to_container(lazy.get("run", OmegaConf.create()), resolve=True)
     merge_overrides(cfg, [part for pair in leaves(run) for part in pair], "run")
     return cfg
 
 
 def _model_keys(model: DictConfig) -> dict[str, Any]:
     """Return the names of the parts of a model under their keys in YAML."""
-    keys = {"MODEL.META_ARCHITECTURE": _name(model), "MODEL.BACKBONE.NAME": _backbone(model)}
+    keys: dict[str, Any] = {"MODEL.META_ARCHITECTURE": _name(model)}
+    keys["MODEL.BACKBONE.NAME"] = _backbone(model)
     if "roi_heads" in model:
         heads = model.roi_heads
         keys["MODEL.ROI_HEADS.NAME"] = _name(heads)

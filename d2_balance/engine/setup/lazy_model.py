@@ -25,7 +25,7 @@ from detectron2.modeling.roi_heads import (
 )
 from detectron2.utils.registry import locate
 from fvcore.common.registry import Registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from d2_balance.data.class_counts import ClassCounts
@@ -208,7 +208,7 @@ def _part(
         if given not in registry:
             raise ValueError(f"{given!r} is unknown; {closest(given, (n for n, _ in registry))}")
         given = registry.get(given)
-    node = copy.deepcopy(given) if OmegaConf.is_config(given) else L(given)()
+    node: DictConfig = copy.deepcopy(given) if isinstance(given, DictConfig) else L(given)()
     for name, parameter in inspect.signature(target(node)).parameters.items():
         if name in node or parameter.default is not parameter.empty:
             continue

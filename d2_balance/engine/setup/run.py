@@ -49,7 +49,7 @@ def on_main_process(function: Callable[[], T]) -> T:
     Raises:
         ValueError: on all ranks, where `function` raised it.
     """
-    outcome = None
+    outcome: tuple[T | None, str | None] = None, None
     if comm.is_main_process():
         try:
             outcome = function(), None

@@ -5,6 +5,7 @@ Every message names the key or the file and says what is allowed. What is quick 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ from d2_balance.data.checks.coverage import (
     log_unseen_classes,
 )
 from d2_balance.data.checks.images import check_image_sizes
-from d2_balance.data.checks.structure import configured_num_classes
+from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS, configured_num_classes
 from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.ignore_regions import region_files
 from d2_balance.modeling.build import (
@@ -67,6 +68,9 @@ from .unused import check_losses_are_used
 # Images of a set whose sizes are compared with the annotations before a run: enough to notice
 # another copy of the dataset, and a second or two on a slow disk.
 _SIZES_LOOKED_AT = 200
+
+
+logger = logging.getLogger(__name__)
 
 
 def validate(
@@ -291,18 +295,28 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
         )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         log_left_out_negatives(dataset_dicts, name)
-    loss = cfg.MODEL.BALANCE.CLS_LOSS
     external = is_external(name)  # whose labels are lists that may be empty, and have a meaning
-    labels = (
-        cfg.MODEL.BALANCE.get(loss.upper(), {}).get("USE_IMAGE_LEVEL_LABELS", False)
-        if loss
-        else False
-    )
-    if labels and not external:
-        key = f"MODEL.BALANCE.{loss.upper()}.USE_IMAGE_LEVEL_LABELS"
-        require_image_labels(dataset_dicts, name, key)
+    if not external:
+        check_image_labels(cfg, dataset_dicts, name)
     if cfg.MODEL.MASK_ON and _is_a(cfg, GeneralizedRCNN):
         check_masks(dataset_dicts, name, cfg.INPUT.MASK_FORMAT, boxes_too=external)
+
+
+def check_image_labels(cfg: CfgNode, records: Sequence[dict[str, Any]], name: str) -> None:
+    """Check that a training set has image-level labels if the loss needs them; log what "auto" means.
+
+    Raises:
+        ValueError: USE_IMAGE_LEVEL_LABELS is True and there are none.
+    """
+    loss = cfg.MODEL.BALANCE.CLS_LOSS.upper()
+    wanted = cfg.MODEL.BALANCE.get(loss, {}).get("USE_IMAGE_LEVEL_LABELS", False)
+    key = f"MODEL.BALANCE.{loss}.USE_IMAGE_LEVEL_LABELS"
+    if wanted == "auto":
+        found = any(record.get(field) for record in records for field in IMAGE_LABEL_KEYS)
+        use = "has image-level labels, and the loss uses them" if found else "has none"
+        logger.info(f"{key} is auto: {name} {use}.")
+    elif wanted:
+        require_image_labels(records, name, key)
 
 
 def _has_classes(name: str) -> bool:
