@@ -20,7 +20,7 @@ _WIDE_RANGE = 30.0  # losses that differ by more are drawn on a logarithmic axis
 
 
 def plot_losses(metrics: Sequence[Mapping[str, float]], path: str, title: str = "") -> None:
-    """Draws every loss against the iteration, as PNG.
+    """Draw every loss against the iteration, as PNG.
 
     Args:
         metrics: records of metrics.json, each with "iteration".
@@ -63,7 +63,7 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: str, title: str = 
 
 
 def plot_density(records: Sequence[Mapping[str, Any]], source: str, path: str) -> None:
-    """Draws the gradient density of a GHM loss and the weights that follow from it, as PNG.
+    """Draw the gradient density of a GHM loss and the weights that follow from it, as PNG.
 
     Args:
         records: what `LossStats` writes, in the order of time.

@@ -1,6 +1,6 @@
 """One training step: mixed precision, gradient accumulation, and overflows that end no run.
 
-Takes the place of Detectron2's SimpleTrainer and AMPTrainer, of which it keeps the order: forward,
+Replaces Detectron2's SimpleTrainer and AMPTrainer, of which it keeps the order: forward,
 backward, hooks, log, optimizer.
 """
 
@@ -49,7 +49,7 @@ class StepTrainer(SimpleTrainer):
     of the losses (positives, densities, class counts) are summed over them in a first pass without
     gradient, and the state of the losses moves once per step. Losses that join ranks have then the
     gradients of the whole batch. What each rank does for itself each micro-batch does for itself:
-    batch norm in training mode, losses that rank their rows, Detectron2's own losses.
+    batch norm in training mode, losses that rank their samples, Detectron2's own losses.
 
     Args:
         model: wrapped in DDP or not.
@@ -94,7 +94,7 @@ class StepTrainer(SimpleTrainer):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *parts: Any) -> StepTrainer:
-        """The steps that SOLVER describes, of a model, a loader and an optimizer."""
+        """Return the steps that SOLVER describes, of a model, a loader and an optimizer."""
         amp, scaler = cfg.SOLVER.AMP, None
         precision = PRECISIONS[amp.PRECISION] if amp.ENABLED else None
         if precision == torch.float16:
@@ -133,7 +133,7 @@ class StepTrainer(SimpleTrainer):
     def _train_on(
         self, data: list[dict[str, Any]], sums: MicroBatches | None = None
     ) -> dict[str, Tensor]:
-        """Adds the gradients of a batch, or of one that `sums` splits; returns its losses."""
+        """Add the gradients of a batch, or of one that `sums` splits; return its losses."""
         with nullcontext() if sums is None else sums.summed():
             losses = self._forward(self.model, data)
         total: Any = sum(losses.values())
@@ -150,7 +150,7 @@ class StepTrainer(SimpleTrainer):
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def _accumulate(self, data: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Adds the gradients of the micro-batches; returns the means of their losses."""
+        """Add the gradients of the micro-batches; return the means of their losses."""
         size, rest = divmod(len(data), self.micro_batches)
         if rest:
             raise ValueError(f"{len(data)} images cannot be split into {self.micro_batches}.")
@@ -184,7 +184,7 @@ class StepTrainer(SimpleTrainer):
         before: list[Tensor],
         sums: MicroBatches,
     ) -> None:
-        """Notes the statistics of the micro-batches, and leaves the model as it was."""
+        """Note the statistics of the micro-batches, and leave the model as it was."""
         module: Any = getattr(self.model, "module", self.model)
         buffers = list(module.buffers())
         saved = [buffer.clone() for buffer in buffers]
@@ -263,7 +263,7 @@ def _put_back(buffers: list[Tensor], values: list[Tensor]) -> None:
 
 @contextmanager
 def our_steps(cfg: CfgNode) -> Iterator[None]:
-    """Inside of the block DefaultTrainer makes a `StepTrainer` in place of its own two."""
+    """Inside of the block DefaultTrainer makes a `StepTrainer` instead of its own two."""
     before = defaults.SimpleTrainer, defaults.AMPTrainer
 
     def make(*parts: Any) -> StepTrainer:
@@ -296,7 +296,7 @@ class RanksGradScaler(torch.amp.GradScaler):
 
 
 def widen_inputs_of_strided_convs(model: nn.Module) -> None:
-    """Keeps oneDNN from the case in which its gradients are memory that was never written.
+    """Keep oneDNN from the case in which its gradients are memory that was never written.
 
     That is the weight gradient of a 3 x 3 convolution with stride 2, in bfloat16 on a CPU, whose
     input is one column wide (torch 2.14): P7 of a small image. A second column of zeros is what
@@ -319,7 +319,7 @@ def widen_inputs_of_strided_convs(model: nn.Module) -> None:
 
 
 def clipped(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> torch.optim.Optimizer:
-    """An optimizer that clips gradients before its steps, as SOLVER.CLIP_GRADIENTS says."""
+    """Return an optimizer that clips gradients before its steps, as SOLVER.CLIP_GRADIENTS says."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
         return maybe_add_gradient_clipping(cfg, optimizer)

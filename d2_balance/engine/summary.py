@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def write_summary(
     cfg: CfgNode, results: Mapping[str, Any], *, config_file: str = "", eval_only: bool = False
 ) -> str:
-    """Writes summary.md and its plots into OUTPUT_DIR, from the files that the run left there.
+    """Write summary.md and its plots into OUTPUT_DIR, from the files that the run left there.
 
     Args:
         cfg: config of the run.
@@ -78,7 +78,7 @@ def write_summary(
 
 
 def read_metrics(path: str) -> list[dict[str, float]]:
-    """Records of a metrics.json, by ascending iteration.
+    """Return the records of a metrics.json, by ascending iteration.
 
     A killed run has logged iterations that its resumption runs again; what was logged last counts.
     A line that was cut off is left out.
@@ -97,7 +97,7 @@ def read_metrics(path: str) -> list[dict[str, float]]:
 
 
 def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: str) -> str:
-    """A Markdown table of AP in percent, "-" for NaN, and below it the reasons for each "-".
+    """Return a Markdown table of AP in percent, "-" for NaN, and below it the reasons for each "-".
 
     Args:
         results: task to metric to percent.
@@ -285,7 +285,7 @@ def _draw_plots(
     per_class: Mapping[str, Mapping[str, Any]],
     eval_only: bool,
 ) -> dict[str, str]:
-    """Draws what the run has data for; returns file name to caption."""
+    """Draw what the run has data for; return file name to caption."""
     plots = {}
     if any("total_loss" in record for record in metrics):
         plot_losses(metrics, os.path.join(directory, "losses.png"), f"{title}: training losses")

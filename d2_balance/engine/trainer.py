@@ -190,7 +190,7 @@ class BalancedTrainer(DefaultTrainer):
         )
 
     def _measured_weights(self) -> AbstractContextManager[None]:
-        """A block in which the model has the weights that are evaluated."""
+        """Return a block in which the model has the weights that are evaluated."""
         return nullcontext() if self._average is None else self._average.applied()
 
     @contextmanager
@@ -241,7 +241,7 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The model, with all but MODEL.BALANCE.TRAINABLE frozen; see `train_only`."""
+        """Return the model, with all but MODEL.BALANCE.TRAINABLE frozen; see `train_only`."""
         return finished_model(super().build_model(cfg), cfg)
 
     @classmethod
@@ -285,13 +285,13 @@ class BalancedTrainer(DefaultTrainer):
 
     @classmethod
     def test_finished(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """As `test`, at several sizes and flipped where TEST.AUG.ENABLED asks for it."""
+        """As `test`, with test-time augmentation if TEST.AUG.ENABLED."""
         if not cfg.TEST.AUG.ENABLED:
             return cls.test(cfg, model)
         return cls.test(augmentation_config(cfg), AugmentedRCNN(cfg, model))
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Loads the last checkpoint of OUTPUT_DIR, or MODEL.WEIGHTS where there is none.
+        """Load the last checkpoint of OUTPUT_DIR, or MODEL.WEIGHTS where there is none.
 
         Args:
             resume: False starts from MODEL.WEIGHTS in any case; `weights` has then a row for each
@@ -303,7 +303,7 @@ class BalancedTrainer(DefaultTrainer):
             self.weights = load_pretrained(self.cfg, self.model, _loss_state(self.model))
 
     def train(self) -> dict:
-        """Trains from the present iteration on; a finished run is evaluated once more.
+        """Train from the present iteration on; a finished run is evaluated once more.
 
         Returns:
             Results of the evaluation after the last iteration, as `test` returns them; on other
@@ -335,7 +335,7 @@ class BalancedTrainer(DefaultTrainer):
 
 
 def finished_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """A new model with all but MODEL.BALANCE.TRAINABLE frozen, and losses compiled."""
+    """Return a new model with all but MODEL.BALANCE.TRAINABLE frozen, and losses compiled."""
     train_only(model, cfg.MODEL.BALANCE.TRAINABLE)
     if cfg.MODEL.BALANCE.COMPILE:
         compile_losses(model)
@@ -343,7 +343,7 @@ def finished_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
 
 def _loss_state(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of losses, normalisers and reweighters, by name in the model without DDP."""
+    """Return the buffers of losses, normalisers and reweighters, by name without DDP."""
     return {
         f"{prefix}.{name}": buffer
         for prefix, module in getattr(model, "module", model).named_modules()

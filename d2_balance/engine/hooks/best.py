@@ -40,10 +40,10 @@ def metric_period(cfg: CfgNode) -> int:
 
 
 def check_best(cfg: CfgNode) -> None:
-    """Checks TEST.BEST as far as that is possible before anything is measured.
+    """Check TEST.BEST as far as that is possible before anything is measured.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     node = cfg.TEST.BEST
     if not node.METRIC:
@@ -58,7 +58,7 @@ def check_best(cfg: CfgNode) -> None:
     if node.PATIENCE < 0 or not 0 <= node.MIN_DELTA < math.inf:
         raise ValueError(
             f"TEST.BEST.PATIENCE is {node.PATIENCE} and TEST.BEST.MIN_DELTA {node.MIN_DELTA}; "
-            "allowed are numbers of at least 0."
+            "they must be numbers of at least 0."
         )
     losses = node.METRIC.startswith(LOSS_PREFIX)
     if losses and (node.MODE == "max" or cfg.TEST.LOSS.PERIOD < 1):
@@ -76,7 +76,7 @@ def check_best(cfg: CfgNode) -> None:
 
 
 def _check_name(cfg: CfgNode, metric: str) -> None:
-    """Refuses a metric that our evaluators of the test sets do not measure."""
+    """Refuse a metric that our evaluators of the test sets do not measure."""
     names = cfg.DATASETS.TEST
     kinds = [MetadataCatalog.get(name).get("evaluator_type") for name in names]
     if not names or cfg.MODEL.KEYPOINT_ON or not set(kinds) <= set(_OUR_EVALUATORS):
@@ -137,7 +137,7 @@ class BestModel(HookBase):
         checkpointer: BalancedCheckpointer,
         weights: Callable[[], AbstractContextManager[None]],
     ) -> BestModel | None:
-        """The hook that TEST.BEST describes; None where there is no metric."""
+        """Return the hook that TEST.BEST describes; None where there is no metric."""
         node = cfg.TEST.BEST
         if not node.METRIC:
             return None
@@ -171,7 +171,7 @@ class BestModel(HookBase):
             self._look(self.trainer.iter)
 
     def _look(self, iteration: int) -> None:
-        """Takes note of what was measured in an iteration; every rank must call this."""
+        """Take note of what was measured in an iteration; every rank must call this."""
         value, when = self.trainer.storage.latest().get(self._metric, (None, -1))
         value = comm.all_gather(float(value) if when == iteration else None)[0]
         if value is None or not math.isfinite(value):
@@ -227,7 +227,7 @@ class BestModel(HookBase):
         if state["metric"] != self._metric:
             logger.warning(
                 f"TEST.BEST.METRIC was {state['metric']} and is {self._metric}: the best model is "
-                "looked for anew."
+                "chosen anew."
             )
             return
         self.value, self.iteration = state["value"], state["iteration"]

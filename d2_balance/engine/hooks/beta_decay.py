@@ -39,10 +39,10 @@ def decayed_beta(
 
 
 def check_beta_decay(cfg: CfgNode) -> None:
-    """Checks the values below MODEL.BALANCE.BETA_DECAY where the schedule is switched on.
+    """Check the values below MODEL.BALANCE.BETA_DECAY where the schedule is switched on.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     node = cfg.MODEL.BALANCE.BETA_DECAY
     if not node.ENABLED:
@@ -90,7 +90,7 @@ class BetaDecay(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> BetaDecay | None:
-        """The hook that MODEL.BALANCE.BETA_DECAY describes; None where it is switched off.
+        """Return the hook that MODEL.BALANCE.BETA_DECAY describes; None where it is switched off.
 
         Raises:
             ValueError: a value is not allowed, or the model has no SmoothL1.

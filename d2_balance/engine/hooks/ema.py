@@ -25,10 +25,10 @@ FILE = "model_final_ema"
 
 
 def check_ema(cfg: CfgNode) -> None:
-    """Checks SOLVER.EMA.
+    """Check SOLVER.EMA.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     node = cfg.SOLVER.EMA
     if not 0 <= node.DECAY < 1:
@@ -48,7 +48,7 @@ class WeightAverage(HookBase):
 
     Args:
         model: wrapped in DDP or not.
-        decay: share of the old average, in [0, 1).
+        decay: fraction of the old average, in [0, 1).
         period: iterations between two checkpoints.
         checkpointer: writes the file at the end of the run.
     """
@@ -67,7 +67,7 @@ class WeightAverage(HookBase):
     def from_config(
         cls, cfg: CfgNode, model: nn.Module, checkpointer: BalancedCheckpointer
     ) -> WeightAverage | None:
-        """The hook that SOLVER.EMA describes; None where it is switched off."""
+        """Return the hook that SOLVER.EMA describes; None where it is switched off."""
         node = cfg.SOLVER.EMA
         if not node.ENABLED:
             return None
@@ -89,7 +89,7 @@ class WeightAverage(HookBase):
             self.gather()
 
     def gather(self) -> None:
-        """Collects what batch norms of each rank have counted; every rank must call this."""
+        """Collect what batch norms of each rank have counted; every rank must call this."""
         if comm.get_world_size() > 1:
             norms = {name for name, _ in _norm_buffers(self._model)}
             own = {name: v.cpu().clone() for name, v in self._average.items() if name in norms}
@@ -100,7 +100,7 @@ class WeightAverage(HookBase):
             self.save()
 
     def save(self) -> None:
-        """Writes the averaged weights to OUTPUT_DIR, in the first process."""
+        """Write the averaged weights to OUTPUT_DIR, in the first process."""
         with self.applied():
             self._checkpointer.save(FILE, iteration=self.trainer.iter - 1)
 
@@ -127,7 +127,7 @@ class WeightAverage(HookBase):
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that are averaged, by name."""
+    """Return the tensors of a model that are averaged, by name."""
     found = {name: value for name, value in model.named_parameters() if value.requires_grad}
     return found | dict(_norm_buffers(model))
 

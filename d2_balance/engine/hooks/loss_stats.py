@@ -99,7 +99,7 @@ def _named_sources(model: nn.Module) -> dict[str, Any]:
 
 
 def _put_bars(storage: EventStorage, tag: str, values: Tensor) -> None:
-    """Adds a vector to TensorBoard as a histogram with one bar per entry.
+    """Add a vector to TensorBoard as a histogram with one bar per entry.
 
     `EventStorage.put_histogram` counts how often values occur; here the values are the counts.
     """

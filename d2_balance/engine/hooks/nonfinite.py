@@ -101,7 +101,7 @@ class FiniteLosses(HookBase):
     Args:
         model: wrapped in DDP or not.
         class_names: K names; None: classes are called by their index.
-        saver: keeps the batch for `d2-balance replay`; None: it is not kept.
+        saver: keeps the batch for `d2-balance replay`; None drops it.
 
     Attributes:
         wants_to_stop: says whether this rank has been asked to stop.
@@ -147,13 +147,13 @@ class FiniteLosses(HookBase):
             raise self.error()
 
     def error(self) -> NonFiniteLossError:
-        """The error of the present batch; every rank must call this."""
+        """Return the error of the present batch; every rank must call this."""
         mine = self._report() if _non_finite(self._losses) else Report()
         reports = comm.all_gather(mine)
         return _error(reports, self.trainer.iter, everywhere=True)
 
     def error_of_forward(self, cause: Exception) -> NonFiniteLossError | None:
-        """The error where the model of this rank did not get as far as its losses.
+        """Return the error where the model of this rank did not get as far as its losses.
 
         Returns:
             None where `cause` has nothing to do with values that are not finite.
@@ -163,7 +163,7 @@ class FiniteLosses(HookBase):
         return _error([self._report()], self.trainer.iter, everywhere=False, cause=str(cause))
 
     def error_of_step(self, parameter: str) -> NonFiniteLossError:
-        """The error where the step of a finite loss has corrupt the weights."""
+        """Return the error where the step of a finite loss has corrupted the weights."""
         names = [image_name(record) for record in self._batch]
         return NonFiniteLossError(
             f"The step of iteration {self.trainer.iter} has made the weights infinite or NaN, "
@@ -265,7 +265,7 @@ def _listed(names: Sequence[str]) -> str:
 def _error(
     reports: Sequence[Report], iteration: int, *, everywhere: bool, cause: str = ""
 ) -> NonFiniteLossError:
-    """Joins the reports of the ranks to one error."""
+    """Join the reports of the ranks to one error."""
     losses = {name: value for report in reports for name, value in report.losses.items()}
     images = {name: what for report in reports for name, what in report.images.items()}
     classes = list(dict.fromkeys(name for report in reports for name in report.classes))

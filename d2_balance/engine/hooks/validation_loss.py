@@ -35,28 +35,28 @@ logger = logging.getLogger(__name__)
 
 
 def check_validation_loss(cfg: CfgNode) -> None:
-    """Checks TEST.LOSS.
+    """Check TEST.LOSS.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     node = cfg.TEST.LOSS
     if node.PERIOD < 0 or node.IMAGES < 0:
         raise ValueError(
-            f"TEST.LOSS.PERIOD is {node.PERIOD} and TEST.LOSS.IMAGES {node.IMAGES}; allowed are "
-            "integers of at least 0."
+            f"TEST.LOSS.PERIOD is {node.PERIOD} and TEST.LOSS.IMAGES {node.IMAGES}; they must "
+            "be integers of at least 0."
         )
     if node.PERIOD and not cfg.DATASETS.TEST:
         raise ValueError(
-            "TEST.LOSS.PERIOD is above 0 and DATASETS.TEST is empty; must be at least one data "
-            "set, or PERIOD 0."
+            "TEST.LOSS.PERIOD is above 0 and DATASETS.TEST is empty; must be at least one "
+            "dataset, or PERIOD 0."
         )
 
 
 class ValidationLoss(HookBase):
     """Writes the mean losses over the images of all test sets, as val_loss/<name>.
 
-    Every rank measures its share of the images. val_loss/total_loss is their sum.
+    Every rank measures a part of the images. val_loss/total_loss is their sum.
 
     Args:
         model: wrapped in DDP or not.
@@ -90,7 +90,7 @@ class ValidationLoss(HookBase):
         model: nn.Module,
         weights: Callable[[], AbstractContextManager[None]],
     ) -> ValidationLoss | None:
-        """The hook that TEST.LOSS describes; None where it is switched off."""
+        """Return the hook that TEST.LOSS describes; None where it is switched off."""
         if not cfg.TEST.LOSS.PERIOD:
             return None
         return cls(
@@ -113,7 +113,7 @@ class ValidationLoss(HookBase):
                 logger.info(f"Losses on the test sets: total {losses['total_loss']:.4g}")
 
     def measure(self) -> dict[str, float]:
-        """The mean losses of all images; every rank must call this.
+        """Return the mean losses of all images; every rank must call this.
 
         Returns:
             Name to mean, on every rank.
@@ -169,7 +169,7 @@ class ValidationLoss(HookBase):
 
 
 def validation_images(cfg: CfgNode) -> Any:
-    """The images of DATASETS.TEST at the size of the test, with annotations, without chance."""
+    """Return the images of DATASETS.TEST at test size, with annotations, without augmentation."""
     limit, dicts = cfg.TEST.LOSS.IMAGES, []
     for name in cfg.DATASETS.TEST:
         found = get_detection_dataset_dicts(
@@ -204,7 +204,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts buffers back, and the numbers that Detectron2's own models keep as attributes."""
+    """Put buffers back, and the numbers that Detectron2's own models keep as attributes."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     numbers = [
         (module, name, value)

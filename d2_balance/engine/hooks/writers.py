@@ -64,7 +64,7 @@ class _NewScalars(EventWriter):
         self._window_size, self._last_write = window_size, -1
 
     def new_scalars(self) -> dict[int, dict[str, float]]:
-        """What was put since the last call: iteration to name to value."""
+        """Return what was put since the last call: iteration to name to value."""
         found: dict[int, dict[str, float]] = {}
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
         for name, (value, iteration) in latest.items():
@@ -209,7 +209,7 @@ class ClassAPWriter(TensorboardXWriter):
     """
 
     def add_classes(self, records: dict[str, dict[str, Any]], prefix: str, iteration: int) -> None:
-        """Writes class_AP/<class> and class_AP_segm/<class>.
+        """Write class_AP/<class> and class_AP_segm/<class>.
 
         Args:
             records: as the evaluators write them.
@@ -265,7 +265,7 @@ class ClassAP(HookBase):
 
 
 def log_writers(cfg: CfgNode) -> list[EventWriter]:
-    """The writers that LOG names, for the first process."""
+    """Return the writers that LOG names, for the first process."""
     writers: list[EventWriter] = []
     if comm.is_main_process() and cfg.LOG.CSV:
         writers.append(CSVWriter(os.path.join(cfg.OUTPUT_DIR, CSV_FILE)))

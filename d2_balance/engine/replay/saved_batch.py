@@ -53,13 +53,13 @@ class BatchSaver:
         iteration: int,
         precision: torch.dtype | None,
     ) -> str:
-        """Writes a batch of this rank.
+        """Write a batch of this rank.
 
         Args:
             batch: Detectron2's inputs.
             key: what the random generators were seeded with; None: unknown.
             iteration: from 0.
-            precision: of mixed precision; None: it is off.
+            precision: of mixed precision; None if it is off.
 
         Returns:
             Path of the file; "" where it cannot be written, which is logged.
@@ -86,7 +86,7 @@ class BatchSaver:
 
 
 def load_saved_batch(path: str) -> dict[str, Any]:
-    """What `BatchSaver` has written, with the batch as Detectron2's inputs again.
+    """Return what `BatchSaver` has written, with the batch as Detectron2's inputs again.
 
     Raises:
         ValueError: the file is not there or is none of a saved batch.
@@ -104,7 +104,7 @@ def load_saved_batch(path: str) -> dict[str, Any]:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of tensors, numbers, strings, lists and dicts; what else it holds is left out."""
+    """Return the tensors, numbers, strings, lists and dicts of a record, and leave out the rest."""
     plain = {}
     for name, value in record.items():
         if isinstance(value, Instances):

@@ -38,7 +38,7 @@ class Found:
     bad_input: bool = False
 
     def add(self, image: int, what: str, classes: Iterable[int] = ()) -> None:
-        """Notes what is wrong with an image; what was noted first stays."""
+        """Note what is wrong with an image; what was noted first stays."""
         self.images.setdefault(image, what)
         self.classes.setdefault(image, set()).update(classes)
 
@@ -53,7 +53,7 @@ class Replay:
         batch: Detectron2's inputs.
         key: what the random generators of the step were seeded with; None: unknown.
         iteration: from 0.
-        precision: of mixed precision; None: it is off.
+        precision: of mixed precision; None if it is off.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Replay:
         self.losses: dict[str, float] = {}  # of the whole batch, once it was run
 
     def run(self) -> Found:
-        """Looks at the inputs, then at the rows of all heads, then at each image alone."""
+        """Look at the inputs, then at the samples of all heads, then at each image alone."""
         found = bad_inputs(self._batch)
         if found.bad_input:
             return found
@@ -93,12 +93,12 @@ class Replay:
         return found
 
     def is_finite(self) -> bool:
-        """Whether the losses of the whole batch are finite."""
+        """Return whether the losses of the whole batch are finite."""
         with self._untouched():
             return self._forward(self._batch, Found()) is True
 
     def _forward(self, batch: list[dict[str, Any]], rows: Found | None = None) -> bool | None:
-        """Whether the losses of a batch are finite; None where the model cannot run it."""
+        """Return whether the losses of a batch are finite; None where the model cannot run it."""
         found = Found() if rows is None else rows
         if self._key is not None:
             seed_everything(*self._key)
@@ -118,7 +118,7 @@ class Replay:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Saves the buffers; those that the failed step has corrupt start from zero meanwhile."""
+        """Save the buffers; those that the failed step has corrupted start from zero meanwhile."""
         model = self._model
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         joined = [m for m in model.modules() if isinstance(m, _JOINING_RANKS) and m.training]
@@ -146,7 +146,7 @@ _JOINING_RANKS = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 def speaks_of_non_finite(error: Exception) -> bool:
-    """Whether Detectron2 refused values that are not finite: RPN, or Boxes in an assertion."""
+    """Return whether Detectron2 refused values that are not finite, in the RPN or in Boxes."""
     return isinstance(error, FloatingPointError) or (
         isinstance(error, AssertionError) and "NaN" in str(error)
     )
@@ -181,7 +181,7 @@ def bad_inputs(batch: list[dict[str, Any]]) -> Found:
 def _bad_rows(
     found: Found, samples: Samples, boxes: tuple[Tensor, ...], cls: Tensor, box: Tensor
 ) -> None:
-    """Notes the images and classes of what is not finite in one head; the first cause counts."""
+    """Note the images and classes of what is not finite in one head; the first cause counts."""
     pred, target = boxes[:2]
     rows = torch.arange(len(samples.labels), device=samples.labels.device)
     for what, values, of, has_classes in (
@@ -190,9 +190,9 @@ def _bad_rows(
         ("a predicted box is not finite", pred, samples.pos, False),
         ("the classification loss is not finite", cls, rows, cls.dim() == 2),
         ("the box loss is not finite", box, samples.pos, False),
-        ("the weight of a row is not finite", samples.sample_weight, rows, False),
+        ("the weight of a sample is not finite", samples.sample_weight, rows, False),
     ):
-        # a 0-d loss of a set belongs to no row
+        # a 0-d loss of a set belongs to no sample
         if values is None or values.dim() == 0 or values.isfinite().all():
             continue
         images, classes = _pairs(samples, ~values.isfinite(), of, has_classes).unbind(1)
@@ -204,7 +204,7 @@ def _bad_rows(
 def _pairs(samples: Samples, bad: Tensor, rows: Tensor, has_classes: bool) -> Tensor:
     """Pairs of image and class that are not finite, each once; class K is none.
 
-    Columns of classes name their class where the row has others that are finite. Without columns
+    Columns of classes name their class where the sample has others that are finite. Without columns
     the label does.
 
     Args:

@@ -68,7 +68,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
         self._cfg, self._classes = cfg, classes
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Saves model and checkpointables to `save_dir`/`name`.pth.
+        """Save model and checkpointables to `save_dir`/`name`.pth.
 
         Where the disk is full nothing is left behind, what was there stays, and the run goes on
         with an error in its log; at the end of a run it stops.
@@ -121,13 +121,13 @@ class BalancedCheckpointer(DetectionCheckpointer):
         return f"{text} There is no checkpoint of this run yet."
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Notes the file name of the last checkpoint; the note is whole or the old one."""
+        """Note the file name of the last checkpoint; the note is whole or the old one."""
         path = os.path.join(self.save_dir, _LAST)
         with atomic_path(path, sync=True) as temporary, open(temporary, "w") as file:
             file.write(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        """Whether the first rank sees a checkpoint to resume from; every rank must call this."""
+        """Return whether the first rank sees a checkpoint to resume; every rank must call this."""
         return _of_main(comm.is_main_process() and bool(resumable_files(self.save_dir)))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
         return chosen, self._on_all_ranks(chosen, checkpoint)
 
     def _on_all_ranks(self, path: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The content of the first rank's file, which other machines may not see."""
+        """Return the content of the first rank's file, which other machines may not see."""
         if comm.get_world_size() == 1:
             return checkpoint
         mine = os.path.isfile(path)
@@ -210,7 +210,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _check_tensors(self, path: str, saved: Mapping[str, Tensor]) -> None:
-        """Refuses a checkpoint that would leave parameters of the model as they are.
+        """Refuse a checkpoint that would leave parameters of the model as they are.
 
         Buffers that are missing belong to losses of another release, and are named in the log.
         """
@@ -231,7 +231,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
             )
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
-        """Loads a .pth file that MODEL.WEIGHTS names.
+        """Load a .pth file that MODEL.WEIGHTS names.
 
         Raises:
             ValueError: it cannot be read, or holds more than tensors and plain values.
@@ -310,13 +310,13 @@ def _load_plain(path: str) -> dict[str, Any]:
 
 
 def _remove_unfinished(directory: str) -> None:
-    """Removes temporary files of checkpoints that a kill has left."""
+    """Remove temporary files of checkpoints that a kill has left."""
     for path in glob.glob(os.path.join(glob.escape(directory), "*.pth.*.tmp")):
         os.remove(path)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError that an exception was raised for."""
+    """Return the OSError that an exception was raised for."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -328,5 +328,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _of_main(value: Any) -> Any:
-    """The first rank's value; every rank must call this."""
+    """Return the first rank's value; every rank must call this."""
     return comm.all_gather(value)[0]

@@ -54,9 +54,9 @@ logger = logging.getLogger(__name__)
 class TrainStream:
     """Endless batches of one rank.
 
-    An image that cannot be read is replaced, see `SeededImages`. Loading processes that were
+    An image that cannot be read is replaced, see `SeededImages`. Workers that were
     killed are started again at the batch that is missing; where a batch was announced already, the
-    error is one of the connection to the process.
+    error is one of the connection to the worker.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
@@ -158,7 +158,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 @contextmanager
 def _deaths_found_when_waiting() -> Iterator[None]:
-    """Keeps PyTorch from raising wherever the run is when a worker dies.
+    """Keep PyTorch from raising wherever the run is when a worker dies.
 
     Its handler of SIGCHLD would break off a step that has changed the state of a loss already. The
     loader finds the death itself, within seconds, when the next batch is missing.
@@ -175,10 +175,10 @@ def _deaths_found_when_waiting() -> Iterator[None]:
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Checks the training sampler, repeat factors, and the limit of broken images.
+    """Check the training sampler, repeat factors, and the limit of broken images.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
     if name not in TRAINING_SAMPLERS:
@@ -200,7 +200,7 @@ def check_sampler(cfg: CfgNode) -> None:
 
 
 def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
-    """The training loader of a config: datasets, sampler and mapper as Detectron2 makes them.
+    """Build the training loader of a config: datasets, sampler and mapper as in Detectron2.
 
     DATALOADER.SAMPLER_TRAIN takes the names of `TRAINING_SAMPLERS`. The order is seeded by SEED;
     where that is negative, by a number that the ranks agree on. Datasets that are no list of dicts
@@ -239,10 +239,10 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
 
 
 def check_weights_of_sets(cfg: CfgNode) -> None:
-    """Checks DATASETS.TRAIN_REPEAT_FACTOR, the weights of training sets.
+    """Check DATASETS.TRAIN_REPEAT_FACTOR, the weights of training sets.
 
     Raises:
-        ValueError: naming the entry and what is allowed.
+        ValueError: naming the entry.
     """
     weights = cfg.DATASETS.TRAIN_REPEAT_FACTOR
     for entry in weights:
@@ -263,7 +263,7 @@ def check_weights_of_sets(cfg: CfgNode) -> None:
 
 
 def _loader_parts(cfg: CfgNode) -> dict:
-    """The arguments of Detectron2's loader, with a sampler of ours where the config names one."""
+    """Return the arguments of Detectron2's loader, with a sampler of ours if the config names it."""
     name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
     records = None  # Detectron2 loads them
     if cfg.DATASETS.IGNORE_REGIONS or name == WEIGHTED:

@@ -11,13 +11,13 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds Python, numpy and torch from a few numbers of at least 0, for example (seed, rank)."""
+    """Seed Python, numpy and torch from a few numbers of at least 0, for example (seed, rank)."""
     torch.manual_seed(_seed_python(key))
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seeds from `key` inside of the block; afterwards the generators are as they were before.
+    """Seed from `key` inside of the block; afterwards the generators are as they were before.
 
     Generators of accelerators are left alone: only data loading uses this.
     """
@@ -32,7 +32,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def _seed_python(key: tuple[int, ...]) -> int:
-    """Seeds Python and numpy; returns the seed for torch."""
+    """Seed Python and numpy; return the seed for torch."""
     # SeedSequence mixes the numbers, so that neighbouring keys give unrelated streams.
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)

@@ -57,7 +57,7 @@ class RunState(HookBase):
         return bool(self._resumed) and not self._resumed["finished"]
 
     def due(self) -> bool:
-        """Whether a checkpoint is saved in this iteration."""
+        """Return whether a checkpoint is saved in this iteration."""
         done = self.trainer.iter + 1
         return done % self._period == 0 or done == self.trainer.max_iter
 
@@ -69,7 +69,7 @@ class RunState(HookBase):
             self.gather()
 
     def gather(self) -> None:
-        """Collects what differs between ranks, for `state_dict`; every rank must call this."""
+        """Collect what differs between ranks, for `state_dict`; every rank must call this."""
         self._ranks = comm.gather({"buffers": self._own_buffers(), "stream": self._stream_state()})
 
     def before_train(self) -> None:
@@ -137,7 +137,7 @@ class RunState(HookBase):
         return [writer for hook in found for writer in hook._writers]
 
     def _restore_logs(self) -> None:
-        """Takes back what was logged after the checkpoint: these iterations run again."""
+        """Take back what was logged after the checkpoint: these iterations run again."""
         self._take_back(self._resumed["logs"])
         for writer in self._writers():
             if _counts_iterations(writer):
@@ -145,7 +145,7 @@ class RunState(HookBase):
                 writer._last_write = last
 
     def _take_back(self, sizes: Mapping[str, int]) -> None:
-        """Cuts the log files to the sizes they had."""
+        """Cut the log files to the sizes they had."""
         for name, path in self._logs():
             size = sizes.get(name, 0)
             if os.path.getsize(path) > size:
@@ -201,7 +201,7 @@ class FinishIteration(HookBase):
 
 
 def saved_scalars(storage: EventStorage) -> dict[str, Any]:
-    """The scalars of a storage as plain values, with the iterations that writers smooth over.
+    """Return the scalars of a storage as plain values, over the window of the writers.
 
     Those of `CLOCK` are left out.
     """
@@ -221,7 +221,7 @@ def saved_scalars(storage: EventStorage) -> dict[str, Any]:
 
 
 def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
-    """Fills a new storage with what `saved_scalars` gave."""
+    """Fill a new storage with what `saved_scalars` gave."""
     for name, saved in scalars.items():
         history = HistoryBuffer()
         history._data = [tuple(pair) for pair in saved["values"]]
@@ -232,7 +232,7 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
 
 
 def _counts_iterations(writer: EventWriter) -> bool:
-    """Whether a writer knows the last iteration it wrote; the console's knows a time instead."""
+    """Return whether a writer knows the last iteration it wrote; the console's knows a time."""
     return isinstance(getattr(writer, "_last_write", None), int)
 
 

@@ -39,7 +39,7 @@ _SHOWN = 8  # keys that a message lists
 
 
 def check_same_model(saved: str, cfg: CfgNode, source: str) -> None:
-    """Refuses to continue a run with another architecture, number of classes or loss.
+    """Refuse to continue a run with another architecture, number of classes or loss.
 
     Args:
         saved: config of the run, as `cfg.dump()` wrote it; keys that it lacks are not compared.

@@ -52,7 +52,7 @@ class SeededImages(Dataset):
         return len(self._images)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The image of (position in the stream, index); another one where it cannot be read.
+        """Return the image of (position in the stream, index); another one where it cannot be read.
 
         Without an image where too many could not be read.
         """
@@ -86,7 +86,7 @@ class BrokenImages:
         self.found: dict[str, str] = {}
 
     def take_note(self, batch: list[dict[str, Any]]) -> None:
-        """Logs and counts what was skipped for a batch, and takes the notes off its records.
+        """Log and count what was skipped for a batch, and take the notes off its records.
 
         Raises:
             RunStopped: more images than the limit are broken, or none could be read.

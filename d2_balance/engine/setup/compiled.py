@@ -49,7 +49,7 @@ class _Compiled:
             return self._plain(*inputs)
         try:
             if self._compiled is None:
-                # numbers of rows and positives change with every batch
+                # numbers of samples and positives change with every batch
                 self._compiled = torch.compile(self._plain, dynamic=True)
             return self._compiled(*inputs)
         except Exception as error:  # of any compiler
@@ -59,7 +59,7 @@ class _Compiled:
 
 
 def compile_losses(model: nn.Module) -> None:
-    """Compiles the losses of a model; changes it in place.
+    """Compile the losses of a model in place.
 
     Forward and backward of a small function are compiled first: a machine without a C++ compiler
     fails there, and not in the middle of a step.

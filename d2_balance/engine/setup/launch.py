@@ -28,7 +28,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Calls `main(args)` in every process of the run.
+    """Call `main(args)` in every process of the run.
 
     Under torchrun the processes are there already, and this one joins them. Otherwise Detectron2's
     `launch` starts --num-gpus processes on this machine; without a GPU they are joined by gloo.
@@ -71,7 +71,7 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Calls `main(args)` and leaves the process groups, also when it fails."""
+    """Call `main(args)` and leave the process groups, also when it fails."""
     try:
         main(args)
     except BaseException:
@@ -82,7 +82,7 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
 
 
 def leave_groups() -> None:
-    """Destroys the process groups of this process, if it has any, and ends their threads.
+    """Destroy the process groups of this process, if it has any, and end their threads.
 
     A thread of gloo that still runs when Python ends can abort the process, and it runs as long as
     Detectron2 keeps a reference to its group. Does not wait for the other processes.
@@ -96,15 +96,15 @@ def leave_groups() -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or a program that sets the same variables, has started this process."""
+    """Return whether torchrun has started this process, or a program that sets its variables."""
     return all(name in os.environ for name in TORCHRUN)
 
 
 def check_launch(args: argparse.Namespace) -> None:
-    """Refuses arguments that contradict torchrun, and processes that cannot be started.
+    """Refuse arguments that contradict torchrun, and processes that cannot be started.
 
     Raises:
-        ValueError: naming the argument and what is allowed.
+        ValueError: naming the argument.
     """
     if under_torchrun():
         _check_torchrun(args)
@@ -138,12 +138,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
             f"--machine-rank is {args.machine_rank} and --num-machines {args.num_machines}; "
-            "allowed are a number of at least 1, and a rank from 0 to one less."
+            "they must be at least 1, and a rank from 0 to one less."
         )
 
 
 def join_torchrun(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-    """Joins the processes of torchrun, with what Detectron2's `launch` sets up."""
+    """Join the processes of torchrun, with what Detectron2's `launch` sets up."""
     has_gpu = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"])
     if has_gpu:

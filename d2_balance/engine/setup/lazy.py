@@ -61,7 +61,7 @@ _TRAIN_KEYS = {
 
 
 def is_lazy(path: str) -> bool:
-    """Whether a file is a Python config, or a YAML file that `LazyConfig.save` wrote."""
+    """Return whether a file is a Python config, or a YAML file that `LazyConfig.save` wrote."""
     if not path.endswith((".yaml", ".yml")):
         return path.endswith(".py")
     with PathManager.open(find_config(path)) as file:
@@ -69,7 +69,7 @@ def is_lazy(path: str) -> bool:
 
 
 def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[CfgNode, type[BalancedTrainer]]:
-    """The config of a run and its trainer, from a YAML or a lazy config.
+    """Return the config of a run and its trainer, from a YAML or a lazy config.
 
     Args:
         path: a file, or "" for Detectron2's defaults.
@@ -86,7 +86,7 @@ def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[CfgNode, type[Ba
 
 
 def read_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A lazy config with overrides, such as optimizer.lr=0.01.
+    """Return a lazy config with overrides, such as optimizer.lr=0.01.
 
     Raises:
         ValueError: it cannot be loaded, lacks a part, or an override does not fit.
@@ -125,7 +125,7 @@ def _check_packages(lazy: DictConfig, path: str) -> None:
 
 
 def run_config(lazy: DictConfig) -> CfgNode:
-    """The keys of a run that hooks, checks and the summary read, from a lazy config.
+    """Return the keys of a run that hooks, checks and the summary read, from a lazy config.
 
     The model, the optimizer and the data are made from the lazy config itself; what is said here of
     them names them.
@@ -208,7 +208,7 @@ def _plain(value: Any) -> Any:
 
 
 def _in_order(value: Any) -> Any:
-    """A model's parts by name: the order in which they draw random weights.
+    """Return a model's parts by name: the order in which they draw random weights.
 
     YAML sorts names; a config that was saved starts so from the weights of the Python file.
     """
@@ -229,7 +229,7 @@ def _names(loader: DictConfig) -> tuple[str, ...]:
 
 
 def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
-    """The trainer whose model, data, optimizer and schedule are those of a lazy config."""
+    """Return the trainer whose model, data, optimizer and schedule are those of a lazy config."""
 
     class LazyTrainer(BalancedTrainer):
         lazy = config
@@ -318,6 +318,6 @@ def _balanced_mapper(node: DictConfig) -> DictConfig:
 
 
 def save_lazy(trainer: type[BalancedTrainer], directory: str) -> None:
-    """Writes the lazy config of a run to its directory, in the first process; for YAML none."""
+    """Write the lazy config of a run to its directory, in the first process; for YAML none."""
     if trainer.lazy is not None and comm.is_main_process():
         LazyConfig.save(trainer.lazy, os.path.join(directory, SAVED))

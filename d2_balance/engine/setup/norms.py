@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_norms(cfg: CfgNode) -> None:
-    """Checks that norms which join the ranks can do so on the device.
+    """Check that norms which join the ranks can do so on the device.
 
     On one process SyncBN is a batch norm, on the CPU as well; several processes can join on GPUs
     only, and PyTorch says so in the middle of the first step.

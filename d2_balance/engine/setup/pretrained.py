@@ -1,7 +1,7 @@
 """Weights that a run starts from: the model zoo, torchvision, or a file; and a table of what came.
 
-A layer whose tensors do not fit keeps all of its start values. A weight of another shape beside a
-bias that happens to fit would lose the start probability that the bias stands for.
+A layer whose tensors do not fit keeps all of its initial values. A weight of another shape beside a
+bias that happens to fit would lose the initial probability that the bias stands for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 def load_pretrained(
     cfg: CfgNode, model: nn.Module, state: dict[str, Tensor] | None = None
 ) -> list[WeightRow]:
-    """Loads MODEL.WEIGHTS into a new model, and logs the table of what was loaded and what not.
+    """Load MODEL.WEIGHTS into a new model, and log the table of what was loaded and what not.
 
     Args:
         cfg: with MODEL.WEIGHTS and MODEL.BALANCE.REINITIALIZE.
@@ -72,7 +72,7 @@ def load_pretrained(
 
 
 def check_reinitialize(names: Sequence[str], parameters: Sequence[str]) -> None:
-    """Checks that every entry of REINITIALIZE is part of the name of a parameter.
+    """Check that every entry of REINITIALIZE is part of the name of a parameter.
 
     Raises:
         ValueError: naming the entry.
@@ -82,7 +82,7 @@ def check_reinitialize(names: Sequence[str], parameters: Sequence[str]) -> None:
             parts = {part for name in parameters for part in name.split(".") if not part.isdigit()}
             raise ValueError(
                 f"{KEY}: {entry!r} is no part of the name of a parameter; "
-                f"{closest(str(entry), parts) or 'allowed are parts such as cls_score.'}"
+                f"{closest(str(entry), parts) or 'it must be a part such as cls_score.'}"
             )
 
 
@@ -157,7 +157,7 @@ class _Loader(BalancedCheckpointer):
 
     @torch.no_grad()
     def _put_back(self, own: dict[str, Tensor]) -> None:
-        """Gives start values back to what was loaded and is not wanted."""
+        """Give initial values back to what was loaded and is not wanted."""
         now = self.model.state_dict()
         for row in self.rows:
             if row.status in (REINITIALIZED, RUN_STATE):
@@ -173,7 +173,7 @@ def _some(names: Sequence[str] | dict[str, Any]) -> str:
 
 
 def web_address(path: str) -> str:
-    """The https address that a name of the model zoo or of torchvision stands for."""
+    """Return the https address that a name of the model zoo or of torchvision stands for."""
     if path.startswith(PREFIX):
         return torchvision_url(path)
     if path.startswith(Detectron2Handler.PREFIX):
@@ -185,12 +185,12 @@ def web_address(path: str) -> str:
 
 
 def cached_file(url: str) -> str:
-    """Where Detectron2 keeps the file of a web address, and looks for it before it downloads."""
+    """Return the path at which Detectron2 caches the file of a web address."""
     return os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
 
 
 def check_weights_file(weights: str) -> None:
-    """Checks that MODEL.WEIGHTS can be read; a file of the network is downloaded.
+    """Check that MODEL.WEIGHTS can be read; a file of the network is downloaded.
 
     Raises:
         ValueError: saying what to set, or which file to put where.

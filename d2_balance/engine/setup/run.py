@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_cpu_without_cuda(cfg: CfgNode) -> bool:
-    """Sets MODEL.DEVICE to cpu where it asks for CUDA and there is none.
+    """Set MODEL.DEVICE to cpu where it asks for CUDA and there is none.
 
     Returns:
         Whether the device was changed.
@@ -44,7 +44,7 @@ def use_cpu_without_cuda(cfg: CfgNode) -> bool:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """The result of `function()` on the first rank, for all ranks; every rank must call this.
+    """Call a function on the first rank and return its result on all; every rank must call this.
 
     Raises:
         ValueError: on all ranks, where `function` raised it.
@@ -74,13 +74,13 @@ def output_lock(directory: str) -> Iterator[None]:
 
 
 def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> None:
-    """Settles OUTPUT_DIR, MODEL.WEIGHTS and SEED; changes cfg and nothing on the disk.
+    """Settle OUTPUT_DIR, MODEL.WEIGHTS and SEED in cfg; nothing on the disk changes.
 
     - Training refuses a directory that holds a run, unless it resumes. Resuming where there is
       nothing starts afresh.
     - An evaluation writes beside a run: to OUTPUT_DIR/eval_1, eval_2 and so on. With `resume` it
       takes the last checkpoint of OUTPUT_DIR. Losses take class counts from the weights.
-    - SEED below 0 becomes the seed of the run that is resumed, else a drawn one.
+    - SEED below 0 becomes the seed of the run that is resumed, else a random one.
     - Only the same model is resumed: another architecture, loss or number of classes is refused.
 
     Raises:
@@ -117,7 +117,7 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
 
 
 def holds_run(directory: str) -> bool:
-    """Whether a directory holds results of training or of an evaluation.
+    """Return whether a directory holds results of training or of an evaluation.
 
     A config.yaml alone does not count: it is there as well when a run was refused at its start.
     """
@@ -139,7 +139,7 @@ def last_checkpoint(directory: str) -> str:
 
 
 def _config_of_run(directory: str) -> str:
-    """The config.yaml of the run in a directory, "" where there is none."""
+    """Return the config.yaml of the run in a directory, "" where there is none."""
     path = os.path.join(directory, "config.yaml")
     if not (holds_run(directory) and PathManager.isfile(path)):
         return ""
@@ -161,7 +161,7 @@ def _evaluation_directory(directory: str) -> str:
 def short_messages(
     program: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError
 ) -> Iterator[None]:
-    """Ends the program with one message, without traceback, where the user has to change something.
+    """End the program with one message, without traceback, where the user has to change something.
 
     That is an exception of `kind` raised by this package, Detectron2 or their config library. All
     others are bugs and keep their traceback.

@@ -21,10 +21,10 @@ _BATCH, _RATE = "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR"
 
 
 def check_reference_batch(cfg: CfgNode) -> None:
-    """Checks SOLVER.REFERENCE_IMS_PER_BATCH.
+    """Check SOLVER.REFERENCE_IMS_PER_BATCH.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
         raise ValueError(
@@ -39,7 +39,7 @@ def check_reference_batch(cfg: CfgNode) -> None:
 
 
 def scale_to_batch(cfg: CfgNode) -> str:
-    """Scales a config that was made for SOLVER.REFERENCE_IMS_PER_BATCH images to IMS_PER_BATCH.
+    """Scale a config that was made for SOLVER.REFERENCE_IMS_PER_BATCH images to IMS_PER_BATCH.
 
     The learning rate grows with the batch (Goyal et al., arXiv:1706.02677); lengths, steps and
     periods shrink, so that as many images are seen. REFERENCE_IMS_PER_BATCH is IMS_PER_BATCH
@@ -77,7 +77,7 @@ def scale_to_batch(cfg: CfgNode) -> str:
 
 
 def batch_warning(cfg: CfgNode, config_file: str = "", overrides: Sequence[str] = ()) -> str:
-    """Says so where IMS_PER_BATCH was changed and the learning rate of another batch was kept.
+    """Say so where IMS_PER_BATCH was changed and the learning rate of another batch was kept.
 
     A learning rate belongs to the batch of the file, or of the command line, that sets it.
 

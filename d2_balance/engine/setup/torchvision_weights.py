@@ -30,12 +30,12 @@ _NEEDED = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv
 
 
 def is_torchvision_resnet(weights: Mapping[str, Any]) -> bool:
-    """Whether names are those of torchvision's ResNet, ResNeXt or Wide ResNet."""
+    """Return whether names are those of torchvision's ResNet, ResNeXt or Wide ResNet."""
     return all(name in weights for name in _NEEDED)
 
 
 def as_detectron2(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a ResNet under Detectron2's names, without its classifier."""
+    """Return the tensors of a ResNet under Detectron2's names, without its classifier."""
     found = {}
     for name, value in weights.items():
         if name.startswith("fc.") or name.endswith("num_batches_tracked"):
@@ -47,7 +47,7 @@ def as_detectron2(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_warning(cfg: CfgNode) -> str:
-    """What a config has to say for torchvision's weights and does not; "" where it does."""
+    """Return what a config has to say for torchvision's weights and does not; "" where it does."""
     wanted = {
         "INPUT.FORMAT": (cfg.INPUT.FORMAT, "RGB"),
         "MODEL.PIXEL_MEAN": (tuple(cfg.MODEL.PIXEL_MEAN), PIXEL_MEAN),
@@ -74,7 +74,7 @@ class TorchvisionHandler(PathHandler):
 
 
 def torchvision_url(path: str) -> str:
-    """The web address of torchvision://MODEL[/WEIGHTS].
+    """Return the web address of torchvision://MODEL[/WEIGHTS].
 
     Raises:
         ValueError: an unknown name; the message says which are known.

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
-    """Freezes every parameter whose name holds none of `names`; changes the model in place.
+    """Freeze every parameter whose name holds none of `names`, in place.
 
     Batch norms that have no parameter left to train become Detectron2's FrozenBatchNorm2d: their
     running statistics stay as they are loaded, in training mode too. Names in checkpoints stay.
@@ -67,12 +67,12 @@ def _hint(entry: str, names: Sequence[str]) -> str:
         for length in {depth, 1}:
             parts |= {".".join(pieces[i : i + length]) for i in range(len(pieces) - length + 1)}
     return closest(entry, (part for part in parts if not part.isdigit())) or (
-        "allowed are parts such as roi_heads.box_predictor, or the whole name."
+        "it must be a part such as roi_heads.box_predictor, or the whole name."
     )
 
 
 def _freeze_batch_norms(model: nn.Module) -> int:
-    """Replaces the batch norms without a parameter that trains; returns how many."""
+    """Replace the batch norms without a parameter that trains; return how many."""
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -25,7 +25,7 @@ BALANCED_ROI_HEADS = {
 
 
 def check_losses_are_used(cfg: CfgNode) -> None:
-    """Refuses losses that a stock model would leave unused without a word.
+    """Refuse losses that a stock model would leave unused without a word.
 
     Raises:
         ValueError: saying which model or heads to set.
@@ -70,7 +70,7 @@ def check_losses_are_used(cfg: CfgNode) -> None:
 
 
 def check_rpn_losses_are_used(cfg: CfgNode) -> None:
-    """Refuses keys of MODEL.BALANCE.RPN where there is no BalancedRPN to use them.
+    """Refuse keys of MODEL.BALANCE.RPN where there is no BalancedRPN to use them.
 
     Raises:
         ValueError: saying what to set.
@@ -97,7 +97,7 @@ def check_rpn_losses_are_used(cfg: CfgNode) -> None:
 
 
 def check_regions_are_used(cfg: CfgNode) -> None:
-    """Refuses ignore regions, and sets that have boxes without masks, in parts that ignore them.
+    """Refuse ignore regions, and sets that have boxes without masks, in parts that ignore them.
 
     Raises:
         ValueError: saying what to set.

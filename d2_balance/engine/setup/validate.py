@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 def validate(
     cfg: CfgNode, *, eval_only: bool = False, resume: bool = False, registered: bool = True
 ) -> None:
-    """Checks everything that can be checked before the model and the loaders are built.
+    """Check everything that can be checked before the model and the loaders are built.
 
     Loads the datasets, as the run will.
 
@@ -87,7 +87,7 @@ def validate(
         registered: False leaves the names of the model's parts alone; a lazy config has classes.
 
     Raises:
-        ValueError: naming the key or file and what is allowed.
+        ValueError: naming the key or file.
     """
     if not eval_only:
         check_step(cfg)
@@ -118,10 +118,10 @@ def validate(
 
 
 def check_step(cfg: CfgNode) -> None:
-    """Checks SOLVER.AMP and SOLVER.GRAD_ACCUM_STEPS.
+    """Check SOLVER.AMP and SOLVER.GRAD_ACCUM_STEPS.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     amp, ranks = cfg.SOLVER.AMP, comm.get_world_size()
     if amp.PRECISION not in PRECISIONS:
@@ -145,7 +145,7 @@ def check_step(cfg: CfgNode) -> None:
 
 
 def check_registered_names(cfg: CfgNode) -> None:
-    """Checks the names of the parts that the model is made of.
+    """Check the names of the parts that the model is made of.
 
     Raises:
         ValueError: a name is not registered with Detectron2.
@@ -165,7 +165,7 @@ def check_registered_names(cfg: CfgNode) -> None:
 
 
 def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Checks names and arguments of the losses, without the quantities that come from the data.
+    """Check names and arguments of the losses, without the quantities that come from the data.
 
     Raises:
         ValueError: naming the key.
@@ -190,10 +190,10 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def check_numbers(cfg: CfgNode) -> None:
-    """Checks the weights of the losses and the start probabilities of the classes.
+    """Check the weights of the losses and the initial probabilities of the classes.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key.
     """
     balance = cfg.MODEL.BALANCE
     for key in ("CLS_LOSS_WEIGHT", "BOX_LOSS_WEIGHT"):
@@ -212,7 +212,7 @@ def check_numbers(cfg: CfgNode) -> None:
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Checks that there are datasets and that their names are registered.
+    """Check that there are datasets and that their names are registered.
 
     Raises:
         ValueError: with the names that look alike.
@@ -234,7 +234,7 @@ def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
-    """Checks that MODEL.WEIGHTS can be read; a file of the model zoo is downloaded.
+    """Check that MODEL.WEIGHTS can be read; a file of the model zoo is downloaded.
 
     Raises:
         ValueError: saying what to set.
@@ -253,7 +253,7 @@ def check_weights(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -
 
 
 def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Loads the datasets and checks them against the model and against each other.
+    """Load the datasets and check them against the model and against each other.
 
     Raises:
         ValueError: naming the dataset or file, and the key to set.
@@ -281,7 +281,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name: str) -> None:
-    """Checks one training set against what the model and the loss need.
+    """Check one training set against what the model and the loss need.
 
     Raises:
         ValueError: naming the dataset and the key to set.

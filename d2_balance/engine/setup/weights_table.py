@@ -23,7 +23,7 @@ class WeightRow:
 
     Attributes:
         name: in the model; of an unused one in the file.
-        status: LOADED; SHAPE, NEW, RUN_STATE and REINITIALIZED, which keep their start values; or
+        status: LOADED; SHAPE, NEW, RUN_STATE and REINITIALIZED, which keep their initial values; or
             UNUSED.
         reason: why it was not loaded.
         shape: in the model; of an unused one in the file.
@@ -36,7 +36,7 @@ class WeightRow:
 
 
 def weights_table(rows: Sequence[WeightRow]) -> str:
-    """A table of what was loaded by part of the model, and of each tensor that was not.
+    """Return a table of what was loaded by part of the model, and of each tensor that was not.
 
     The sums stand below it.
     """
