@@ -61,7 +61,7 @@ def test_torchrun_is_known_by_its_variables(monkeypatch, torchrun):
     ("given", "expected"),
     [
         ({"num_gpus": 0}, "--num-gpus is 0; must be a number from 1"),
-        ({"num_machines": 0}, "--num-machines 0; allowed are a number of at least 1"),
+        ({"num_machines": 0}, "--num-machines 0; they must be at least 1"),
         ({"num_machines": 2, "machine_rank": 2}, "--machine-rank is 2 .* from 0 to one less"),
     ],
 )

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_an_unreadable_test_image_is_left_out_named_and_counted(run):
 def test_the_summary_lists_the_ap_of_few_classes(run):
     _, _, out = run
     text = (out / "summary.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| class")]
+    lines = [line for line in text.splitlines() if re.match(r"\| class(\d| )", line)]
     assert len(lines) == 1 + CLASSES and "training images" in lines[0] and "box AP" in lines[0]
     assert lines[1].split("|")[2].strip() == "0"  # the rarest comes first
 

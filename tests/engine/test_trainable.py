@@ -123,7 +123,7 @@ def test_what_is_frozen_already_stays_frozen():
     [
         ("box_predictor.cls_scores", "did you mean box_predictor.cls_score"),
         ("box_predicter", "did you mean box_predictor"),
-        ("zzz", "allowed are parts such as"),
+        ("zzz", "it must be a part such as"),
         ("", "'' is not allowed"),
     ],
 )
