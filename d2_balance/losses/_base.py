@@ -11,13 +11,14 @@ across ranks; the criterion sums the statistics of all parts with one all-reduce
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2_balance.utils.distributed import sum_over_ranks
+from d2_balance.utils.distributed import sum_across_ranks
 from d2_balance.utils.registry import Named, Registry
 
 from ._samples import Samples
@@ -29,8 +30,8 @@ BOX_LOSSES = Registry("BOX_LOSSES")
 BOX_LOSSES.__doc__ = "Box regression losses; the names are what MODEL.BALANCE.BOX_LOSS accepts."
 
 
-class _Loss(nn.Module, Named):
-    """What classification and box losses share: state and logging."""
+class _Loss(Named, nn.Module):
+    """State and logging of classification and box losses."""
 
     elementwise: bool
 
@@ -38,38 +39,58 @@ class _Loss(nn.Module, Named):
     """True: `update` runs after the loss, which then sees the state of earlier batches."""
 
     all_reduced: bool = True
-    """False: each rank works on its own rows (it ranks or draws them), and k ranks differ from one
-    process on the joined batch; state that is kept is summed across ranks all the same."""
+    """False: each rank works on its own samples (it ranks or samples them), and k ranks differ from
+    one process on the joined batch; state is summed across ranks all the same."""
+
+    compute: Callable[..., Tensor]
 
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 
-    def batch_statistics(self, *inputs) -> Tensor | None:
-        """What `update` needs from this rank's batch, to be summed across ranks; None: nothing."""
-        return None
+    def batch_statistics(self, *inputs: Any) -> tuple[Tensor | None, Any]:
+        """Compute what the state needs from a batch of this rank.
+
+        Args:
+            inputs: as for `compute`.
+
+        Returns:
+            Sums for `update`, to be added up across ranks, and intermediate results for
+            `compute_from`; None each if there are none.
+        """
+        return None, None
 
     def update(self, total: Tensor) -> None:
-        """Updates the buffers from statistics summed across all ranks (float64)."""
+        """Update the buffers from sums across all ranks (float64)."""
 
-    def compute(self, *inputs) -> Tensor:
-        """The loss for the present state."""
-        raise NotImplementedError
+    def compute_from(self, intermediate: Any, *inputs: Any) -> Tensor:
+        """Compute the loss from what `batch_statistics` returned for the same inputs."""
+        return self.compute(*inputs)
 
     def log_values(self) -> dict[str, Tensor]:
         """Tensors worth logging; read by the hooks, never on the training path."""
         return {}
 
-    def _step(self, *inputs) -> Tensor:
-        if not self.training:
+    def _forward(self, *inputs: Any) -> Tensor:
+        if not self.training or torch.is_inference_mode_enabled():
             return self.compute(*inputs)
-        (total,) = sum_over_ranks([self.batch_statistics(*inputs)])
-        return self.step(total, *inputs)
+        sums, intermediate = self.batch_statistics(*inputs)
+        (total,) = sum_across_ranks([sums])
+        return self.step(total, intermediate, *inputs)
 
-    def step(self, total: Tensor | None, *inputs) -> Tensor:
-        """The loss, with the state brought up to date from statistics already summed."""
+    def step(self, total: Tensor | None, intermediate: Any, *inputs: Any) -> Tensor:
+        """Compute the loss and update the state.
+
+        Args:
+            total: sums across ranks; None: there is no state.
+            intermediate: from `batch_statistics`, used up by this call.
+            inputs: as for `compute`.
+        """
         if total is not None and not self.update_after:
             self.update(total)
-        loss = self.compute(*inputs)
+        if intermediate is None:
+            loss = self.compute(*inputs)
+        else:
+            loss = self.compute_from(intermediate, *inputs)
         if total is not None and self.update_after:
             self.update(total)
         return loss
@@ -85,16 +106,22 @@ class ClassificationLoss(_Loss):
 
     activation: Literal["sigmoid", "softmax"]
 
+    num_classes: int | None = None
+    """K if the loss was made for so many classes."""
+
     couples_boxes: bool = False
     """True: `coupled_box_loss` takes the place of the criterion's sum over the box loss."""
 
-    def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
+    def coupled_box_loss(
+        self, samples: Samples, cls: Tensor, box: Tensor, intermediate: Any = None
+    ) -> Tensor:
         """Box loss of methods that rank classes and boxes together.
 
         Args:
             samples: see `Samples`.
             cls: 0-d value of this loss for the same batch.
             box: (P, 4) or (P,) elementwise box loss.
+            intermediate: from `batch_statistics` for the same samples; None: computed again.
 
         Returns:
             0-d tensor, used as it is.
@@ -105,16 +132,47 @@ class ClassificationLoss(_Loss):
         """Columns of the logits for K classes; the last is background in a softmax."""
         return num_classes + (self.activation == "softmax")
 
-    def forward(self, samples: Samples) -> Tensor:
-        """The loss of a batch; in training mode the state is updated as well.
+    def column_counts(self, num_classes: int) -> tuple[int, ...]:
+        """Numbers of columns that `forward` accepts for K classes.
+
+        A softmax without background, as in plain classification, has K.
+        """
+        if self.activation == "softmax":
+            return num_classes, self.num_outputs(num_classes)
+        return (self.num_outputs(num_classes),)
+
+    def forward(self, samples: Samples | Tensor, labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch; in training mode the state is updated as well.
 
         Args:
-            samples: see `Samples`. Half precision logits are raised to float32.
+            samples: see `Samples`, or (R, C) logits for plain classification. K is then what the
+                loss was made for, or else C: each column is a class.
+            labels: (R,) int64 with the logits, in [0, K); K is background, which is no class in a
+                sigmoid, and the last of K + 1 columns in a softmax.
 
         Returns:
-            (R, C) or (R,) if elementwise, else a 0-d tensor.
+            (R, C) or (R,) if elementwise, else a 0-d tensor. Half precision is raised to float32.
+
+        Raises:
+            ValueError: the columns do not fit the loss, or a label is out of range.
         """
-        return self._step(samples.upcast())
+        if not isinstance(samples, Samples):
+            samples = self._plain_samples(samples, labels)
+        return self._forward(samples.upcast())
+
+    def _plain_samples(self, logits: Tensor, labels: Tensor | None) -> Samples:
+        if labels is None or logits.dim() != 2:
+            raise ValueError(
+                f"{self.name}: must be called with Samples, or with logits (R, C) and labels (R,)."
+            )
+        num_classes = logits.shape[1] if self.num_classes is None else self.num_classes
+        allowed = self.column_counts(num_classes)
+        if logits.shape[1] not in allowed:
+            raise ValueError(
+                f"{self.name}: logits of {num_classes} classes must have "
+                f"{' or '.join(map(str, allowed))} columns, not {logits.shape[1]}."
+            )
+        return Samples(logits=logits, labels=labels, num_classes=num_classes)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Class probabilities for inference.
@@ -132,7 +190,7 @@ class ClassificationLoss(_Loss):
 
 
 class BoxLoss(_Loss):
-    """Base of all box losses. The criterion hands it positives only.
+    """Base of all box losses. The criterion gives it positives only.
 
     Class attributes:
         elementwise: True if `forward` returns (P, 4) or (P,), False if it returns a 0-d tensor.
@@ -145,7 +203,7 @@ class BoxLoss(_Loss):
     unit_weights: bool = False
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The loss of P positives; in training mode the state is updated as well.
+        """Compute the loss of P positives; in training mode the state is updated as well.
 
         Args:
             pred: (P, 4) in the space of the loss. Half precision is raised to float32.
@@ -156,14 +214,14 @@ class BoxLoss(_Loss):
         """
         if pred.dtype in (torch.float16, torch.bfloat16):
             pred = pred.float()
-        return self._step(pred, target.to(pred.dtype))
+        return self._forward(pred, target.to(pred.dtype))
 
 
-def check(owner: object, name: str, value: object, allowed: bool, rule: str) -> None:
-    """Raises ValueError unless `allowed`, naming the class, the argument and the rule."""
-    if not allowed:
+def check(owner: object, name: str, value: object, valid: bool, rule: str) -> None:
+    """Raise ValueError unless `valid`, naming the class, the argument and what it must be."""
+    if not valid:
         label = getattr(owner, "name", type(owner).__name__)
-        raise ValueError(f"{label}: {name}={value!r} is not allowed; {rule}.")
+        raise ValueError(f"{label}: {name} is {value!r}; must be {rule}.")
 
 
 def per_sample(loss: Tensor) -> Tensor:

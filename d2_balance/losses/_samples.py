@@ -10,12 +10,15 @@ Shapes used throughout the package:
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CHECK_LABELS = "D2_BALANCE_CHECK_LABELS"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Samples:
             `apply_deltas(deltas, boxes)`, such as Detectron2's Box2BoxTransform.
 
     Raises:
-        ValueError: a shape does not fit the others.
+        ValueError: a shape does not fit the others, or a label is out of range. On a GPU the range
+            is checked only if the environment variable D2_BALANCE_CHECK_LABELS is 1, because that
+            is a host-device sync.
     """
 
     logits: Tensor
@@ -72,6 +77,7 @@ class Samples:
                 f"Samples: logits must be (R, C) and labels (R,), not {tuple(self.logits.shape)} "
                 f"and {rows}."
             )
+        self._check_labels()
         for name in ("image_index", "level", "sample_weight"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != rows:
@@ -82,6 +88,21 @@ class Samples:
                 raise ValueError(
                     f"Samples: {name} must be (N, {self.num_classes}), not {tuple(value.shape)}."
                 )
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        if labels.dtype != torch.int64:
+            raise ValueError(f"Samples: labels must be int64, not {labels.dtype}.")
+        on_host = labels.device.type == "cpu" or os.environ.get(CHECK_LABELS) == "1"
+        if not on_host or not labels.numel() or torch.compiler.is_compiling():
+            return
+        values = labels.numpy(force=True)
+        low, high = values.min(), values.max()
+        if low < 0 or high > self.num_classes:
+            raise ValueError(
+                f"Samples: labels must be in [0, {self.num_classes}], where {self.num_classes} is "
+                f"background, not in [{low}, {high}]; samples that are ignored must be left out."
+            )
 
     @cached_property
     def foreground(self) -> Tensor:

@@ -29,6 +29,7 @@ from ._samples import Samples
 from .iou import giou_loss
 
 START_WEIGHT = 50.0
+Ranked = tuple[Tensor, Tensor, Tensor]  # what `alrp_and_gradient` returns
 
 
 def alrp_and_gradient(
@@ -102,26 +103,25 @@ class ALRPLoss(ClassificationLoss):
         self.delta, self.period = delta, period
         self.register_buffer("balance", torch.tensor(START_WEIGHT, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
-        self._ranked: tuple[Tensor, ...] | None = None  # loss, gradient, ranks of the present batch
 
     @torch.no_grad()
-    def _rank(self, samples: Samples) -> Tensor:
-        """Ranks the batch; returns the (P,) box errors."""
-        if samples.pred_deltas is None:
+    def _rank(self, samples: Samples) -> tuple[Tensor, Ranked]:
+        """(P,) box errors, and the loss, its gradient and the ranks."""
+        if samples.pred_deltas is None or samples.gt_boxes is None:
             errors = samples.logits.new_zeros(len(samples.pos))
         else:
             boxes = samples.pred_boxes.detach()
             errors = giou_loss(boxes, samples.gt_boxes.to(boxes.dtype))
         positive, scores = positive_scores(samples), samples.logits.detach().flatten()
-        self._ranked = alrp_and_gradient(scores, positive, errors, self.delta)
-        return errors
+        return errors, alrp_and_gradient(scores, positive, errors, self.delta)
 
     @torch.no_grad()
-    def batch_statistics(self, samples: Samples) -> Tensor:
-        errors = self._rank(samples)
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, Ranked]:
+        """(3,) classification loss, box loss and 1; the loss, its gradient and the ranks."""
+        errors, ranked = self._rank(samples)
         scores = samples.logits.detach().flatten()[positive_scores(samples)]
-        box = alrp_box_loss(errors.double(), scores, self._ranked[2])
-        return torch.stack([self._ranked[0], box, torch.ones_like(box)])
+        box = alrp_box_loss(errors.double(), scores, ranked[2])
+        return torch.stack([ranked[0], box, torch.ones_like(box)]), ranked
 
     def update(self, total: Tensor) -> None:
         sums = self.sums + total
@@ -131,14 +131,18 @@ class ALRPLoss(ClassificationLoss):
         self.sums.copy_(torch.where(due, torch.zeros_like(sums), sums))
 
     def compute(self, samples: Samples) -> Tensor:
-        if not self.training:  # in training `batch_statistics` has ranked the batch
-            self._rank(samples)
-        loss, grad, _ = self._ranked
+        return self.compute_from(self._rank(samples)[1], samples)
+
+    def compute_from(self, intermediate: Ranked, samples: Samples) -> Tensor:
+        loss, grad, _ = intermediate
         return error_driven(samples.logits, loss, grad)
 
-    def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
+    def coupled_box_loss(
+        self, samples: Samples, cls: Tensor, box: Tensor, intermediate: Ranked | None = None
+    ) -> Tensor:
+        _, _, rank = intermediate or self._rank(samples)[1]
         scores = samples.logits.detach().flatten()[positive_scores(samples)]
-        loss = alrp_box_loss(per_sample(box), scores, self._ranked[2])
+        loss = alrp_box_loss(per_sample(box), scores, rank)
         return loss * self.balance.to(loss.dtype)
 
     def log_values(self) -> dict[str, Tensor]:

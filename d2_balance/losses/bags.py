@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import sample_chunks, with_grad
+from ._kernels.chunks import map_chunks
+from ._kernels.entries import total_of, with_grad
 from ._samples import Samples
 
 
@@ -156,22 +157,27 @@ class BAGSLoss(ClassificationLoss):
         target = group_targets(samples.labels, self.group, self.num_groups)
         used = draw_rows(target[:, :-1] < samples.num_classes, self.beta)
         used = torch.cat([used, torch.ones_like(target[:, -1:], dtype=torch.bool)], dim=1)
-        return with_grad(samples.logits, *self._value_and_grad(samples.logits, target, used))
+        return with_grad(
+            samples.logits, *self._value_and_grad(samples.logits.detach(), target, used)
+        )
 
     @torch.no_grad()
     def _value_and_grad(self, logits: Tensor, target: Tensor, used: Tensor) -> tuple:
         """`group_softmax_loss` and its (R, C) derivative, in pieces that stay in the cache."""
-        share = used.to(logits.dtype) / used.sum(dim=0).clamp(min=1)  # (R, G + 1)
+        weight = used.to(logits.dtype) / used.sum(dim=0).clamp(min=1)  # (R, G + 1)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        value, back = logits.new_zeros((), dtype=torch.float64), self.order.argsort()
-        for rows in sample_chunks(logits):
-            ordered, parts, log_sum = self._by_group(logits[rows])
-            weights = share[rows].split(1, dim=1)
-            for part, total, weight in zip(parts, log_sum.split(1, dim=1), weights, strict=True):
-                part.sub_(total).exp_().mul_(weight)
+        back = self.order.argsort()
+
+        def work(rows: slice) -> Tensor:
+            ordered, groups, log_sum = self._by_group(logits[rows])
+            weights = weight[rows].split(1, dim=1)
+            for group, total, factor in zip(groups, log_sum.split(1, dim=1), weights, strict=True):
+                group.sub_(total).exp_().mul_(factor)
             torch.index_select(ordered, 1, back, out=grad[rows])
-            value += ((log_sum - logits[rows].gather(1, target[rows])) * share[rows]).sum()
-        return value.to(logits.dtype), grad.scatter_add_(1, target, -share)
+            return ((log_sum - logits[rows].gather(1, target[rows])) * weight[rows]).sum()
+
+        value = total_of(map_chunks(work, logits), logits.new_zeros(()))
+        return value, grad.scatter_add_(1, target, -weight)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         _, _, log_sum = self._by_group(logits)

@@ -18,11 +18,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import sample_chunks
+from ._kernels.chunks import map_chunks
+from ._kernels.entries import refuse_double_backward
 from ._samples import Samples
 
 SHARPEST = 60.0  # 1 / lambda_neg up to which exp((p - 1) / lambda_neg) is above 0 in float32
@@ -142,12 +142,15 @@ class _NegativeMean(torch.autograd.Function):
         own_weight = _weights(own.sigmoid(), temperature).mul_(1 - hit)  # (R, 1)
         derivative = torch.empty_like(logits, memory_format=torch.contiguous_format)
         sums = logits.new_empty(2, len(logits))
-        for rows in sample_chunks(logits):
+
+        def work(rows: slice) -> None:
             prob = logits[rows].sigmoid()
             weight = _weights(prob, temperature).scatter_(1, column[rows], own_weight[rows])
             torch.sum(weight, dim=1, out=sums[0, rows])
             torch.sum(weight.mul_(prob), dim=1, out=sums[1, rows])
             torch.addcmul(weight, weight, prob, value=-1, out=derivative[rows])
+
+        map_chunks(work, logits)
         total = sums.new_zeros(2, groups, dtype=torch.float64).index_add_(1, group, sums.double())
         filled = total[0] != 0  # NaN counts as filled, or a diverged image would weigh 0
         total[0].masked_fill_(~filled, 1)
@@ -158,8 +161,8 @@ class _NegativeMean(torch.autograd.Function):
         return mean.to(logits.dtype), filled, own
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_mean, _, grad_own):
+        refuse_double_backward()
         logits, derivative, column, group, total, mean = ctx.saved_tensors
         share = grad_mean.double() / total  # (G,)
         factor, offset = share / ctx.temperature, share * (1 - mean / ctx.temperature)
@@ -167,9 +170,12 @@ class _NegativeMean(torch.autograd.Function):
             x.to(derivative.dtype)[group].unsqueeze(1) for x in (factor, offset)
         )  # (R, 1)
         grad = torch.empty_like(derivative)
-        for rows in sample_chunks(logits):
+
+        def work(rows: slice) -> None:
             prob = torch.sigmoid(logits[rows], out=grad[rows])
             torch.addcmul(offset[rows], factor[rows], prob, out=prob).mul_(derivative[rows])
+
+        map_chunks(work, logits)
         return grad.scatter_add_(1, column, grad_own), None, None, None, None, None
 
 

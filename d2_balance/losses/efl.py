@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import entry_pass, gradient_sums, with_grad
+from ._kernels.entries import entry_pass, gradient_sums, needs_grad, with_grad
 from ._samples import Samples
 from .focal import NegativeFocal
 
@@ -75,7 +75,6 @@ class EFLLoss(ClassificationLoss):
         check(self, "alpha", alpha, 0 <= alpha <= 1, "a number in [0, 1]")
         check(self, "scale", scale, scale >= 0, "a number of at least 0")
         self.gamma, self.alpha, self.scale = gamma, alpha, scale
-        self._passed: tuple[Samples, Tensor, Tensor] | None = None
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("ratio", torch.ones(num_classes, dtype=torch.float64))
@@ -84,7 +83,7 @@ class EFLLoss(ClassificationLoss):
         """(K,) exponents gamma_j."""
         return self.gamma + self.scale * (1 - self.ratio)
 
-    def _pass(self, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _pass(self, samples: Samples, grad: bool = True) -> tuple[Tensor, Tensor | None]:
         """Losses and derivatives, (R, K) each, with the exponents of the present state."""
         gamma = self.class_gamma().to(samples.logits.dtype)
         return entry_pass(
@@ -94,14 +93,15 @@ class EFLLoss(ClassificationLoss):
             lambda own: equalized_focal_loss(
                 own, samples.hit, gamma[samples.column], self.alpha, self.gamma
             ),
+            grad,
         )
 
     @torch.no_grad()
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(3, K) gradients of positives, of negatives and the positives; losses and gradients."""
         value, grad = self._pass(samples)
-        self._passed = (samples, value, grad)  # `compute` sees the same exponents
         count = samples.foreground.sum().expand(grad.shape[1])
-        return torch.stack([*gradient_sums(grad, samples.column), count.double()])
+        return torch.stack([*gradient_sums(grad, samples.column), count.double()]), (value, grad)
 
     def update(self, total: Tensor) -> None:
         count = total[2].clamp(min=1)
@@ -111,10 +111,10 @@ class EFLLoss(ClassificationLoss):
         self.ratio.copy_(torch.where(self.neg_grad > 0, ratio, 1.0).clamp(0, 1))
 
     def compute(self, samples: Samples) -> Tensor:
-        (same, *passed), self._passed = self._passed or (None,), None
-        if same is not samples:
-            passed = self._pass(samples)
-        return with_grad(samples.logits, *passed)
+        return with_grad(samples.logits, *self._pass(samples, needs_grad(samples.logits)))
+
+    def compute_from(self, intermediate: tuple[Tensor, Tensor], samples: Samples) -> Tensor:
+        return with_grad(samples.logits, *intermediate)
 
     def log_values(self) -> dict[str, Tensor]:
         return {"gamma": self.class_gamma()}

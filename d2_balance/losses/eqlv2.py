@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
-from ._kernels.entries import entry_pass, gradient_sums, with_grad
+from ._kernels.entries import entry_pass, gradient_sums, needs_grad, with_grad
 from ._samples import Samples
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 
@@ -54,7 +54,6 @@ class EQLv2Loss(ClassificationLoss):
         check(self, "gamma", gamma, gamma > 0, "a number above 0")
         check(self, "alpha", alpha, alpha >= 0, "a number of at least 0")
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
-        self._passed: tuple[Samples, Tensor, Tensor] | None = None
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("pos_neg", torch.full((num_classes,), BALANCED, dtype=torch.float64))
@@ -67,7 +66,7 @@ class EQLv2Loss(ClassificationLoss):
         mapped = torch.sigmoid(self.gamma * (self.pos_neg - self.mu))
         return 1 + self.alpha * (1 - mapped), mapped
 
-    def _pass(self, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _pass(self, samples: Samples, grad: bool = True) -> tuple[Tensor, Tensor | None]:
         """Losses and derivatives, (R, K + 1) each, with the weights of the present state."""
         positive, negative = (
             F.pad(w.to(samples.logits.dtype), (0, 1), value=1.0) for w in self.class_weights()
@@ -78,14 +77,15 @@ class EQLv2Loss(ClassificationLoss):
             label,
             NegativeCE(negative),
             lambda own: sigmoid_ce_loss(own, torch.ones_like(own)) * positive[label],
+            grad,
         )
 
     @torch.no_grad()
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(2, K) gradients of positives and of negatives; losses and gradients (R, K + 1)."""
         value, grad = self._pass(samples)
-        self._passed = (samples, value, grad)  # `compute` sees the same weights
         sums = gradient_sums(grad, samples.labels.unsqueeze(1))
-        return torch.stack([total[:-1] for total in sums])  # (2, K)
+        return torch.stack([total[:-1] for total in sums]), (value, grad)
 
     def update(self, total: Tensor) -> None:
         self.pos_grad += total[0]
@@ -93,10 +93,10 @@ class EQLv2Loss(ClassificationLoss):
         self.pos_neg.copy_(self.pos_grad / (self.neg_grad + 1e-10))
 
     def compute(self, samples: Samples) -> Tensor:
-        (same, *passed), self._passed = self._passed or (None,), None
-        if same is not samples:
-            passed = self._pass(samples)
-        return with_grad(samples.logits, *passed)
+        return with_grad(samples.logits, *self._pass(samples, needs_grad(samples.logits)))
+
+    def compute_from(self, intermediate: tuple[Tensor, Tensor], samples: Samples) -> Tensor:
+        return with_grad(samples.logits, *intermediate)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         prob = logits.sigmoid()

@@ -97,12 +97,12 @@ class LOCELoss(ClassificationLoss):
         score[-1] = background_score
         self.register_buffer("mean_score", score)
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, None]:
         """(2, K): objects of each class, sum of their mean scores."""
         labels = samples.labels[samples.pos]
         probs = samples.logits[samples.pos].softmax(dim=1)
         scores = probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-        return object_score_sums(scores, labels, samples.gt_index, samples.num_classes)
+        return object_score_sums(scores, labels, samples.gt_index, samples.num_classes), None
 
     def update(self, total: Tensor) -> None:
         count, score = total

@@ -124,7 +124,9 @@ class RankSortLoss(ClassificationLoss):
         )
         return error_driven(samples.logits, ranking + sort, grad)
 
-    def coupled_box_loss(self, samples: Samples, cls: Tensor, box: Tensor) -> Tensor:
+    def coupled_box_loss(
+        self, samples: Samples, cls: Tensor, box: Tensor, intermediate: None = None
+    ) -> Tensor:
         weight = samples.logits[samples.pos].detach().sigmoid().amax(dim=1)  # (P,)
         loss = (weight * per_sample(box)).sum() / weight.sum().clamp(min=1e-12)
         return loss * (cls.detach() / loss.detach().clamp(min=1e-6)).to(loss.dtype)

@@ -91,8 +91,8 @@ class SeesawLoss(ClassificationLoss):
     def num_outputs(self, num_classes: int) -> int:
         return num_classes + 2
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
-        return samples.class_counts
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, None]:
+        return samples.class_counts, None
 
     def update(self, total: Tensor) -> None:
         self.counts += total

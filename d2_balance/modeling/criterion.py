@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
 from d2_balance.reweight import GuidedScale, Reweighter
-from d2_balance.utils.distributed import sum_over_ranks, world_size
+from d2_balance.utils.distributed import sum_across_ranks, world_size
 
 Watcher = Callable[[Samples, tuple[Tensor, ...], Tensor, Tensor], None]
 _watchers: list[Watcher] = []
@@ -43,11 +43,11 @@ def watched(watcher: Watcher) -> Iterator[None]:
 class Normalizer(nn.Module):
     """Denominator of elementwise losses, counted across all ranks.
 
-    Subclasses return what a batch adds in `batch_statistics` and keep the sum across ranks in
-    `update`; `value` is the denominator for one rank.
+    Subclasses `count` a batch and keep the sum across ranks in `update`; `value` is the denominator
+    for one rank.
     """
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         """0-d count of this rank's batch."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class SampleNormalizer(Normalizer):
         super().__init__()
         self.register_buffer("rows", torch.ones((), dtype=torch.float64), persistent=False)
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         return torch.full_like(self.rows, len(samples.labels))
 
     def update(self, total: Tensor) -> None:
@@ -80,7 +80,7 @@ class SampleNormalizer(Normalizer):
 class PositiveNormalizer(SampleNormalizer):
     """Number of positives in the batch, of all ranks: a mean over positives."""
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         return samples.foreground.sum()
 
 
@@ -100,7 +100,7 @@ class PositiveEMA(Normalizer):
         self.momentum = momentum
         self.register_buffer("loss_normalizer", torch.tensor(initial, dtype=torch.float64))
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         return samples.foreground.sum()
 
     def update(self, total: Tensor) -> None:
@@ -200,16 +200,16 @@ def _detection_losses(
 ) -> dict[str, Tensor]:
     boxes = box_inputs(samples, box_loss)
     if normalizer.training:
-        parts = [
-            cls_loss.batch_statistics(samples),
-            box_loss.batch_statistics(*boxes),
-            normalizer.batch_statistics(samples),
-        ]
-        for_cls, for_box, count = sum_over_ranks(parts)
+        cls_sums, intermediate = cls_loss.batch_statistics(samples)
+        box_sums, box_intermediate = box_loss.batch_statistics(*boxes)
+        cls_sums, box_sums, count = sum_across_ranks(
+            [cls_sums, box_sums, normalizer.count(samples)]
+        )
         normalizer.update(count)
-        cls = cls_loss.step(for_cls, samples)
-        box = box_loss.step(for_box, *boxes)
+        cls = cls_loss.step(cls_sums, intermediate, samples)
+        box = box_loss.step(box_sums, box_intermediate, *boxes)
     else:
+        intermediate = None
         cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
     for watcher in _watchers:
         watcher(samples, boxes, cls, box)
@@ -221,7 +221,7 @@ def _detection_losses(
         box_rows = on_box if box_rows is None else box_rows if on_box is None else box_rows * on_box
     denominator = normalizer.value()
     if cls_loss.couples_boxes:
-        box = cls_loss.coupled_box_loss(samples, cls, box)
+        box = cls_loss.coupled_box_loss(samples, cls, box, intermediate)
     else:
         box = _total(box, box_rows, box_loss.elementwise, denominator)
     cls = _total(cls, cls_rows, cls_loss.elementwise, denominator)

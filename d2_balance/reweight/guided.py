@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2_balance.losses._base import check
-from d2_balance.utils.distributed import sum_over_ranks
+from d2_balance.utils.distributed import sum_across_ranks
 
 
 def guided_ratio(box: Tensor, cls: Tensor, max_ratio: float) -> Tensor:
@@ -66,7 +66,7 @@ class GuidedScale(nn.Module):
         Returns:
             0-d, with the gradient of `cls` times w r.
         """
-        cls_sum, box_sum = sum_over_ranks([cls, box])
+        cls_sum, box_sum = sum_across_ranks([cls, box])
         ratio = guided_ratio(box_sum, cls_sum, self.max_ratio)
         self.ratio.copy_(ratio)
         return cls * (self.scale * ratio).to(cls.dtype)

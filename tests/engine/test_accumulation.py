@@ -12,7 +12,7 @@ from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.engine.step import StepTrainer
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.compatibility import has_class_columns_only
-from d2_balance.utils.distributed import MicroBatches, sum_over_ranks, world_size
+from d2_balance.utils.distributed import MicroBatches, sum_across_ranks, world_size
 
 from ..conftest import make_inputs, small_cfg
 from ..two_ranks import joined
@@ -110,15 +110,15 @@ def test_a_sum_counts_every_micro_batch_as_a_rank():
         with sums.counting():
             assert world_size() == 2
             # not known yet: as if both were like this one
-            assert sum_over_ranks([torch.tensor(value), None])[0] == 2 * value
+            assert sum_across_ranks([torch.tensor(value), None])[0] == 2 * value
     sums.total()
     assert world_size() == 1
     for value in (3.0, 4.0):
         with sums.summed():
-            found = sum_over_ranks([torch.tensor(value), None])
+            found = sum_across_ranks([torch.tensor(value), None])
             assert found[0] == 7 and found[1] is None  # 3 + 4
             with pytest.raises(RuntimeError, match="has not seen"):
-                sum_over_ranks([torch.tensor(value)])
+                sum_across_ranks([torch.tensor(value)])
 
 
 def test_a_killed_run_continues_exactly(dataset, tmp_path):

@@ -113,11 +113,11 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         ([BALANCE + "REWEIGHTERS", "['X']"], r"MODEL.BALANCE.REWEIGHTERS: 'X' is unknown"),
         (
             [BALANCE + "CLS_LOSS", "GHMC", BALANCE + "GHMC.BINS", "0"],
-            r"MODEL.BALANCE.GHMC: .*bins=0 is not allowed; an integer of at least 1",
+            r"MODEL.BALANCE.GHMC: .*bins is 0; must be an integer of at least 1",
         ),
         (
             [BALANCE + "CLS_LOSS", "EQL", BALANCE + "EQL.LAMBDA", "2.0"],
-            r"MODEL.BALANCE.EQL: .*lambda_=2.0 is not allowed",
+            r"MODEL.BALANCE.EQL: .*lambda_ is 2.0; must be",
         ),
         (
             [BALANCE + "BETA_DECAY.ENABLED", "True", BALANCE + "BETA_DECAY.PERIOD", "0"],

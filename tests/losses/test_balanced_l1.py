@@ -48,5 +48,5 @@ def test_value_is_continuous_at_one():
 
 @pytest.mark.parametrize("name", ["alpha", "gamma", "beta"])
 def test_arguments_must_be_positive(name):
-    with pytest.raises(ValueError, match=f"BalancedL1: {name}=0.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"BalancedL1: {name} is 0.0; must be"):
         BalancedL1Loss(**{name: 0.0})

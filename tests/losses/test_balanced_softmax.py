@@ -112,5 +112,5 @@ def test_softmax_eql_classifies_without_background():
     ],
 )
 def test_arguments_out_of_range_are_named(build, name):
-    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{name} is .*; must be"):
         build()

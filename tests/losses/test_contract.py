@@ -263,3 +263,62 @@ def test_box_loss_evaluation_leaves_buffers_alone(box_loss):
     assert box_loss(*boxes_for(box_loss, 30)).isfinite().all()
     for name, tensor in box_loss.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode_gives_the_value_and_leaves_the_state_alone(cls_loss, training):
+    gradient(cls_loss, make(cls_loss))
+    before = copy.deepcopy(cls_loss.state_dict())
+    torch.manual_seed(1)
+    expected = cls_loss.compute(make(cls_loss, seed=2)).detach()
+    cls_loss.train(training)
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        value = cls_loss(make(cls_loss, seed=2))
+    torch.testing.assert_close(value, expected)
+    for name, tensor in cls_loss.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_without_gradient_the_value_is_the_same(cls_loss):
+    samples, other = make(cls_loss), copy.deepcopy(cls_loss)
+    torch.manual_seed(1)
+    expected = cls_loss(samples)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        value = other(samples)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected.detach())
+
+
+def test_a_second_derivative_is_right_or_refused(cls_loss):
+    """Never a gradient that has silently lost its graph."""
+    samples = make(cls_loss, dtype=torch.float64)
+    value, message = cls_loss(samples).sum(), ""
+    try:
+        (grad,) = torch.autograd.grad(value, samples.logits, create_graph=True)
+    except RuntimeError as error:
+        message = str(error)
+    if message:
+        assert "create_graph=True" in message
+        return
+    (second,) = torch.autograd.grad(grad.square().sum(), samples.logits)
+    assert second.isfinite().all() and second.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_labels_out_of_range_are_refused(shift):
+    labels = torch.tensor([0, K])
+    labels[0 if shift < 0 else 1] += shift
+    with pytest.raises(ValueError, match=rf"labels must be in \[0, {K}\]"):
+        Samples(logits=torch.zeros(2, K), labels=labels, num_classes=K)
+
+
+def test_state_belongs_to_buffers_only(cls_loss):
+    """Nothing of a batch stays on the module between statistics and loss."""
+    names = set(vars(cls_loss))
+    values = {n: v for n, v in vars(cls_loss).items() if not n.startswith("_") or n == "_sizes"}
+    cls_loss.batch_statistics(make(cls_loss))
+    gradient(cls_loss, make(cls_loss))
+    assert set(vars(cls_loss)) == names
+    assert all(vars(cls_loss)[n] is v for n, v in values.items())

@@ -120,5 +120,5 @@ def test_all_foreground_and_all_background():
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, name):
-    with pytest.raises(ValueError, match=f"EQL: {name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"EQL: {name} is .*; must be"):
         EQLLoss(**arguments)

@@ -1,4 +1,4 @@
-"""The losses that are computed in pieces equal the plain formulas and autograd's gradients."""
+"""The losses that are computed in chunks equal the plain formulas and autograd's gradients."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from d2_balance.losses import CLS_LOSSES, Samples
-from d2_balance.losses._kernels import entries
-from d2_balance.losses._kernels.density import count_bins, histogram
+from d2_balance.losses._kernels import chunks
+from d2_balance.losses._kernels.density import count_bins, histogram, level_bins
 from d2_balance.losses.bags import draw_rows, group_softmax_loss, group_targets
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
 from d2_balance.losses.dr import dr_loss
@@ -22,7 +22,7 @@ from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
 from d2_balance.losses.seesaw import seesaw_ce_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
 
-from .test_contract import build, make
+from .test_contract import CLS, build, make
 
 
 def quality(s):
@@ -124,11 +124,11 @@ def assert_equal_to_plain(name, loss, samples):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("piece", [7, 2**16], ids=["many pieces", "one piece"])
+@pytest.mark.parametrize("chunk", [7, 2**16], ids=["many chunks", "one chunk"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PLAIN)
-def test_fast_form_equals_the_plain_one(name, size, piece, monkeypatch):
-    monkeypatch.setattr(entries, "PIECE", piece)
+def test_fast_form_equals_the_plain_one(name, size, chunk, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     rows, positives, classes = SIZES[size]
     loss = trained(name, classes)
     samples = make(
@@ -215,8 +215,8 @@ def test_levels_of_ghm_share_one_histogram_pass():
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     norm = (base.logits.detach().sigmoid() - base.onehot).abs()
-    counts = plain.density.count(norm, level, 5)
-    assert torch.equal(loss.batch_statistics(batch), counts) and counts.sum() == 60 * 7
+    counts = count_bins(level_bins(norm, 60, level), 300).view(5, 60)
+    assert torch.equal(loss.batch_statistics(batch)[0], counts) and counts.sum() == 60 * 7
 
 
 def test_sharp_dr_takes_the_form_that_cannot_underflow():
@@ -237,3 +237,33 @@ def test_bins_are_counted_alike_without_bincount():
 def test_a_bin_of_many_millions_is_counted_to_the_last():
     index = torch.zeros(2**24 + 3, 1, dtype=torch.uint8)  # float32 has no 2^24 + 1
     assert histogram(index, 4).tolist() == [2**24 + 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", CLS)
+def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 50)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            loss = trained(name, 7)
+            results.append(value_and_gradient(loss, make(loss, rows=200), torch.ones(1, 1)))
+        finally:
+            torch.set_num_threads(threads)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_in_a_chunk_is_raised_and_the_threads_go_on():
+    def work(rows):
+        raise KeyError(rows.start)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError):
+            chunks.map_chunks(work, torch.zeros(40), 10)
+        starts = chunks.map_chunks(lambda rows: rows.start, torch.zeros(40), 10)
+        assert starts == [0, 10, 20, 30] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -71,5 +71,5 @@ def test_degenerate_boxes_have_no_overlap():
     ],
 )
 def test_arguments_out_of_range_are_named(cls, arguments, name):
-    with pytest.raises(ValueError, match=f"{cls.name}: {name}=-1.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: {name} is -1.0; must be"):
         cls(**arguments)

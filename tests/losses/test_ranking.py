@@ -202,7 +202,7 @@ def test_sums_over_pairs_equal_the_matrix_with_ties():
 
 @pytest.mark.parametrize("cls", [APLoss, ALRPLoss, RankSortLoss])
 def test_delta_must_be_positive(cls):
-    with pytest.raises(ValueError, match=f"{cls.name}: delta=0.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"{cls.name}: delta is 0.0; must be"):
         cls(delta=0.0)
 
 

@@ -64,5 +64,5 @@ def test_scores_are_class_times_object():
 
 @pytest.mark.parametrize("name", ["p", "q", "eps"])
 def test_arguments_out_of_range_are_named(name):
-    with pytest.raises(ValueError, match=f"Seesaw: {name}=-1.0 is not allowed"):
+    with pytest.raises(ValueError, match=f"Seesaw: {name} is -1.0; must be"):
         SeesawLoss(num_classes=2, **{name: -1.0})

@@ -55,14 +55,14 @@ def test_a_key_of_an_earlier_version_says_the_new_name():
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("GHMC.BINS", 0, "bins=0 is not allowed; an integer of at least 1"),
-        ("GHMC.MOMENTUM", 1.5, r"momentum=1.5 is not allowed; a number in \[0, 1\)"),
-        ("GHMC.EMA_MODE", "fast", "ema_mode='fast' is not allowed; one of official"),
-        ("DR.TAU", -1.0, "tau=-1.0 is not allowed; a number above 0"),
-        ("DR.SCOPE", "gpu", "scope='gpu' is not allowed; one of image, batch"),
-        ("EQL.LAMBDA", 2.0, r"lambda_=2.0 is not allowed; a number in \[0, 1\]"),
-        ("EQL.THRESHOLD", "hard", "threshold='hard' is not allowed; one of step"),
-        ("FOCAL.GAMMA", -1.0, "gamma=-1.0 is not allowed; a number of at least 0"),
+        ("GHMC.BINS", 0, "bins is 0; must be an integer of at least 1"),
+        ("GHMC.MOMENTUM", 1.5, r"momentum is 1.5; must be a number in \[0, 1\)"),
+        ("GHMC.EMA_MODE", "fast", "ema_mode is 'fast'; must be one of official"),
+        ("DR.TAU", -1.0, "tau is -1.0; must be a number above 0"),
+        ("DR.SCOPE", "gpu", "scope is 'gpu'; must be one of image, batch"),
+        ("EQL.LAMBDA", 2.0, r"lambda_ is 2.0; must be a number in \[0, 1\]"),
+        ("EQL.THRESHOLD", "hard", "threshold is 'hard'; must be one of step"),
+        ("FOCAL.GAMMA", -1.0, "gamma is -1.0; must be a number of at least 0"),
     ],
 )
 def test_values_out_of_range_name_the_node(key, value, rule, counts_file):
@@ -76,9 +76,9 @@ def test_values_out_of_range_name_the_node(key, value, rule, counts_file):
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("GHMR.BINS", -2, "bins=-2 is not allowed; an integer of at least 1"),
-        ("GHMR.MU", 0.0, "mu=0.0 is not allowed; a number above 0"),
-        ("SMOOTHL1.BETA", -0.1, "beta=-0.1 is not allowed; a number of at least 0"),
+        ("GHMR.BINS", -2, "bins is -2; must be an integer of at least 1"),
+        ("GHMR.MU", 0.0, "mu is 0.0; must be a number above 0"),
+        ("SMOOTHL1.BETA", -0.1, "beta is -0.1; must be a number of at least 0"),
     ],
 )
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
@@ -188,7 +188,9 @@ def test_class_quantities_of_another_length_from_python(kind, cls, loss, name):
 
 @pytest.mark.parametrize("values", [[0.1, 1.5], [-0.1], [[0.1, 0.2]], [float("nan")]])
 def test_class_frequency_that_is_no_list_of_shares(values):
-    with pytest.raises(ValueError, match=r"EQL: class_frequency=.* K numbers in \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"EQL: class_frequency is .*; must be K numbers in \[0, 1\]"
+    ):
         EQLLoss(class_frequency=values)
 
 

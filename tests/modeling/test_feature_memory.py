@@ -117,4 +117,4 @@ def test_rows_of_weight_zero_are_not_counted():
         num_classes=1,
         sample_weight=torch.tensor([1.0, 0.5, 0.0]),
     )
-    assert UsedSampleNormalizer().batch_statistics(samples) == 2
+    assert UsedSampleNormalizer().count(samples) == 2

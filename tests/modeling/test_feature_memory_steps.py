@@ -187,7 +187,7 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ([NODE + "CAPACITY", 5], "capacity=5 is not allowed; an integer of at least 6"),
+        ([NODE + "CAPACITY", 5], "capacity is 5; must be an integer of at least 6"),
         ([NODE + "PER_CLASS", 0], "per_class=0"),
         ([NODE + "CLASSES_PER_STEP", 0], "classes_per_step=0"),
         ([NODE + "FEATURES_PER_CLASS", 0], "features_per_class=0"),

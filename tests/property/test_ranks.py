@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2_balance.losses._kernels.ranks import importance, rank_within, rescaled
-from d2_balance.utils.distributed import MicroBatches, sum_over_ranks
+from d2_balance.utils.distributed import MicroBatches, sum_across_ranks
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -43,10 +43,10 @@ def test_micro_batches_see_the_sum_of_all_of_them(parts):
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
     for tensor in tensors:
         with batches.counting():
-            sum_over_ranks([tensor, None])
+            sum_across_ranks([tensor, None])
     batches.total()
     for _ in tensors:
         with batches.summed():
-            total, nothing = sum_over_ranks([torch.zeros(3), None])
+            total, nothing = sum_across_ranks([torch.zeros(3), None])
         assert nothing is None
         assert torch.allclose(total, torch.stack(tensors).sum(0), rtol=1e-9, atol=1e-6)

@@ -55,7 +55,7 @@ def test_a_collapsed_classification_loss_meets_the_bound(box, ratio):
 
 @pytest.mark.parametrize(("name", "bad"), [("scale", -1.0), ("max_ratio", 0.0)])
 def test_arguments_out_of_range_are_refused(name, bad):
-    with pytest.raises(ValueError, match=f"{name}.*is not allowed"):
+    with pytest.raises(ValueError, match=f"{name} is .*; must be"):
         GuidedScale(**{name: bad})
 
 

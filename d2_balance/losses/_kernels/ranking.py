@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from .._samples import Samples
-from .entries import look_up, sample_chunks, with_grad
+from .chunks import CHUNK, chunk_slices, map_chunks, spread_index
+from .entries import total_of, with_grad
+
+TABLES = 4  # of neighbours, see `spread_index`
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,21 @@ class StepBuckets:
             weights: (n,) float64; None: ones.
         """
         size = len(self.edges) + 1
-        found = pieces(self.values)
-        length = found[0].stop if found else 0
-        # most values lie in one bucket, and a sum waits for its last addition: neighbours, and
-        # threads, are added up in tables of their own
-        tables = 1 if self.values.is_cuda else 4
-        offset = torch.arange(length, device=self.values.device).remainder_(tables).mul_(size)
-        ones = self.centers.new_ones(length)
-        count = self.centers.new_zeros(len(by_thread(ones)), tables * size)
-        total = torch.zeros_like(count)
-        for piece in found:
-            value = self.values[piece].double()
-            bucket = by_thread(self.bucket[piece] + offset[: len(value)])
-            weight = ones[: len(value)] if weights is None else weights[piece]
-            value = value if weights is None else value * weight
-            count[: len(bucket)].scatter_add_(1, bucket, by_thread(weight))
-            total[: len(bucket)].scatter_add_(1, bucket, by_thread(value))
-        count, total = (x.view(-1, size).sum(dim=0) for x in (count, total))
+
+        def work(group: slice) -> Tensor:
+            sums = self.centers.new_zeros(2, TABLES * size)
+            buckets, values = self.bucket[group], self.values[group]
+            for chunk in chunk_slices(values, CHUNK):
+                index, _ = spread_index(buckets[chunk].long(), size, TABLES)
+                value = values[chunk].double()
+                weight = torch.ones_like(value) if weights is None else weights[group][chunk]
+                sums[0].scatter_add_(0, index, weight)
+                sums[1].scatter_add_(0, index, value if weights is None else value * weight)
+            return sums.view(2, TABLES, size).sum(dim=1)
+
+        zero = self.centers.new_zeros(2, size)
+        # groups of chunks share tables, which are long if there are many positives
+        count, total = total_of(map_chunks(work, self.values, 8 * CHUNK), zero)
         # sums over all values at or above the lower end of a bucket
         count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
         low, high = self._ends()
@@ -91,30 +92,19 @@ class StepBuckets:
         offsets.index_add_(0, low, offset).index_add_(0, high, weights - offset)
         grads, offsets = grads.cumsum(0), offsets.cumsum(0)
         out = torch.empty_like(self.values)
-        for piece in pieces(self.values):
-            bucket = by_thread(self.bucket[piece]).long()
-            at, grad = look_up(offsets, bucket), look_up(grads, bucket)
-            out[piece] = at.addcmul_(grad, by_thread(self.values[piece]).double()).view(-1)
+
+        def work(chunk: slice) -> None:
+            bucket = self.bucket[chunk]
+            at, grad = offsets.index_select(0, bucket), grads.index_select(0, bucket)
+            out[chunk] = at.addcmul_(grad, self.values[chunk].double())
+
+        map_chunks(work, self.values)
         return out
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """(P,) and (P,), the first buckets of the rising and of the level part of each step."""
         low = torch.searchsorted(self.edges, self.centers - self.delta, right=True)
         return low, torch.searchsorted(self.edges, self.centers + self.delta, right=True)
-
-
-def pieces(values: Tensor) -> list[slice]:
-    """Slices of (n,) values; on a GPU one slice."""
-    return sample_chunks(values.unsqueeze(1))
-
-
-def by_thread(values: Tensor) -> Tensor:
-    """(n,) as (threads, n / threads) where that is whole, else as (1, n).
-
-    Adding up and looking up entries by index takes one thread for each row.
-    """
-    rows = 1 if values.is_cuda else torch.get_num_threads()
-    return values.view(rows if len(values) % rows == 0 else 1, -1)
 
 
 def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
@@ -145,12 +135,15 @@ def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
     at_edges = torch.bincount(cell(edges.to(values.dtype)), minlength=cells + 2)
     table = at_edges.cumsum(0).int().masked_fill_(at_edges > 0, -1)  # -1: to be searched
     bucket = torch.empty_like(values, dtype=torch.int32)
-    for piece in pieces(values):
-        found = look_up(table, by_thread(cell(values[piece]))).view(-1)
-        unsure = (found < 0).nonzero().squeeze(1)
-        wide = values[piece][unsure].double()
-        found[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)
-        bucket[piece] = found
+
+    def work(chunk: slice) -> None:
+        index = table.index_select(0, cell(values[chunk]))
+        unsure = (index < 0).nonzero().squeeze(1)
+        wide = values[chunk][unsure].double()
+        index[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)
+        bucket[chunk] = index
+
+    map_chunks(work, values)
     return bucket
 
 

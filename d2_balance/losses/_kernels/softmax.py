@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .entries import sample_chunks, with_grad
+from .chunks import map_chunks
+from .entries import needs_grad, with_grad
 
 
 def softmax_losses(
@@ -31,7 +32,9 @@ def softmax_losses(
     Returns:
         (R,), with gradient.
     """
-    value, grad = _value_and_grad(logits, labels.unsqueeze(1), moved)
+    value, grad = _value_and_grad(logits.detach(), labels.unsqueeze(1), moved)
+    if not needs_grad(logits):
+        return value.squeeze(1)
     # the sum of one column: `squeeze` makes a view, whose gradient torch.compile loses
     return with_grad(logits, value, grad).sum(dim=1)
 
@@ -43,8 +46,11 @@ def _value_and_grad(
     """(R, 1) losses and their (R, C) derivatives, for (R, 1) labels."""
     value = logits.new_empty(len(logits), 1)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in sample_chunks(logits):
+
+    def work(rows: slice) -> None:
         log_p = F.log_softmax(moved(logits[rows], rows), dim=1)
         torch.neg(log_p.gather(1, own[rows]), out=value[rows])
         torch.exp(log_p, out=grad[rows])
+
+    map_chunks(work, logits)
     return value, grad.scatter_add_(1, own, -torch.ones_like(value))

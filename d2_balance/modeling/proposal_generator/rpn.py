@@ -42,7 +42,7 @@ class ImageNormalizer(Normalizer):
         self.rows = rows
         self.register_buffer("total", torch.ones((), dtype=torch.float64), persistent=False)
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         return torch.full_like(self.total, self.rows * samples.images)
 
     def update(self, total: Tensor) -> None:

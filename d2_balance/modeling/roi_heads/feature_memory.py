@@ -217,9 +217,9 @@ def append_drawn(
 class UsedSampleNormalizer(SampleNormalizer):
     """Number of rows with a weight above 0: drawn rows of empty queues are none."""
 
-    def batch_statistics(self, samples: Samples) -> Tensor:
+    def count(self, samples: Samples) -> Tensor:
         if samples.sample_weight is None:
-            return super().batch_statistics(samples)
+            return super().count(samples)
         return (samples.sample_weight > 0).sum()
 
 
