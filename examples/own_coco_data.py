@@ -21,7 +21,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("circle", "square", "triangle")
 SIZE = 128  # pixels of an image's side
 
@@ -109,7 +108,7 @@ def main() -> None:
     )
 
     # Images and annotations are checked before the first iteration.
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config)]
+    command = [sys.executable, "-m", "d2_balance", "train", "--config-file", str(config)]
     subprocess.run(command, check=True)
 
     with open(directory / "run/inference/per_class_ap_shapes_val.csv", newline="") as file:

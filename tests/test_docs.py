@@ -96,7 +96,7 @@ def exists(cfg, key):
 def test_config_keys_exist(page):
     cfg = default_cfg()
     found = re.findall(r"`((?:[A-Z][A-Z0-9_]*\.)+[A-Z][A-Z0-9_]*)\b", TEXTS[page])
-    places = (cfg, cfg.MODEL.BALANCE)
+    places = (cfg, cfg.MODEL, cfg.MODEL.BALANCE)
     assert not [key for key in found if not any(exists(place, key) for place in places)]
 
 
