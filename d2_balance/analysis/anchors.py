@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
-from tqdm import tqdm
 
 from d2_balance.data.priors.foreground import ROI_HEADS, RPN, PartCount, training_size
 from d2_balance.data.priors.sample_counts import AnchorCounter, row_counters
+from d2_balance.utils.progress import progress
 
 from .table import DataTable
 
@@ -114,7 +114,7 @@ def anchor_report(
     counter = counters[part]
     images = images_in_training(cfg, table, sample_images(table, max_images, seed))
     levels = [[0, 0] for _ in counter.levels]
-    for size, boxes, _ in tqdm(images, "labelling anchors", delay=2, disable=None):
+    for size, boxes, _ in progress(images, "labelling anchors"):
         for total, counts in zip(levels, counter.by_level(size, boxes), strict=True):
             total[0] += counts[0]
             total[1] += counts[1]
@@ -192,7 +192,7 @@ def _reached_by_change(
     ]
     changes = dict.fromkeys([(1.0, 1.0), *((s, e) for s in SCALES for e in (s, 1.0))])
     found = {}
-    for change in tqdm(changes, "trying anchor sizes", delay=2, disable=None):
+    for change in progress(changes, "trying anchor sizes", unit="sizes"):
         changed = counter.with_anchors(_changed(cfg, change))
         found[change] = np.zeros(classes, dtype=np.int64)
         for size, boxes, labels in joined:

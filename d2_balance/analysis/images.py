@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from tqdm import tqdm
 
 from d2_balance.data.checks.images import image_size
+from d2_balance.utils.progress import progress
 
 from .source import Source
 
@@ -30,7 +30,7 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
     if table is None or not table.files or not source.image_root:
         return {}
     problems: dict[str, list] = {}
-    for image in tqdm(images, "looking at images", delay=2, disable=None):
+    for image in progress(images, "looking at images"):
         places = [os.path.join(source.image_root, name) for name in table.files[image]]
         path = next((place for place in places if os.path.isfile(place)), None)
         if path is None:

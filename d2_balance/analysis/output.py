@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-from tqdm import tqdm
-
 from d2_balance.utils.page import Page
+from d2_balance.utils.progress import progress
+from d2_balance.utils.text import table
 
 from .parts import Plot, Section, Table, Text
 from .report import Analysis
@@ -62,7 +61,7 @@ def as_page(found: Analysis, base: Base = Base()) -> Page:
         given = f", {' '.join(base.given)}" if base.given else ""
         page.text(f"Looked at with {base.file}{given}.", "note")
     made = sections(found)
-    for section in tqdm(made, "drawing", delay=2, disable=None):
+    for section in progress(made, "drawing", unit="sections"):
         _add(page, section)
     page.heading(WHAT_TO_SET)
     for line in advice(found):
@@ -100,7 +99,7 @@ def _block(part: Text | Table | Plot) -> str:
         return f"WARNING: {part.text}" if part.warning else part.text
     if isinstance(part, Table) and not part.page_only:
         rows = [[_cut(cell) for cell in row] for row in part.rows]
-        return tabulate(rows, part.headers, tablefmt="github", disable_numparse=True)
+        return table(rows, part.headers)
     return ""
 
 

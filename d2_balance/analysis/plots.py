@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure
+from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure, style_axes
 
 from .anchors import AnchorReport
 from .report import Analysis
@@ -125,7 +125,7 @@ def plot_sizes(found: Analysis) -> Figure:
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=f"root of the box's area, pixels of {place}", ylabel="objects")
-    _plain(axes)
+    style_axes(axes, "y")
     return figure
 
 
@@ -144,7 +144,7 @@ def plot_missed(found: Analysis, order: Sequence[int]) -> Figure:
     axes.set_yticks(places, [found.statistics.class_names[k] for k in order], fontsize=8)
     axes.set(xlabel="objects that no anchor reaches (%)", xlim=(0, 106))
     _legend(figure, axes.get_legend_handles_labels()[0])
-    _plain(axes, "x")
+    style_axes(axes, "x")
     return figure
 
 
@@ -178,7 +178,7 @@ def plot_tail(found: Analysis) -> Figure:
     axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="lambda (share of images)", ylabel="TR (%)", ylim=(0, None))
-    _plain(axes)
+    style_axes(axes, "y")
     return figure
 
 
@@ -238,14 +238,8 @@ def _count_axis(axes: Axes, values: np.ndarray, label: str = "number") -> None:
     axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(label)
-    _plain(axes)
+    style_axes(axes, "y")
 
 
 def _legend(figure: Figure, handles: list) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
-
-
-def _plain(axes: Axes, grid: str = "y") -> None:
-    axes.grid(axis=grid, color="#dddddd", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

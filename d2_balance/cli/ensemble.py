@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,22 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """Writes the merged file and prints what went in; 2 where the user has to change something."""
     from d2_balance.evaluation.merge.ensemble import merge_files
 
-    try:
-        for expert in args.expert:
-            if not 2 <= len(expert) <= 3:
-                raise ValueError("--expert takes FILE CLASSES, or FILE CLASSES MAP")
-        inputs = [(path, None, None) for path in args.predictions]
-        inputs += [(*expert, None)[:3] for expert in args.expert]
-        text = merge_files(
-            inputs,
-            args.dataset,
-            args.output,
-            method=args.method,
-            iou=args.iou,
-            max_dets=args.max_dets,
-        )
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance ensemble: error: {error}", file=sys.stderr)
-        return 2
-    print(text)
+    for expert in args.expert:
+        if not 2 <= len(expert) <= 3:
+            raise ValueError("--expert takes FILE CLASSES, or FILE CLASSES MAP")
+    inputs = [(path, None, None) for path in args.predictions]
+    inputs += [(*expert, None)[:3] for expert in args.expert]
+    options = {"method": args.method, "iou": args.iou, "max_dets": args.max_dets}
+    print(merge_files(inputs, args.dataset, args.output, **options))
     return 0

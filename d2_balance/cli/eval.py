@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,23 +52,19 @@ def run(args: argparse.Namespace) -> int:
     from d2_balance.evaluation.sources import Annotations
     from d2_balance.utils.files import check_new
 
-    try:
-        page = args.report and os.path.join(args.report, "report.html")
-        check_new([args.json, args.csv, page], args.overwrite)  # before the work
-        train = Annotations.load(args.train, "--train") if args.train else None
-        truth = Annotations.load(args.dataset, "--dataset", args.style)
-        detections = read_predictions(args.predictions, truth.data, truth.path)
-        evaluation = evaluate_predictions(
-            truth,
-            detections,
-            train=train,
-            max_dets=args.max_dets,
-            tasks=args.tasks,
-            cuts=args.cuts and tuple(args.cuts),
-        )
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance eval: error: {error}", file=sys.stderr)
-        return 2
+    page = args.report and os.path.join(args.report, "report.html")
+    check_new([args.json, args.csv, page], args.overwrite)  # before the work
+    train = Annotations.load(args.train, "--train") if args.train else None
+    truth = Annotations.load(args.dataset, "--dataset", args.style)
+    detections = read_predictions(args.predictions, truth.data, truth.path)
+    evaluation = evaluate_predictions(
+        truth,
+        detections,
+        train=train,
+        max_dets=args.max_dets,
+        tasks=args.tasks,
+        cuts=args.cuts and tuple(args.cuts),
+    )
     print(text_report(evaluation, args.classes))
     if args.json:
         evaluation.write(args.json)

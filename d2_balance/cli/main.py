@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from d2_balance.utils.errors import is_deliberate
+from d2_balance.utils.progress import QUIET
 
 # name -> one line of help; the module is d2_balance/cli/NAME.py. It offers `add_arguments(parser)`
 # and `run(args)`, which returns the exit status; its docstring is the command's description. Only
@@ -62,6 +63,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         module = importlib.import_module(f"d2_balance.cli.{name}")
         chosen = commands.add_parser(name, help=line, description=module.__doc__)
         module.add_arguments(chosen)
+        chosen.add_argument("--quiet", action="store_true", help="show no progress")
         chosen.set_defaults(run=module.run)
     return parser
 
@@ -78,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(argv[0] if argv else None).parse_args(argv)
+    if args.quiet:
+        os.environ[QUIET] = "1"
     try:
         with _sigterm_unwinds():
             status = args.run(args)

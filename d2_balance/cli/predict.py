@@ -57,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="processes that read images, and as many that draw and write (default 2)",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,11 @@ MODEL.BALANCE.PRIOR_FILE."""
 from __future__ import annotations
 
 import argparse
-import sys
+import os
+from typing import TYPE_CHECKING
 
-from tabulate import tabulate
+if TYPE_CHECKING:
+    from d2_balance.data.priors.foreground import ForegroundPrior
 
 COMMON_PRIORS = (0.01, 0.5)
 
@@ -24,7 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="keys of the configuration and their values"
+        "--set",
+        dest="opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="keys of the configuration and their values",
+    )
+    parser.add_argument(
+        "more_opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="the same, as `d2-balance train` takes them",
     )
 
 
@@ -48,17 +61,15 @@ def count_and_save(args: argparse.Namespace) -> str:
         ValueError: the configuration or its data cannot be used.
         FileExistsError: the file exists and --overwrite is not given.
     """
-    import os
-
     from d2_balance.data import register_from_config
     from d2_balance.data.priors.foreground import ForegroundPrior
     from d2_balance.engine import read_config
 
     if args.output and os.path.exists(args.output) and not args.overwrite:  # before the work
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
-    cfg = read_config(args.config_file, args.opts)
+    cfg = read_config(args.config_file, [*args.opts, *args.more_opts])
     register_from_config(cfg)
-    prior = ForegroundPrior.from_config(cfg, args.max_images, progress=sys.stderr.isatty())
+    prior = ForegroundPrior.from_config(cfg, args.max_images)
     text = report(prior)
     if args.output:
         prior.save(args.output, overwrite=args.overwrite)
@@ -66,8 +77,10 @@ def count_and_save(args: argparse.Namespace) -> str:
     return text
 
 
-def report(prior) -> str:
-    """The table of a ForegroundPrior as text."""
+def report(prior: ForegroundPrior) -> str:
+    """Return the table as text."""
+    from d2_balance.utils.text import table
+
     rows = []
     for name, part in prior.parts.items():
         losses = [f"{part.loss(value):.4g}" for value in (part.prior, *COMMON_PRIORS)]
@@ -84,5 +97,4 @@ def report(prior) -> str:
             "ROIHeads: all proposals of the RPN, and of the positives the objects themselves only: "
             "a lower bound."
         )
-    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    return "\n".join([images, "", table, "", *notes])
+    return "\n".join([images, "", table(rows, headers), "", *notes])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,32 +55,28 @@ def run(args: argparse.Namespace) -> int:
     """Fits or applies; 2 where the user has to change something."""
     from d2_balance.evaluation.merge.rescore import apply_factors, fit_factors
 
-    try:
-        if args.action == "apply":
-            text = apply_factors(
-                args.predictions, args.factors, args.dataset, args.output, max_dets=args.max_dets
-            )
-        else:
-            tests, train = list(args.test), []
-            if args.run_directory:
-                found = _sets_of_run(args.run_directory)
-                tests += found[0]
-                train = found[1]
-            text = fit_factors(
-                args.predictions,
-                args.dataset,
-                args.output,
-                tests=tests,
-                trained_on=train,
-                train=args.train,
-                method=args.method,
-                task=args.task,
-                metric=args.metric,
-                max_dets=args.max_dets,
-            )
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance rescore: error: {error}", file=sys.stderr)
-        return 2
+    if args.action == "apply":
+        text = apply_factors(
+            args.predictions, args.factors, args.dataset, args.output, max_dets=args.max_dets
+        )
+    else:
+        tests, train = list(args.test), []
+        if args.run_directory:
+            found = _sets_of_run(args.run_directory)
+            tests += found[0]
+            train = found[1]
+        text = fit_factors(
+            args.predictions,
+            args.dataset,
+            args.output,
+            tests=tests,
+            trained_on=train,
+            train=args.train,
+            method=args.method,
+            task=args.task,
+            metric=args.metric,
+            max_dets=args.max_dets,
+        )
     print(text)
     return 0
 

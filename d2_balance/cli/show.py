@@ -4,7 +4,6 @@ given: rare classes first, coloured by frequency group, as PNG files in a direct
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,19 +34,15 @@ def run(args: argparse.Namespace) -> int:
     """Writes the files and prints their names; 2 where the user has to change something."""
     from d2_balance.evaluation.draw import draw_dataset
 
-    try:
-        paths = draw_dataset(
-            args.dataset,
-            args.output,
-            images=args.images,
-            predictions=args.predictions,
-            count=args.count,
-            class_names=args.classes,
-            min_score=args.min_score,
-            train=args.train,
-        )
-    except (ValueError, FileExistsError) as error:
-        print(f"d2-balance show: error: {error}", file=sys.stderr)
-        return 2
+    paths = draw_dataset(
+        args.dataset,
+        args.output,
+        images=args.images,
+        predictions=args.predictions,
+        count=args.count,
+        class_names=args.classes,
+        min_score=args.min_score,
+        train=args.train,
+    )
     print("\n".join(paths))
     return 0

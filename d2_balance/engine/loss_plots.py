@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.plotting import COLOURS, new_figure, save_figure, style_axes
 
-# Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+_COLOURS = ("#000000", *COLOURS[:6], "#666666")  # the total is black
 _EARLIER = (_COLOURS[5], _COLOURS[2])  # colours of the earlier densities, drawn as lines
 _WIDE_RANGE = 30.0  # losses that differ by more are drawn on a logarithmic axis
 
@@ -33,7 +30,7 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: str, title: str = 
     curves = _loss_curves(metrics)
     if not curves:
         raise ValueError(f"{path}: the metrics hold no loss")
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     values = [v for _, losses in curves.values() for v in losses]
     for number, (name, (iterations, losses)) in enumerate(curves.items()):
@@ -57,9 +54,9 @@ def plot_losses(metrics: Sequence[Mapping[str, float]], path: str, title: str = 
     axes.set_xlim(0, 1.02 * max(i for iterations, _ in curves.values() for i in iterations) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title or "training losses, medians of 20 iterations", fontsize=11)
-    _style(axes)
+    style_axes(axes)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_density(records: Sequence[Mapping[str, Any]], source: str, path: str) -> None:
@@ -82,7 +79,7 @@ def plot_density(records: Sequence[Mapping[str, Any]], source: str, path: str) -
     density, weight = (last["stats"][source][key] for key in ("density", "weight"))
     dead = sum(value <= 0 for value in density)
 
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     figure.suptitle(
         f"{source}: gradient density after {last['iteration']:,} iterations, "
         f"{dead} of {len(density)} bins empty",
@@ -105,8 +102,8 @@ def plot_density(records: Sequence[Mapping[str, Any]], source: str, path: str) -
         axes.set_xlabel("gradient norm g")
         axes.set_xlim(0, 1)
         axes.set_yscale("log")
-        _style(axes)
-    _save(figure, path)
+        style_axes(axes)
+    save_figure(figure, path)
 
 
 def _loss_curves(
@@ -129,20 +126,3 @@ def _draw_bars(axes: Axes, values: Sequence[float], label: str) -> None:
     width = 1 / len(values)
     centres = [(i + 0.5) * width for i in range(len(values))]
     axes.bar(centres, values, width=0.92 * width, color=_COLOURS[1], alpha=0.75, label=label)
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(color="#dddddd", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, so that a caller's own backend stays
-    return figure
-
-
-def _save(figure: Figure, path: str) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

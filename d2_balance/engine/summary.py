@@ -15,7 +15,6 @@ import detectron2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from tabulate import tabulate
 
 from d2_balance import __version__
 from d2_balance.data import ClassCounts, bad_annotations
@@ -25,6 +24,7 @@ from d2_balance.evaluation import read_per_class
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.plots import plot_ap_by_count
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.text import count, percent, table
 
 from .hooks.loss_stats import LOSS_STATS_FILE
 from .hooks.writers import read_json
@@ -107,15 +107,15 @@ def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: 
     tasks = [task for task in TASKS if task in results]
     if not tasks:
         return _other_results(results, name)
-    rows = [[TASKS[task], *(_percent(results[task].get(m)) for m in METRICS)] for task in tasks]
-    table = _table(["", *METRICS], rows)
+    rows = [[TASKS[task], *(percent(results[task].get(m)) for m in METRICS)] for task in tasks]
+    text = table(rows, ["", *METRICS])
     missing = [m for m in METRICS if _is_missing(results[tasks[0]].get(m))]
     reasons: dict[str, list[str]] = {}
     for metric in missing:
         reason = _reason(metric, metric in results[tasks[0]], records, name)
         reasons.setdefault(reason, []).append(metric)
     notes = [f"- {', '.join(keys)}: {reason}." for reason, keys in reasons.items()]
-    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+    return "\n\n".join([text, "\n".join(notes)] if notes else [text])
 
 
 def class_table(records: Mapping[str, Any]) -> list[str]:
@@ -135,13 +135,13 @@ def class_table(records: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            "-" if r.get("train_image_count") is None else f"{r['train_image_count']:,}",
-            f"{r.get('instances', 0):,}",
-            *(_percent(r.get(task)) for task in tasks),
+            count(r.get("train_image_count")),
+            count(r.get("instances", 0)),
+            *(percent(r.get(task)) for task in tasks),
         ]
         for name, r in ordered
     ]
-    return [_table(headers, rows)]
+    return [table(rows, headers)]
 
 
 def _reason(metric: str, measured: bool, records: Mapping[str, Any], name: str) -> str:
@@ -160,13 +160,13 @@ def _reason(metric: str, measured: bool, records: Mapping[str, Any], name: str) 
 
 def _other_results(results: Mapping[str, Any], name: str) -> str:
     rows = [
-        [task, metric, _percent(value)]
+        [task, metric, percent(value)]
         for task, metrics in results.items()
         for metric, value in metrics.items()
     ]
     if not rows:
         return f"{name} gave no results: it has no annotations, or its evaluator measures nothing."
-    return _table(["task", "metric", "value"], rows)
+    return table(rows, ["task", "metric", "value"])
 
 
 def _run_table(
@@ -202,7 +202,7 @@ def _run_table(
             f"{torch.__version__}, Python {platform.python_version()}",
         ),
     ]
-    return _table(["", ""], rows)
+    return table(rows, ["", ""])
 
 
 def _model(cfg: CfgNode) -> str:
@@ -322,13 +322,5 @@ def _notes(directory: str, name: str) -> list[str]:
     return read_json(path, {}).get("notes", [])
 
 
-def _table(headers: list[str], rows: list) -> str:
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
 def _is_missing(value: float | None) -> bool:
     return value is None or math.isnan(value)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if _is_missing(value) else f"{value:.1f}"

@@ -7,21 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.page import Page
-from d2_balance.utils.plotting import count_ticks, new_figure
+from d2_balance.utils.plotting import (
+    COLOURS,
+    count_ticks,
+    name_points,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 from d2_balance.utils.text import count as count_text
 from d2_balance.utils.text import percent, signed, table
 
 from .record import TASKS, Evaluation
 
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
-# Okabe and Ito: told apart with any colour vision.
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MOST_RUNS = len(RUN_COLOURS)
+MOST_RUNS = 7
+MOST_NAMES = 12  # classes named in the plot
 
 
 @dataclass
@@ -141,7 +148,7 @@ def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
         ]
         pairs = sorted(p for p in pairs if not math.isnan(p[1]))
         if pairs:
-            _scatter(left, np.array(pairs), RUN_COLOURS[number])
+            _scatter(left, np.array(pairs), COLOURS[number])
     if not points:
         note = "no class has a number of training images"
         left.text(0.5, 0.5, note, ha="center", transform=left.transAxes, color="#555555")
@@ -157,9 +164,7 @@ def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
         left.set_xticks([], minor=True)
     _bars(right, runs, task)
     for axes in (left, right):
-        axes.grid(color="#dddddd", lw=0.6, axis="both" if axes is left else "y")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_axes(axes, "both" if axes is left else "y")
     figure.legend(
         *right.get_legend_handles_labels(),
         fontsize=9,
@@ -167,10 +172,29 @@ def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
         ncols=4,
         loc="outside upper left",
     )
+    _name_classes(left, runs, task)
     return figure
 
 
-def _scatter(axes, points: np.ndarray, colour: str) -> None:
+def _name_classes(axes: Axes, runs: Sequence[Run], task: str) -> None:
+    """Name the classes that gained and lost most, beside the points of the last run."""
+    classes = runs[0].found.classes
+    gains = {
+        n: v
+        for n, v in class_gains(runs, task).items()
+        if classes[n]["train_image_count"] is not None
+    }
+    if not gains:
+        return
+    x = {n: max(classes[n]["train_image_count"], 0.5) for n in gains}
+    names = sorted(gains, key=lambda n: -abs(gains[n][-1] - gains[n][0]))
+    points = [(x[n], gains[n][-1]) for n in names]
+    others = [(x[n], value) for n in names for value in gains[n][:-1]]
+    colours = [COLOURS[len(runs) - 1]] * len(names)
+    name_points(axes, points, names, colours, range(len(names)), MOST_NAMES, others)
+
+
+def _scatter(axes: Axes, points: np.ndarray, colour: str) -> None:
     count = len(points)
     size = 24 if count <= 100 else 8
     axes.scatter(*points.T, s=size, color=colour, alpha=0.5, linewidths=0)
@@ -184,14 +208,14 @@ def _scatter(axes, points: np.ndarray, colour: str) -> None:
         axes.plot(np.exp(smooth[0]), smooth[1], color=colour, lw=2)
 
 
-def _bars(axes, runs: Sequence[Run], task: str) -> None:
+def _bars(axes: Axes, runs: Sequence[Run], task: str) -> None:
     shown = ["AP", *(f"AP{g}" for g in GROUPS)]
     shown = [m for m in shown if not all(math.isnan(r.found.results[task][m]) for r in runs)]
     width = 0.8 / len(runs)
     for number, run in enumerate(runs):
         values = [run.found.results[task][m] for m in shown]
         places = np.arange(len(shown)) + (number - (len(runs) - 1) / 2) * width
-        axes.bar(places, np.nan_to_num(values), width, color=RUN_COLOURS[number], label=run.name)
+        axes.bar(places, np.nan_to_num(values), width, color=COLOURS[number], label=run.name)
         for x, value in zip(places, values, strict=True):
             text = percent(value)
             axes.text(x, np.nan_to_num(value) + 0.4, text, ha="center", va="bottom", fontsize=7)
@@ -243,8 +267,7 @@ def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) 
     for task in tasks:
         file = f"compare_{TASKS[task]}.png"
         paths.append(os.path.join(directory, file))
-        with atomic_path(paths[-1]) as temporary:
-            plot_comparison(runs, task).savefig(temporary, format="png")
+        save_figure(plot_comparison(runs, task), paths[-1])
         lines += [
             f"## {TASKS[task].capitalize()} AP",
             table(metric_rows(runs, task), ["run", *METRICS]),

@@ -16,9 +16,9 @@ from typing import Any
 
 import hotcoco
 import numpy as np
-from tqdm import tqdm
 
 from d2_balance.data.groups import GROUPS
+from d2_balance.utils.progress import progress
 
 from .average_precision import GroundTruth
 from .predictions import Detections
@@ -155,7 +155,7 @@ def diagnose(
         if own and len(own) < len(ids):
             members[name] = own
     curves, calibration = {}, {}
-    for name, own in tqdm(members.items(), f"diagnosing {task}", delay=2, disable=None):
+    for name, own in progress(members.items(), f"diagnosing {task}", unit="classes"):
         evaluator = engine.run(own)
         curve = _curve(evaluator.eval, evaluator.params, thresholds)
         if curve is not None:

@@ -1,6 +1,6 @@
 """Ground truth and detections on their images, drawn by Detectron2's Visualizer.
 
-Objects have the colour of their class's frequency group. Images come by their rarest class.
+Objects have the colour of their class's frequency group, or of their class if there is one group. Images come by their rarest class.
 """
 
 import os
@@ -16,16 +16,15 @@ from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from tqdm import tqdm
 
 from d2_balance.data import category_names, register_json
 from d2_balance.data.catalog.register import load_dataset
 from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS
 from d2_balance.data.groups import GROUPS, groups_from_counts
-from d2_balance.utils.files import atomic_path
 from d2_balance.utils.names import closest
-from d2_balance.utils.plotting import GROUP_COLOURS, new_figure
+from d2_balance.utils.plotting import COLOURS, GROUP_COLOURS, new_figure, save_figure
+from d2_balance.utils.progress import progress
 
 from .predictions import read_predictions
 from .sources import Annotations
@@ -53,6 +52,12 @@ class Classes:
     image_count: Sequence[int]
     groups: Sequence[str]
     index: Mapping[int, int]
+
+    def colour(self, k: int) -> str:
+        """Return the colour of a class: that of its group, or its own if there is one group only."""
+        if len(set(self.groups)) > 1:
+            return GROUP_COLOURS[self.groups[k]]
+        return COLOURS[k % len(COLOURS)]
 
 
 def image_counts(dataset_dicts: Sequence[Mapping[str, Any]], num_classes: int) -> list[int]:
@@ -133,7 +138,7 @@ def _object(annotation: Mapping[str, Any], classes: Classes) -> dict[str, Any]:
         "box": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
         "mask": annotation.get("segmentation"),
         "label": f"{classes.names[k]}{crowd}",
-        "colour": GROUP_COLOURS[classes.groups[k]],
+        "colour": classes.colour(k),
     }
 
 
@@ -144,7 +149,7 @@ def _detection(detection: Mapping[str, Any], classes: Classes) -> dict[str, Any]
         "box": box and BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS),
         "mask": detection.get("segmentation"),
         "label": f"{classes.names[k]} {detection['score']:.0%}",
-        "colour": GROUP_COLOURS[classes.groups[k]],
+        "colour": classes.colour(k),
     }
 
 
@@ -183,10 +188,11 @@ def _compose(
     name = os.path.basename(record["file_name"])
     figure.suptitle(f"{name} (image {record.get('image_id')})", fontsize=12, x=0.01, ha="left")
     present = [letter for letter in GROUPS if letter in classes.groups]
-    patches = [Patch(color=GROUP_COLOURS[g], label=GROUPS[g]) for g in present]
-    figure.legend(
-        handles=patches, loc="upper right", ncols=len(patches), fontsize=10, frameon=False
-    )
+    if len(present) > 1:  # otherwise colours are those of classes, and names stand at the boxes
+        patches = [Patch(color=GROUP_COLOURS[g], label=GROUPS[g]) for g in present]
+        figure.legend(
+            handles=patches, loc="upper right", ncols=len(patches), fontsize=10, frameon=False
+        )
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=10, x=0.01, ha="left", color="#333333")
     return figure
@@ -253,10 +259,9 @@ def draw_dataset(
     if predictions:
         truth = Annotations.load(dataset, "dataset")
         found = read_predictions(predictions, truth.data, truth.path)
-    for path, record in zip(tqdm(paths, "drawing", delay=2, disable=None), chosen, strict=True):
+    for path, record in zip(progress(paths, "drawing"), chosen, strict=True):
         detections = None if found is None else found.get(record["image_id"], [])
-        with atomic_path(path) as temporary:
-            draw(record, classes, detections, min_score).savefig(temporary, format="png")
+        save_figure(draw(record, classes, detections, min_score), path)
     return paths
 
 

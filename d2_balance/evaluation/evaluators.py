@@ -20,10 +20,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import create_small_table, log_first_n
-from tqdm import tqdm
 
 from d2_balance.data import bad_annotations
 from d2_balance.data.unreadable import SKIPPED, listed_images
+from d2_balance.utils.progress import progress
 
 from .average_precision import APTable, GroundTruth, average_precision
 from .files import RankPredictions, file_name_of
@@ -213,7 +213,7 @@ class COCOGroupEvaluator(COCOEvaluator):
             self._files.write_results(ranks, os.path.join(self._output_dir, name))
         detections, has_masks, self._found = {}, False, 0
         lines = self._files.read(ranks)
-        for image_id, masks, found in tqdm(lines, "reading predictions", delay=2, disable=None):
+        for image_id, masks, found in progress(lines, "reading predictions"):
             has_masks |= masks
             self._found += len(found)
             if image_id not in self._coco_api.imgs:

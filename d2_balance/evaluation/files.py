@@ -5,9 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.progress import progress
 
 
 def file_name_of(dataset_name: str) -> str:
@@ -51,7 +50,7 @@ class RankPredictions:
         with atomic_path(path) as temporary, open(temporary, "w") as f:
             f.write("[")
             separator = ""
-            lines = tqdm(self._lines(ranks), "merging predictions", delay=2, disable=None)
+            lines = progress(self._lines(ranks), "merging predictions")
             for _, body in lines:
                 detections = body.strip()[1:-1]
                 if detections:

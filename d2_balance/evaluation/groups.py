@@ -104,17 +104,17 @@ def group_metrics(
         parts["AP" + size[0]] = (table.by_class(size=size), reason)
     for letter, name in GROUPS.items():
         member = np.array([g == letter for g in groups], dtype=bool)
-        reason = f"no ground truth of {name} classes"
-        if not any(groups):
-            reason = "no frequency groups: neither the file nor the training set gives image counts"
-            reason += " for the classes"
-        parts["AP" + letter] = (ap[member], reason)
+        # a group without a class is no surprise, and data may have no groups at all
+        parts["AP" + letter] = (
+            ap[member],
+            f"no ground truth of {name} classes" if member.any() else "",
+        )
 
     metrics, reasons = {}, []
     for key, (values, reason) in parts.items():
         values = values[~np.isnan(values)]
         metrics[key] = float(values.mean() * 100) if len(values) else float("nan")
-        if not len(values):
+        if not len(values) and reason:
             reasons.append(f"{key} is NaN: {reason} in {dataset_name}")
     return metrics, reasons
 

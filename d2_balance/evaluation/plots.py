@@ -4,19 +4,15 @@ import math
 from collections.abc import Sequence
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.utils.files import atomic_path
-from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure
-
-_MAX_LABELS = 30
-# Where a label may stand beside its point: (dx, dy) in points, horizontal, vertical alignment.
-_PLACES = (
-    (5, 4, "left", "bottom"),
-    (5, -4, "left", "top"),
-    (-5, 4, "right", "bottom"),
-    (-5, -4, "right", "top"),
-    (0, 6, "center", "bottom"),
-    (0, -6, "center", "top"),
+from d2_balance.utils.plotting import (
+    GROUP_COLOURS,
+    count_ticks,
+    name_points,
+    new_figure,
+    save_figure,
+    style_axes,
 )
+from d2_balance.utils.text import plural
 
 
 def plot_ap_by_count(
@@ -56,9 +52,10 @@ def plot_ap_by_count(
     if left_out:
         note = f"{left_out} of {len(per_class)} classes not shown: no ground truth or no count"
         figure.supxlabel(note, fontsize=8, color="#555555", x=0.99, ha="right")
-    _write_names(figure, axes, points)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    colours = [GROUP_COLOURS[p[2]] for p in points]
+    order = _by_interest(points)
+    name_points(axes, [p[:2] for p in points], [p[3] for p in points], colours, order)
+    save_figure(figure, path)
 
 
 def _draw_group(axes, points: Sequence[tuple], group: str | None) -> None:
@@ -67,7 +64,7 @@ def _draw_group(axes, points: Sequence[tuple], group: str | None) -> None:
     counts, values = [p[0] for p in points], [p[1] for p in points]
     mean = sum(values) / len(values)
     name = GROUPS.get(group, "no group")
-    label = f"{name}: mean {mean:.1f} ({len(points)} class{'es' * (len(points) > 1)})"
+    label = f"{name}: mean {mean:.1f} ({plural(len(points), 'class')})"
     colour = GROUP_COLOURS[group]
     size = 28 if len(points) <= 100 else 10
     axes.scatter(counts, values, s=size, color=colour, alpha=0.75, linewidths=0, zorder=3)
@@ -88,45 +85,7 @@ def _style_axes(axes, points: Sequence[tuple], metric: str) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("training images that show the class")
     axes.set_ylabel(f"{metric} (%)")
-    axes.grid(color="#dddddd", lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _write_names(figure, axes, points: Sequence[tuple]) -> None:
-    """Write class names where they cover neither a point nor another name."""
-    figure.draw_without_rendering()
-    frame = axes.get_window_extent()
-    taken = [line.get_window_extent().padded(2) for line in axes.lines]
-    written = 0
-    dots = axes.transData.transform([p[:2] for p in points])
-    reach = 4 * figure.dpi / 72  # radius of a point, and some air, in pixels
-    for index in _by_interest(points)[: 5 * _MAX_LABELS]:
-        if written == _MAX_LABELS:
-            return
-        count, value, group, name = points[index]
-        for dx, dy, ha, va in _PLACES:
-            text = axes.annotate(
-                name,
-                (count, value),
-                (dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=7,
-                color=GROUP_COLOURS[group],
-            )
-            box = text.get_window_extent()
-            clear = not any(
-                box.x0 - reach < x < box.x1 + reach and box.y0 - reach < y < box.y1 + reach
-                for n, (x, y) in enumerate(dots)
-                if n != index
-            )
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0
-            if clear and inside and box.y1 <= frame.y1 and not box.count_overlaps(taken):
-                taken.append(box)
-                written += 1
-                break
-            text.remove()
+    style_axes(axes)
 
 
 def _by_interest(points: Sequence[tuple]) -> list[int]:

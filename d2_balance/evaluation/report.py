@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import atomic_path
-from d2_balance.utils.plotting import GROUP_COLOURS, new_figure
+from d2_balance.utils.plotting import GROUP_COLOURS, new_figure, save_figure, style_axes
 from d2_balance.utils.text import cell, count, percent, table
 
 from .record import METRICS, TASKS, Evaluation
@@ -46,12 +46,15 @@ def text_report(evaluation: Evaluation, max_classes: int = 40) -> str:
     rows = []
     for letter, name in GROUPS.items():
         members = [r for r in evaluation.classes.values() if r["group"] == letter]
+        if not members:
+            continue
         counts = [r["train_image_count"] for r in members if r["train_image_count"] is not None]
         span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
         values = [percent(m[f"AP{letter}"]) for m in results.values()]
         rows.append([name, str(len(members)), span, *values])
     columns = [f"{TASKS[task]} AP" for task in results]
-    sections.append(table(rows, ["group", "classes", "training images", *columns]))
+    if rows:
+        sections.append(table(rows, ["group", "classes", "training images", *columns]))
     if max_classes:
         sections.append(_class_table(evaluation, max_classes))
     return "\n\n".join(sections + [f"- {note}" for note in evaluation.notes])
@@ -63,10 +66,7 @@ def _class_table(evaluation: Evaluation, limit: int) -> str:
         for task in evaluation.results
         for key in ("AP", "AP50")
     ]
-    order = sorted(
-        evaluation.classes.items(),
-        key=lambda item: (item[1]["train_image_count"] or 0, -item[1]["instances"]),
-    )
+    order = _rarest_first(evaluation)
     rows = [
         [name, r["group"] or "-", count(r["train_image_count"]), str(r["instances"])]
         + [percent(r[c]) for c in columns]
@@ -74,8 +74,21 @@ def _class_table(evaluation: Evaluation, limit: int) -> str:
     ]
     text = table(rows, ["class", "group", "training images", "ground truths", *columns])
     if len(order) > limit:
-        text += f"\n\n{limit} of {len(order)} classes, rarest first; --json and --csv give all"
+        text += f"\n\n{limit} of {len(order)} classes, rarest first of those with ground truth"
+        text += "; --json and --csv give all"
     return text
+
+
+def _rarest_first(evaluation: Evaluation) -> list[tuple[str, dict[str, Any]]]:
+    """Classes by training images; those without ground truth, which have no AP, come last."""
+    return sorted(
+        evaluation.classes.items(),
+        key=lambda item: (
+            item[1]["instances"] == 0,
+            item[1]["train_image_count"] or 0,
+            -item[1]["instances"],
+        ),
+    )
 
 
 def plot_curves(found: Diagnosis) -> Figure:
@@ -164,9 +177,7 @@ def plot_confusion(found: Diagnosis) -> Figure:
 
 def _plain(figure: Figure) -> Figure:
     for axes in figure.axes:
-        axes.grid(color="#dddddd", lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_axes(axes)
     return figure
 
 
@@ -208,8 +219,8 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
             page.table(rows, ["object", "detected as", "times", "share of the objects"])
     page.heading("Classes, rarest first")
     columns = list(next(iter(found.classes.values()), {}))
-    order = sorted(found.classes.items(), key=lambda item: item[1]["train_image_count"] or 0)
-    page.table([[n, *(cell(r[c]) for c in columns)] for n, r in order], ["class", *columns])
+    rows = [[n, *(cell(r[c]) for c in columns)] for n, r in _rarest_first(found)]
+    page.table(rows, ["class", *columns])
     return page
 
 
@@ -232,6 +243,5 @@ def write_report(
     for part in parts:
         for name, draw in drawings.items():
             paths.append(os.path.join(directory, f"{name}_{TASKS[part.task]}.png"))
-            with atomic_path(paths[-1]) as temporary:
-                draw(part).savefig(temporary, format="png")
+            save_figure(draw(part), paths[-1])
     return paths

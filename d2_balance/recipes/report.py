@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
-
-from tabulate import tabulate
 
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.record import TASKS
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.page import Page
+from d2_balance.utils.text import percent, table
 
 from .recipe import Recipe, Stage
 from .stages import EVALUATION, FACTORS
@@ -24,7 +22,7 @@ METRICS = ("AP", "AP50", "APr", "APc", "APf")
 def write_report(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> str:
     """Write report.md and report.html; returns the path of the first."""
     title = f"{os.path.basename(recipe.path)}: {len(done)} of {len(recipe.stages)} stages"
-    head, rows = table(recipe, output, done)
+    head, rows = stage_table(recipe, output, done)
     notes = _notes(recipe, output, done)
     logs = f"Logs of the stages lie in {os.path.join(output, 'logs')}."
     page = Page(title)
@@ -33,7 +31,7 @@ def write_report(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]
     page.items(notes)
     page.text(logs, "note")
     page.write(os.path.join(output, "report.html"))
-    text = tabulate(rows, head, tablefmt="github", disable_numparse=True)
+    text = table(rows, head)
     parts = [f"# {title}", _explanation(), text, "\n".join(f"- {note}" for note in notes), logs]
     path = os.path.join(output, "report.md")
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -41,7 +39,7 @@ def write_report(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]
     return path
 
 
-def table(
+def stage_table(
     recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows: one for each stage, AP in percent by task."""
@@ -56,7 +54,7 @@ def table(
         row = [stage.name, stage.kind, state, _evaluated_on(stage) if figures else ""]
         for task in tasks:
             metrics = figures["results"].get(task, {}) if figures else {}
-            row += [_number(metrics.get(metric)) for metric in METRICS]
+            row += [percent(metrics.get(metric)) for metric in METRICS]
         rows.append(row)
     return head, rows
 
@@ -88,9 +86,9 @@ def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> l
             values = values or f"gamma {rule['gamma']:g}"
             before, after = found["before"], found["after"]
             text = f"{stage.name}: {values}, fitted on {stage['dataset']} ({found['task']}): " + (
-                ", ".join(f"{k} {_number(before[k])} to {_number(after[k])}" for k in before)
+                ", ".join(f"{k} {percent(before[k])} to {percent(after[k])}" for k in before)
             )
-            if all(_number(before[k]) == _number(after[k]) for k in before):
+            if all(percent(before[k]) == percent(after[k]) for k in before):
                 text += "; no setting that was tried gains"
             notes.append(text)
     return notes
@@ -105,12 +103,6 @@ def _explanation() -> str:
 
 def _evaluated_on(stage: Stage) -> str:
     return stage["dataset"] or ", ".join((stage["test"] or [])[:1])
-
-
-def _number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.1f}"
 
 
 def _time(seconds: float) -> str:

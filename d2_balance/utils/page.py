@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -43,11 +44,11 @@ class Page:
     def text(self, text: str, kind: str = "") -> None:
         """Add a paragraph; `kind` is "", "note" or "warning"."""
         label = f' class="{kind}"' if kind else ""
-        self._parts.append(f"<p{label}>{html.escape(text)}</p>")
+        self._parts.append(f"<p{label}>{_inline(text)}</p>")
 
     def items(self, lines: Sequence[str]) -> None:
         """Add a list."""
-        inner = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        inner = "".join(f"<li>{_inline(line)}</li>" for line in lines)
         self._parts.append(f"<ul>{inner}</ul>")
 
     def code(self, text: str) -> None:
@@ -65,9 +66,8 @@ class Page:
     def figure(self, figure: Figure, caption: str) -> None:
         """Add an image as PNG within the page; `caption` says what it shows."""
         data = base64.b64encode(png(figure)).decode("ascii")
-        text = html.escape(caption)
-        self._parts.append(f'<img alt="{text}" src="data:image/png;base64,{data}">')
-        self._parts.append(f'<p class="note">{text}</p>')
+        self._parts.append(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">')
+        self.text(caption, "note")
 
     def html(self) -> str:
         """The whole page."""
@@ -83,6 +83,11 @@ class Page:
         """Write the page to `path`, atomically."""
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(self.html())
+
+
+def _inline(text: str) -> str:
+    """Escape text, and show what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def png(figure: Figure) -> bytes:

@@ -1,14 +1,22 @@
-"""What all plots share: figures without pyplot, the colours of groups, ticks of counts."""
+"""What all plots share: figures without pyplot, colours, axes, names of points, files."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .files import atomic_path
+
+# Okabe and Ito: told apart with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#666666")
+"""Colours of curves, runs or classes, in this order."""
+
 GROUP_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"}
-"""Colours of frequency groups, told apart with any colour vision (Okabe and Ito)."""
+"""Colours of frequency groups."""
 
 
 def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
@@ -26,3 +34,87 @@ def count_ticks(low: float, high: float) -> list[int]:
         if len(ticks) >= 4:
             break
     return ticks
+
+
+def style_axes(axes: Axes, grid: str = "both") -> None:
+    """Draw a light grid behind the data, and no frame above and to the right.
+
+    Args:
+        axes: what to style.
+        grid: "x", "y" or "both": lines at the ticks of these axes.
+    """
+    axes.grid(axis=grid, color="#dddddd", lw=0.6)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """Write a figure as PNG; a file that is there is replaced atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+# Where a name may stand beside its point: (dx, dy) in points, horizontal, vertical alignment.
+_PLACES = (
+    (5, 4, "left", "bottom"),
+    (5, -4, "left", "top"),
+    (-5, 4, "right", "bottom"),
+    (-5, -4, "right", "top"),
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+)
+
+
+def name_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    colours: Sequence[str],
+    order: Sequence[int],
+    limit: int = 30,
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write names beside points where they cover neither a point nor another name.
+
+    Args:
+        axes: of a figure whose limits and lines are final.
+        points: x and y of each point.
+        names: their names.
+        colours: their colours.
+        order: indices of the points to name, the most interesting first.
+        limit: names to write at most.
+        others: points that have no name and are not covered either.
+    """
+    figure = axes.get_figure(root=True)
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    taken = [line.get_window_extent().padded(2) for line in axes.lines]
+    dots = axes.transData.transform([*points, *others])
+    reach = 4 * figure.dpi / 72  # radius of a point, and some air, in pixels
+    written = 0
+    for index in order[: 5 * limit]:
+        if written == limit:
+            return
+        for dx, dy, ha, va in _PLACES:
+            text = axes.annotate(
+                names[index],
+                points[index],
+                (dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=7,
+                color=colours[index],
+            )
+            box = text.get_window_extent()
+            clear = not any(
+                box.x0 - reach < x < box.x1 + reach and box.y0 - reach < y < box.y1 + reach
+                for n, (x, y) in enumerate(dots)
+                if n != index
+            )
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0
+            if clear and inside and box.y1 <= frame.y1 and not box.count_overlaps(taken):
+                taken.append(box)
+                written += 1
+                break
+            text.remove()

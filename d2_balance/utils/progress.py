@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
-from tqdm import tqdm
-
 PERIOD = 10.0  # seconds between two lines
+QUIET = "D2_BALANCE_QUIET"
+"""Environment variable that turns progress off, in processes that a command starts too."""
 
 T = TypeVar("T")
 
@@ -29,13 +30,15 @@ def progress(
         description: what is done, such as "predicting".
         total: number of items; None takes the length of `iterable` if it has one.
         unit: what an item is, in the plural.
-        quiet: True reports nothing.
+        quiet: True reports nothing; so does $D2_BALANCE_QUIET.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    if quiet:
+    if quiet or os.environ.get(QUIET):
         yield from iterable
     elif sys.stderr.isatty():
+        from tqdm import tqdm  # a terminal alone needs it
+
         yield from tqdm(iterable, description, total, unit=f" {unit}", delay=2)
     else:
         start = reported = time.monotonic()

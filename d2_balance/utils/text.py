@@ -26,6 +26,12 @@ def count(value: int | None) -> str:
     return NOTHING if value is None else f"{value:,}"
 
 
+def plural(number: int, noun: str) -> str:
+    """Format a number with its noun, such as 1 class or 1,203 classes."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def cell(value: object) -> str:
     """Format any value of a table: floats as percentages, None as "-"."""
     return percent(value) if isinstance(value, float | None) else str(value)

@@ -11,8 +11,8 @@ from d2_balance.engine.loss_plots import plot_density, plot_losses
 def drawn(monkeypatch):
     """The figures, caught before they are written."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda f, path: (figures.append(f), save(f, path)))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda f, path: (figures.append(f), save(f, path)))
     return figures
 
 

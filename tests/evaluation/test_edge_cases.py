@@ -77,14 +77,14 @@ def test_the_reason_of_a_nan_is_logged_once(sets, caplog):
     )
 
 
-def test_groups_are_nan_with_a_reason_where_neither_file_nor_training_gives_them(sets, caplog):
+def test_groups_are_nan_without_a_warning_where_neither_file_nor_training_gives_them(sets, caplog):
     dataset = one_image(frequency="")
     name = sets.register(dataset, "lvis")
     with caplog.at_level(logging.WARNING):
         metrics = sets.feed(LVISGroupEvaluator(name), dataset, found((1, 0.9, 0)))["bbox"]
     assert metrics["AP"] == pytest.approx(100)
     assert all(math.isnan(metrics[k]) for k in ("APr", "APc", "APf"))
-    assert "APr is NaN: no frequency groups: neither the file nor the training set" in caplog.text
+    assert not [key for key in ("APr", "APc", "APf") if key in caplog.text]
 
 
 def test_groups_come_from_training_counts_where_the_file_has_no_frequency(sets):

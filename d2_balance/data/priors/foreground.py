@@ -29,9 +29,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from torch import Tensor
-from tqdm import tqdm
 
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.progress import progress
 
 from ..annotations import read_json
 from ..class_counts import ClassCounts
@@ -112,16 +112,13 @@ class ForegroundPrior:
         return self.parts[part].share * count / count.sum().clamp(min=1)
 
     @classmethod
-    def from_config(
-        cls, cfg: CfgNode, max_images: int = 5000, seed: int = 0, progress: bool = False
-    ) -> ForegroundPrior:
+    def from_config(cls, cfg: CfgNode, max_images: int = 5000, seed: int = 0) -> ForegroundPrior:
         """Counts on DATASETS.TRAIN as the training loader sees it.
 
         Args:
             cfg: full config; its datasets are registered.
             max_images: of more images than this a random sample is counted; 0 takes all.
             seed: of the sample.
-            progress: whether to show a bar.
 
         Raises:
             ValueError: the data cannot be read, the model has no part that is counted, or no
@@ -139,7 +136,7 @@ class ForegroundPrior:
         if max_images and len(records) > max_images:
             records = random.Random(seed).sample(records, max_images)
         totals = {name: [0, 0] for name in counters}
-        for record in tqdm(records, unit=" images", disable=not progress):
+        for record in progress(records, "counting foreground"):
             size, boxes = _sized(cfg, record)
             for name, counter in counters.items():
                 for i, count in enumerate(counter(size, boxes)):

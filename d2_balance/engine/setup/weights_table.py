@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
+from d2_balance.utils.text import table
 
 LOADED = "loaded"
 SHAPE = "skipped (shape)"
@@ -51,9 +51,7 @@ def weights_table(rows: Sequence[WeightRow]) -> str:
         lines += [(r.name, status, str(r.shape), r.reason) for r in of_status[:_SHOWN]]
         if len(of_status) > _SHOWN:
             lines.append((f"and {len(of_status) - _SHOWN} more", status, "", ""))
-    table = tabulate(
-        lines, ["tensor", "what became of it", "shape", "why"], "github", disable_numparse=True
-    )
+    text = table(lines, ["tensor", "what became of it", "shape", "why"])
     statuses = [row.status for row in rows]
     sums = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
-    return f"{table}\n{', '.join(sums)}."
+    return f"{text}\n{', '.join(sums)}."

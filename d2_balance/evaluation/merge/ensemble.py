@@ -29,10 +29,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from d2_balance.data.catalog.class_map import ClassMap, load_class_map
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.progress import progress
 
 from ..columns import DetectionTexts, PredictionColumns, read_columns
 from ..sources import Annotations
@@ -359,7 +359,7 @@ def _write(ensemble: Ensemble, images: int, output: str) -> int:
         texts = [stack.enter_context(DetectionTexts(member.columns)) for member in ensemble.members]
         file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
         file.write("[")
-        merged = tqdm(ensemble.merge(images), "merging", images, delay=2, disable=None)
+        merged = progress(ensemble.merge(images), "merging", images)
         for found in merged:
             if found:
                 # a line for each image
