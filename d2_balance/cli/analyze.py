@@ -96,7 +96,7 @@ def analyze_and_save(args: argparse.Namespace) -> str:
     from d2_balance.analysis.source import load
     from d2_balance.data import register_from_config
     from d2_balance.engine import read_config
-    from d2_balance.utils.files import atomic_path, check_new
+    from d2_balance.utils.files import check_new, write_text
 
     check_new([args.html, args.yaml], args.overwrite)  # before the work
     if args.opts and not args.config_file:
@@ -120,8 +120,7 @@ def analyze_and_save(args: argparse.Namespace) -> str:
         as_page(found, base).write(args.html)
         text += f"\n\npage written to {args.html}"
     if args.yaml:
-        with atomic_path(args.yaml) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(suggestion(found, base, args.yaml))
+        write_text(args.yaml, suggestion(found, base, args.yaml))
         text += f"\n\nsettings written to {args.yaml}"
     return text
 

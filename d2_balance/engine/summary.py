@@ -23,7 +23,7 @@ from d2_balance.data.groups import GROUPS
 from d2_balance.evaluation import read_per_class
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.plots import plot_ap_by_count
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import write_text
 from d2_balance.utils.text import count, percent, table
 
 from .hooks.loss_stats import LOSS_STATS_FILE
@@ -71,8 +71,7 @@ def write_summary(
     if plots:
         parts += ["## Plots", *(f"![{caption}]({file})" for file, caption in plots.items())]
     path = os.path.join(directory, "summary.md")
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("\n\n".join(parts) + "\n")
+    write_text(path, "\n\n".join(parts) + "\n")
     logger.info(f"Summary: {path}")
     return path
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d2_balance.data.groups import GROUPS
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import write_text
 from d2_balance.utils.page import Page
 from d2_balance.utils.plotting import (
     COLOURS,
@@ -277,6 +277,5 @@ def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) 
     paths.insert(0, os.path.join(directory, "compare.html"))
     comparison_page(runs, tasks).write(paths[0])
     paths.insert(0, os.path.join(directory, "compare.md"))
-    with atomic_path(paths[0]) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.write("\n\n".join(lines) + "\n")
+    write_text(paths[0], "\n\n".join(lines) + "\n")
     return paths

@@ -9,7 +9,7 @@ from typing import Any
 
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.record import TASKS
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import write_text
 from d2_balance.utils.page import Page
 from d2_balance.utils.text import percent, table
 
@@ -34,8 +34,7 @@ def write_report(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]
     text = table(rows, head)
     parts = [f"# {title}", _explanation(), text, "\n".join(f"- {note}" for note in notes), logs]
     path = os.path.join(output, "report.md")
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("\n\n".join(part for part in parts if part) + "\n")
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
     return path
 
 

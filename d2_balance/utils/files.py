@@ -42,6 +42,12 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
+def write_text(path: str, text: str) -> None:
+    """Write a text file as UTF-8, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def check_new(paths: Iterable[str | None], overwrite: bool) -> None:
     """Refuse to replace files; called before the work that they are the result of.
 

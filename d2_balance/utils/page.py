@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from .files import atomic_path
+from .files import write_text
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:62rem;margin:2rem auto;
@@ -81,8 +81,7 @@ class Page:
 
     def write(self, path: str) -> None:
         """Write the page to `path`, atomically."""
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(self.html())
+        write_text(path, self.html())
 
 
 def _inline(text: str) -> str:

@@ -8,11 +8,12 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from d2_balance import add_balance_config
-from d2_balance.cli import config_reference
-from d2_balance.cli.config_reference import key_comments, leaves, main, reference_page
 from d2_balance.config import argument_help
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import argument_key
+from d2_balance.utils.config_tree import leaves
+from scripts import config_reference
+from scripts.config_reference import key_comments, main, reference_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
@@ -66,7 +67,7 @@ def test_every_constructor_argument_with_a_default_has_a_key():
 
 def test_committed_page_is_the_generated_one():
     assert PAGE.read_text() == reference_page(), (
-        "run python -m d2_balance.cli.config_reference docs/config.md"
+        "run python scripts/config_reference.py docs/config.md"
     )
 
 

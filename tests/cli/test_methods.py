@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from d2_balance import methods
 from d2_balance.cli import main as cli
-from d2_balance.cli import methods
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.compatibility import HEADS, Parts, check_parts
 from d2_balance.reweight import REWEIGHTERS
@@ -136,6 +136,7 @@ def test_page_of_methods_holds_the_tables():
 
 def test_command_prints_both_tables(capsys):
     assert cli.main(["methods"]) == 0
+    assert cli.main(["methods", "--pairs"]) == 0
     printed = capsys.readouterr().out
     assert "GHMC, GHMR" in printed and "| CLS_LOSS" in printed
     row = [line for line in printed.splitlines() if line.startswith("| Seesaw ")][-1]

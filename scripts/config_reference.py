@@ -1,6 +1,6 @@
 """The page docs/config.md: every key of this package with its default and its meaning.
 
-    python -m d2_balance.cli.config_reference docs/config.md
+    python scripts/config_reference.py docs/config.md
 
 Comments above the keys in `config.py` and the docstrings of the losses are the only source.
 """
@@ -20,7 +20,7 @@ from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
 from d2_balance.reweight import REWEIGHTERS
 from d2_balance.sampling import PROPOSAL_SAMPLERS
 from d2_balance.utils.config_tree import leaves
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import write_text
 
 HEAD = """# Configuration
 
@@ -29,7 +29,7 @@ command line: `train_net.py --config-file FILE MODEL.BALANCE.CLS_LOSS DR MODEL.B
 The losses are used by `MODEL.META_ARCHITECTURE: BalancedRetinaNet` and `BalancedFCOS`, and by
 `BalancedRCNN` with `MODEL.ROI_HEADS.NAME: BalancedStandardROIHeads` or `BalancedCascadeROIHeads`.
 
-This page is made by `python -m d2_balance.cli.config_reference docs/config.md`; do not edit it.
+This page is made by `python scripts/config_reference.py docs/config.md`; do not edit it.
 """
 _OF_MODELS = ("MODEL.FCOS", "MODEL.BALANCE")  # have sections of their own
 SECTIONS = {
@@ -163,8 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the reference of all configuration keys.")
     parser.add_argument("file", help="the page to write, replaced if it is there")
     path = parser.parse_args().file
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(reference_page())
+    write_text(path, reference_page())
 
 
 if __name__ == "__main__":
