@@ -91,33 +91,33 @@ def plain_load(path: str) -> float:
 
 def first_statistics(path: str) -> float:
     """Class statistics of a file that was never counted."""
-    from d2_balance.data.file_counts import file_counts
+    from d2_balance.data.annotations import read_annotations
 
     with tempfile.TemporaryDirectory() as directory:
         os.environ["D2_BALANCE_CACHE"] = directory
         start = time.perf_counter()
-        file_counts(path)
+        read_annotations(path).class_counts()
         return time.perf_counter() - start
 
 
 def cached_statistics(path: str) -> float:
     """Class statistics of a file that was counted before, by the same path."""
-    from d2_balance.data.file_counts import file_counts
+    from d2_balance.data.annotations import read_annotations
 
     start = time.perf_counter()
-    file_counts(path)
+    read_annotations(path).class_counts()
     return time.perf_counter() - start
 
 
 def moved_statistics(path: str) -> float:
     """Class statistics of a file that was counted under another name: found by its hash."""
-    from d2_balance.data.file_counts import file_counts
+    from d2_balance.data.annotations import read_annotations
 
     link = f"{path}.moved"
     os.link(path, link)  # also changes the ctime, as a copy has another one
     try:
         start = time.perf_counter()
-        file_counts(link)
+        read_annotations(link).class_counts()
         return time.perf_counter() - start
     finally:
         os.remove(link)
@@ -125,7 +125,7 @@ def moved_statistics(path: str) -> float:
 
 def _records(path: str) -> list[dict]:
     """The images of the file with what samplers and masks read of Detectron2's dicts."""
-    from d2_balance.data.json_files import read_json
+    from d2_balance.utils.files import read_json
 
     data = read_json(path)
     records = [
@@ -239,12 +239,14 @@ def main() -> None:
         path = Path(args.file or os.path.join(directory, "train.json"))
         if not path.exists():
             make_file(path, args)
-        from d2_balance.data.file_counts import file_counts
+        from d2_balance.data.annotations import read_annotations
 
         cache = os.path.join(directory, "cache")
         os.environ["D2_BALANCE_CACHE"] = cache
         time.sleep(2.1)  # a file of this age is known by its times, see `file_state`
-        file_counts(str(path))  # fills the cache for the measurements that need it
+        read_annotations(
+            str(path)
+        ).class_counts()  # fills the cache for the measurements that need it
         seconds = {name: measure(name, path, cache, args.repeats) for name in MEASUREMENTS}
         size = path.stat().st_size / 1e6
     base = seconds["json.load"]

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from d2_balance.data import check_structure, read_json
-from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS
+from d2_balance.data.columns import IMAGE_LABEL_KEYS, check_structure
 from d2_balance.data.preparing import (
     add_output,
     counts_of_training,
@@ -27,6 +26,7 @@ from d2_balance.data.preparing import (
     with_counts,
     write_annotations,
 )
+from d2_balance.utils.files import read_json
 
 SYNSETS = Path(__file__).with_name("coco_synsets.json")
 

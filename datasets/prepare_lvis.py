@@ -15,12 +15,15 @@ import os
 import sys
 from collections import Counter
 
-from d2_balance.data import ClassCounts, check_structure, read_json
-from d2_balance.data.annotations import find_images
-from d2_balance.data.checks.annotations import find_bad_annotations
-from d2_balance.data.checks.structure import category_name
+import numpy as np
+import torch
+
+from d2_balance.data import ClassCounts
+from d2_balance.data.annotations import Annotations, count_classes, read_annotations
+from d2_balance.data.columns import category_name
 from d2_balance.data.groups import GROUPS, groups_from_counts
 from d2_balance.data.preparing import run_script
+from d2_balance.data.records import find_images
 from d2_balance.utils.files import check_new
 
 SHOWN = 5
@@ -32,61 +35,56 @@ def some(lines: list[str]) -> str:
     return "; ".join(lines[:SHOWN] + more)
 
 
-def load(path: str, images: str | None) -> tuple[dict, set[int], list[str]]:
-    """Content of a file, positions of its bad annotations, and what is to be said about it.
+def load(path: str, images: str | None) -> tuple[Annotations, list[str]]:
+    """Annotations of a file, and what is to be said about it.
 
     Raises:
         ValueError: structure that cannot be trained on, or missing images.
     """
-    data = read_json(path)
-    check_structure(data, path)
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in data["images"]}
-    findings = find_bad_annotations(data["annotations"], sizes, path)
-    negatives = sum(bool(i.get("neg_category_ids")) for i in data["images"])
-    partly = sum(bool(i.get("not_exhaustive_category_ids")) for i in data["images"])
+    data = read_annotations(path)
+    negatives, partly = (
+        int((np.diff(labels.offsets) > 0).sum()) for labels in (data.negative, data.not_exhaustive)
+    )
     said = [
-        f"{path}: {len(data['images']):,} images, {len(data['annotations']):,} annotations, "
-        f"{len(data['categories']):,} classes; {negatives:,} images list absent classes, "
+        f"{path}: {len(data.image_id):,} images, {len(data.id):,} annotations, "
+        f"{data.num_classes:,} classes; {negatives:,} images list absent classes, "
         f"{partly:,} have classes that are not marked completely"
     ]
-    if findings.report:
-        said.append(findings.report.describe())
+    if data.report:
+        said.append(data.report.describe())
     if not negatives:
         said.append(f"  no image has neg_category_ids: {path} is not federated")
     if images:
-        find_images(data["images"], images, path)
+        find_images(data, images)
         said.append(f"  all images lie below {images}")
-    return data, findings.skip, said
+    return data, said
 
 
-def count(data: dict, skip: set[int], path: str) -> ClassCounts:
+def count(data: Annotations) -> ClassCounts:
     """Counts over the images that have an object.
 
     Raises:
         ValueError: no annotation.
     """
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    index = {c["id"]: k for k, c in enumerate(categories)}
-    per_image: dict = {}
-    for position, annotation in enumerate(data["annotations"]):
-        if position not in skip and not annotation.get("ignore"):
-            entry = {"category_id": index[annotation["category_id"]]}
-            per_image.setdefault(annotation["image_id"], []).append(entry)
-    if not per_image:
-        raise ValueError(f"{path}: no annotation; the first file must be the training set")
-    groups = [c.get("frequency") for c in categories]
-    return ClassCounts.from_dataset_dicts(
-        [{"annotations": a} for a in per_image.values()],
-        len(categories),
-        [category_name(c) for c in categories],
-        groups if all(g in GROUPS for g in groups) else None,
+    kept = data.usable & ~data.ignore
+    if not kept.any():
+        raise ValueError(f"{data.path}: no annotation; the first file must be the training set")
+    counts = count_classes(
+        data.image[kept], data.category[kept], data.num_classes, len(data.image_id)
+    )
+    return ClassCounts(
+        torch.from_numpy(counts.image_count),
+        torch.from_numpy(counts.instance_count),
+        counts.images_with_objects,
+        tuple(data.class_names.values()),
+        data.file_groups,
     )
 
 
 def compare_counts(categories: list[dict], counts: ClassCounts) -> list[str]:
     """Classes whose entry in the file is not what the annotations show."""
     found = counts.image_count.tolist()
-    rows = list(zip(sorted(categories, key=lambda c: c["id"]), found, strict=True))
+    rows = list(zip(categories, found, strict=True))
     wrong = [
         f"{c['id']} {category_name(c)!r}: {c['image_count']}, counted {n}"
         for c, n in rows
@@ -104,13 +102,13 @@ def compare_counts(categories: list[dict], counts: ClassCounts) -> list[str]:
     )
 
 
-def same_categories(first: dict, other: dict, names: tuple[str, str]) -> None:
+def same_categories(first: Annotations, other: Annotations, names: tuple[str, str]) -> None:
     """Check that two files number the same classes alike.
 
     Raises:
         ValueError: naming the first categories that differ.
     """
-    ours, theirs = ({c["id"]: category_name(c) for c in d["categories"]} for d in (first, other))
+    ours, theirs = first.class_names, other.class_names
     differing = [
         f"{i}: {ours.get(i)!r} and {theirs.get(i)!r}"
         for i in sorted({*ours, *theirs})
@@ -129,11 +127,11 @@ def check(args: argparse.Namespace) -> str:
     check_new([output], args.overwrite)
     first, lines = None, []
     for path in args.files:
-        data, skip, said = load(path, args.images)
+        data, said = load(path, args.images)
         lines += said
         if first is None:
-            first, counts = data, count(data, skip, path)
-            lines += compare_counts(data["categories"], counts)
+            first, counts = data, count(data)
+            lines += compare_counts(data.categories, counts)
         else:
             same_categories(first, data, (args.files[0], path))
     counts.save(output, args.overwrite)

@@ -26,11 +26,10 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from d2_balance.data import read_json
 from d2_balance.data.catalog.label_hierarchy import LabelHierarchy
 from d2_balance.data.checks.images import image_size
 from d2_balance.data.preparing import add_output, counts_of_training, run_script, with_counts
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 
 EDGES = ("XMin", "XMax", "YMin", "YMax")
 BOX_FIELDS = ("ImageID", "LabelName", *EDGES)

@@ -17,8 +17,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from d2_balance.data.priors.foreground import ROI_HEADS, RPN, PartCount, training_size
-from d2_balance.data.priors.sample_counts import AnchorCounter, row_counters
+from d2_balance.data.priors.foreground import PartCount, training_size
+from d2_balance.data.priors.sample_counts import ROI_HEADS, RPN, AnchorCounter, row_counters
 from d2_balance.utils.progress import progress
 
 from .table import DataTable

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from d2_balance.data.checks.images import image_size
+from d2_balance.data.checks.images import image_head, is_deep
 from d2_balance.utils.progress import progress
 
 from .source import Source
@@ -14,6 +14,7 @@ from .source import Source
 MISSING = "image that does not exist"
 UNREADABLE = "image that cannot be read"
 OTHER_SIZE = "image of another size than the file says"
+DEEP = "image of more than 8 bits per channel, which is read as one colour: convert it to 8 bits"
 
 
 def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
@@ -37,10 +38,12 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
             problems.setdefault(MISSING, []).append(places[0] if places else f"image {image}")
             continue
         try:
-            wrong = image_size(path) != tuple(table.sizes[image].tolist())
+            size, mode, _ = image_head(path)
         except ValueError:
             problems.setdefault(UNREADABLE, []).append(path)
             continue
-        if wrong:
+        if is_deep(mode):
+            problems.setdefault(DEEP, []).append(f"{path} ({mode})")
+        if size != tuple(table.sizes[image].tolist()):
             problems.setdefault(OTHER_SIZE, []).append(path)
     return problems

@@ -98,6 +98,8 @@ def analyze(
         ValueError: no image has an object, or the model has no anchors or anchor points.
     """
     table, notes = source.table, [source.note] if source.note else []
+    if table is not None:
+        notes += table.hints
     filter_empty = cfg is None or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     if table is None:
         statistics, problems = source.counts, {}

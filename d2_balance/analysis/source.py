@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2_balance.data.annotations import locate, read_annotations
 from d2_balance.data.catalog.metadata import id_map
-from d2_balance.data.catalog.register import register_json
-from d2_balance.data.checks.structure import check_structure
+from d2_balance.data.catalog.register import load_dataset, register_json
 from d2_balance.data.class_counts import ClassCounts
-from d2_balance.data.json_files import read_json
 
 from .table import DataTable
 
@@ -44,52 +44,35 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
         ValueError: it is none of them, or the file cannot be used; names the file and what is
             wrong in it.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     if files:
         register_json(dataset, *files, key="--register")
-    if dataset not in DatasetCatalog:
-        if not os.path.isfile(dataset):
-            raise ValueError(
-                f"{dataset!r} is neither a registered dataset nor a file; --register JSON IMAGES "
-                "registers your own, and so does DATASETS.REGISTER of --config-file"
-            )
-        return _from_file(dataset, dataset)
-    metadata = MetadataCatalog.get(dataset)
-    if metadata.get("evaluator_type") in ("coco", "lvis") and metadata.get("json_file"):
-        if dataset.startswith("mini_lvis"):
-            DatasetCatalog.get(dataset)  # rendered on first use
-        if not os.path.isfile(metadata.json_file):
-            raise ValueError(
-                f"{dataset!r} needs {metadata.json_file}, which does not exist; "
-                "$DETECTRON2_DATASETS must point to the directory of the datasets"
-            )
-        return _from_file(dataset, metadata.json_file, metadata.get("image_root", ""))
-    return _from_loader(dataset)
+    place = locate(dataset, "dataset")
+    if not place.path:
+        return _from_loader(dataset)
+    if place.path == dataset:
+        counts = _class_counts(dataset)
+        if counts is not None:
+            note = "The file holds class counts only: no boxes to look at."
+            return Source(dataset, None, counts, note)
+    found = read_annotations(place.path)
+    return Source(dataset, DataTable.from_annotations(dataset, found), image_root=place.image_root)
 
 
-def _from_file(name: str, path: str, image_root: str = "") -> Source:
-    data = read_json(path)
-    if isinstance(data, dict) and "num_images" in data and "images" not in data:
-        counts = ClassCounts.load(path)
-        return Source(name, None, counts, "The file holds class counts only: no boxes to look at.")
-    check_structure(data, path)
-    return Source(name, DataTable.from_json(name, path, data), image_root=image_root)
+def _class_counts(path: str) -> ClassCounts | None:
+    """Counts of a file of `ClassCounts.save`, None for another file."""
+    with open(path, "rb") as file:
+        saved = re.match(rb'\s*{\s*"num_images"', file.read(100))
+    return ClassCounts.load(path) if saved else None
 
 
 def _from_loader(name: str) -> Source:
     """Detectron2's dicts; only counts where images have no size or objects no box."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import MetadataCatalog
 
-    try:
-        records = DatasetCatalog.get(name)
-    except ValueError:
-        raise  # names the file and what is wrong in it
-    except Exception as error:  # loaders of others may raise anything
-        raise ValueError(f"{name!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    records = load_dataset(name)
     metadata = MetadataCatalog.get(name)
     classes = metadata.get("thing_classes")
-    if classes is None or not isinstance(records, list):
+    if classes is None or not isinstance(records, Sequence):
         raise ValueError(
             f"{name!r} has no class names or no list of dicts; an analysis needs a detection set"
         )

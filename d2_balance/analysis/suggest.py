@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
-from d2_balance.data.checks.structure import configured_num_classes, num_classes_key
+from d2_balance.data.checks.classes import configured_num_classes, num_classes_key
 
 from .report import Analysis
 from .table import EMPTY_VERIFIED

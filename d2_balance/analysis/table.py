@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
-from d2_balance.data.annotations import image_places
-from d2_balance.data.checks.annotations import find_bad_annotations
-from d2_balance.data.checks.structure import category_name
+from d2_balance.data.annotations import Annotations, count_classes
+from d2_balance.data.checks.annotations import NO_MASK
 from d2_balance.data.class_counts import ClassCounts
-from d2_balance.data.groups import GROUPS
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
 DUPLICATE = "duplicate: the same class and box once more in the image"
@@ -48,6 +46,7 @@ class DataTable:
         files: D lists of places below the image directory where an image may lie; empty where the
             data say nothing of it.
         problems: what is wrong, to the ids (of images or annotations) it was found in.
+        hints: sentences about what looks wrong in the file as a whole.
     """
 
     name: str
@@ -63,6 +62,7 @@ class DataTable:
     not_exhaustive: np.ndarray | None = None
     files: list[list[str]] = field(default_factory=list)
     problems: dict[str, list] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -82,10 +82,13 @@ class DataTable:
         kept = len(self.kept_images(filter_empty))
         if not kept:
             raise ValueError(f"{self.name}: no image has an object to train on")
-        pairs = self.image_classes()
+        shown = ~self.crowd
+        counts = count_classes(
+            self.image[shown], self.label[shown], self.num_classes, len(self.sizes)
+        )
         return ClassCounts(
-            torch.from_numpy(np.bincount(pairs[:, 1], minlength=self.num_classes)),
-            torch.from_numpy(np.bincount(self.label[~self.crowd], minlength=self.num_classes)),
+            torch.from_numpy(counts.image_count),
+            torch.from_numpy(counts.instance_count),
             kept,
             self.class_names,
             self.file_groups,
@@ -104,47 +107,41 @@ class DataTable:
         return np.stack(np.divmod(pairs, self.num_classes), axis=1)
 
     @classmethod
-    def from_json(cls, name: str, path: str, data: dict[str, Any]) -> DataTable:
-        """Columns of a COCO- or LVIS-style file that `check_structure` has passed.
+    def from_annotations(cls, name: str, source: Annotations) -> DataTable:
+        """Columns of a COCO- or LVIS-style file.
 
         Args:
             name: for headings.
-            path: of the file, for messages.
-            data: its content.
+            source: the file.
         """
-        images, annotations = data["images"], data["annotations"]
-        categories = sorted(data["categories"], key=lambda c: c["id"])
-        sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in images}
-        findings = find_bad_annotations(annotations, sizes, path)
-        kept = [(n, a) for n, a in enumerate(annotations) if n not in findings.skip]
-        image_index = {i["id"]: n for n, i in enumerate(images)}
-        class_index = {c["id"]: n for n, c in enumerate(categories)}
-        crowd = [bool(a.get("iscrowd") or a.get("ignore")) for _, a in kept]
-        groups = tuple(c.get("frequency") for c in categories)
-        report = findings.report
+        usable = source.usable
+        crowd = source.crowd | source.ignore
+        report = source.report
         problems = {f"left out: {reason}": ids for reason, ids in report.skipped.items()}
+        for reason, ids in report.bad_masks.items():
+            problems[f"left out where masks are trained: {reason}"] = ids
         if report.clipped:
             problems["box sticks out of its image and is clipped"] = list(report.clipped)
         if report.trimmed:
             problems["mask with broken polygons, which are left out"] = list(report.trimmed)
+        has_mask = (source.mask != NO_MASK) & (source.mask_problem < 0)
         table = cls(
             name,
-            tuple(category_name(c) for c in categories),
-            groups if set(groups) <= set(GROUPS) else None,
-            np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2),
-            np.array([image_index[a["image_id"]] for _, a in kept], dtype=np.int64),
-            np.array([class_index[a["category_id"]] for _, a in kept], dtype=np.int64),
-            _boxes([findings.boxes.get(n, a["bbox"]) for n, a in kept]),
-            np.array(crowd, dtype=bool),
-            sum(
-                bool(a.get("segmentation")) for (_, a), c in zip(kept, crowd, strict=True) if not c
-            ),
-            _image_labels(images, "neg_category_ids", class_index),
-            _image_labels(images, "not_exhaustive_category_ids", class_index),
-            [image_places(image) for image in images],
+            tuple(source.class_names.values()),
+            source.file_groups,
+            source.size,
+            source.image[usable].astype(np.int64),
+            source.category[usable].astype(np.int64),
+            source.training_boxes()[usable],
+            crowd[usable],
+            int((has_mask & usable & ~crowd).sum()),
+            source.negative.pairs() if source.negative.given.any() else None,
+            source.not_exhaustive.pairs() if source.not_exhaustive.given.any() else None,
+            [source.image_places(image) for image in range(len(source.image_id))],
             problems,
+            list(report.hints),
         )
-        table._find_more([a["id"] for _, a in kept], [i["id"] for i in images])
+        table._find_more(source.id[usable].tolist(), source.image_id.tolist())
         return table
 
     @classmethod

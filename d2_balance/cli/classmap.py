@@ -51,17 +51,16 @@ def categories(name: str) -> list[dict[str, Any]]:
     """
     from detectron2.data import DatasetCatalog
 
-    from d2_balance.data import read_json
     from d2_balance.data.catalog.metadata import target_categories
-    from d2_balance.data.checks.structure import check_categories
+    from d2_balance.data.columns import check_categories
+    from d2_balance.utils.files import read_json
 
     if os.path.isfile(name):
         data = read_json(name)
         found = data.get("categories") if isinstance(data, dict) else None
         if not isinstance(found, list):
             raise ValueError(f"{name}: the list 'categories' is missing")
-        check_categories(found, name)
-        return found
+        return check_categories(found, name)
     if name in DatasetCatalog:
         return target_categories(name)
     raise ValueError(f"{name!r} is neither a file nor a registered dataset")

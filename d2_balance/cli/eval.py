@@ -45,17 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes the files; 2 where the user has to change something."""
+    from d2_balance.data.annotations import load_annotations
     from d2_balance.evaluation.evaluate import evaluate_predictions
     from d2_balance.evaluation.per_class import write_csv
     from d2_balance.evaluation.predictions import read_predictions
     from d2_balance.evaluation.report import text_report, write_report
-    from d2_balance.evaluation.sources import Annotations
     from d2_balance.utils.files import check_new
 
     page = args.report and os.path.join(args.report, "report.html")
     check_new([args.json, args.csv, page], args.overwrite)  # before the work
-    train = Annotations.load(args.train, "--train") if args.train else None
-    truth = Annotations.load(args.dataset, "--dataset", args.style)
+    train = load_annotations(args.train, "--train") if args.train else None
+    truth = load_annotations(args.dataset, "--dataset", args.style)
     detections = read_predictions(args.predictions, truth.data, truth.path)
     evaluation = evaluate_predictions(
         truth,

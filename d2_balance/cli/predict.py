@@ -138,7 +138,7 @@ def read_names(path: str) -> list[str]:
     Raises:
         ValueError: it holds no names.
     """
-    from d2_balance.data.json_files import read_json
+    from d2_balance.utils.files import read_json
 
     if path.endswith(".json"):
         data = read_json(path)
@@ -160,7 +160,7 @@ def read_names(path: str) -> list[str]:
 def _thresholds(entries: Sequence[str]) -> dict[str, float]:
     """Scores by class name from NAME=SCORE or a JSON file."""
     if len(entries) == 1 and entries[0].endswith(".json"):
-        from d2_balance.data.json_files import read_json
+        from d2_balance.utils.files import read_json
 
         data = read_json(entries[0])
         if not isinstance(data, dict) or not all(isinstance(v, int | float) for v in data.values()):

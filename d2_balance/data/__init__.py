@@ -1,40 +1,36 @@
 """Datasets from any annotation file, their checks, class statistics and image-level labels."""
 
-from .annotations import annotation_style, load_json, read_json
-from .catalog.metadata import category_names, id_map, loaded_metadata
-from .catalog.register import register_from_config, register_json
-from .checks.annotations import BadAnnotations, bad_annotations
-from .checks.structure import (
-    check_categories_match,
-    check_masks,
-    check_num_classes,
-    check_structure,
-)
-from .class_counts import ClassCounts
-from .image_labels import ImageLabels, require_image_labels
-from .mini_lvis.dataset import register_mini_lvis
-from .samplers import ClassAwareTrainingSampler
+from importlib import import_module
 
-__all__ = [
-    "BadAnnotations",
-    "ClassAwareTrainingSampler",
-    "ClassCounts",
-    "ImageLabels",
-    "annotation_style",
-    "bad_annotations",
-    "category_names",
-    "check_categories_match",
-    "check_masks",
-    "check_num_classes",
-    "check_structure",
-    "id_map",
-    "load_json",
-    "loaded_metadata",
-    "read_json",
-    "register_from_config",
-    "register_json",
-    "register_mini_lvis",
-    "require_image_labels",
-]
+_MODULES = {
+    "Annotations": "annotations",
+    "BadAnnotations": "checks.annotations",
+    "ClassAwareTrainingSampler": "samplers",
+    "ClassCounts": "class_counts",
+    "ImageLabels": "image_labels",
+    "annotation_style": "annotations",
+    "bad_annotations": "checks.annotations",
+    "category_names": "catalog.metadata",
+    "check_categories_match": "checks.classes",
+    "check_masks": "checks.classes",
+    "check_num_classes": "checks.classes",
+    "check_structure": "columns",
+    "id_map": "catalog.metadata",
+    "load_annotations": "annotations",
+    "load_json": "records",
+    "loaded_metadata": "catalog.metadata",
+    "read_annotations": "annotations",
+    "register_from_config": "catalog.from_config",
+    "register_json": "catalog.register",
+    "register_mini_lvis": "mini_lvis.dataset",
+    "require_image_labels": "image_labels",
+}
 
-register_mini_lvis()
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is asked for: commands that read annotations load no torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 
+from .annotations import read_annotations
 from .catalog.register import registered_file, resolve_path
-from .checks.structure import (
+from .checks.classes import (
     check_class_count,
     check_num_classes,
     configured_num_classes,
     num_classes_key,
 )
-from .file_counts import file_counts
 from .groups import GROUPS, LVIS_CUTS, groups_from_counts
-from .json_files import read_json
+from .records import Records, join, objects_of, subset
 
 FROM_CHECKPOINT = "checkpoint"
 _KEY = "MODEL.BALANCE.CLASS_COUNTS_FILE"
@@ -123,22 +123,18 @@ class ClassCounts:
         Raises:
             ValueError: if there is no dict, or a category_id is outside [0, num_classes).
         """
-        per_image = [
-            [a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)]
-            for record in dataset_dicts
-        ]
-        sizes = np.fromiter(map(len, per_image), np.int64, len(per_image))
-        classes = np.fromiter((c for ids in per_image for c in ids), np.int64, sizes.sum())
+        objects = objects_of(dataset_dicts)
+        classes = objects.category[~objects.crowd]
         if len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
             raise ValueError(
                 f"category_id runs from {classes.min()} to {classes.max()}; it must be in "
                 f"[0, {num_classes})"
             )
-        pairs = np.unique(np.repeat(np.arange(len(sizes)), sizes) * num_classes + classes)
+        counts = objects.counts(num_classes)
         return cls(
-            torch.from_numpy(np.bincount(pairs % num_classes, minlength=num_classes)),
-            torch.from_numpy(np.bincount(classes, minlength=num_classes)),
-            len(dataset_dicts),
+            torch.from_numpy(counts.image_count),
+            torch.from_numpy(counts.instance_count),
+            counts.images,
             tuple(class_names or map(str, range(num_classes))),
             None if file_groups is None else tuple(file_groups),
         )
@@ -149,7 +145,7 @@ class ClassCounts:
 
         Reads MODEL.BALANCE.CLASS_COUNTS_FILE if that names a file; else counts over DATASETS.TRAIN
         as the training loader sees it. Files of DATASETS.REGISTER are counted once for each content
-        (see `file_counts`), other sets once per process. "checkpoint" counts too: it speaks of the
+        (see `data.cache`), other sets once per process. "checkpoint" counts too: it speaks of the
         losses' values only.
 
         Raises:
@@ -174,7 +170,7 @@ class ClassCounts:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         files = [registered_file(name) for name in names]
         if all(files):
-            statistics = _count_files(files, filter_empty)
+            statistics = _count_files(files, filter_empty, cfg.MODEL.MASK_ON)
             for name in names:
                 check_class_count(cfg, name, statistics.num_classes)
             return statistics
@@ -237,32 +233,41 @@ class ClassCounts:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _count_files(files: Sequence[str], filter_empty: bool) -> ClassCounts:
+def _count_files(paths: Sequence[str], filter_empty: bool, masks: bool) -> ClassCounts:
     """Counts of one or several annotation files together.
 
     Raises:
         ValueError: a file cannot be used, has other classes than the first one, or no image is
             left.
     """
-    counts = [file_counts(file) for file in files]
-    first = counts[0]
-    for file, found in zip(files, counts, strict=True):
-        if found.class_names != first.class_names:
+    files = [read_annotations(path) for path in paths]
+    counts = [file.class_counts(masks) for file in files]
+    names = tuple(files[0].class_names.values())
+    for file in files[1:]:
+        if tuple(file.class_names.values()) != names:
             raise ValueError(
-                f"DATASETS.TRAIN: {file} has other class names than {files[0]}, or another order; "
-                "training sets must have the same 'categories'"
+                f"DATASETS.TRAIN: {file.path} has other class names than {files[0].path}, or "
+                "another order; training sets must have the same 'categories'"
             )
     images = sum(c.images_with_objects if filter_empty else c.images for c in counts)
     if not images:
         what = "an object to train on" if filter_empty else "an image"
-        raise ValueError(f"{', '.join(files)}: class statistics need {what}, and there is none")
-    groups = {found.file_groups for found in counts}
+        crowds = sum(int((f.usable & f.crowd).sum()) for f in files)
+        why = (
+            f": {crowds} of {sum(len(f.id) for f in files)} objects have iscrowd 1"
+            if crowds
+            else ""
+        )
+        raise ValueError(
+            f"{', '.join(paths)}: class statistics need {what}, and there is none{why}"
+        )
+    groups = {file.file_groups for file in files}
     return ClassCounts(
-        torch.tensor([c.image_count for c in counts], dtype=torch.int64).sum(dim=0),
-        torch.tensor([c.instance_count for c in counts], dtype=torch.int64).sum(dim=0),
+        torch.from_numpy(np.sum([c.image_count for c in counts], axis=0)),
+        torch.from_numpy(np.sum([c.instance_count for c in counts], axis=0)),
         images,
-        first.class_names,
-        first.file_groups if len(groups) == 1 else None,
+        names,
+        files[0].file_groups if len(groups) == 1 else None,
     )
 
 
@@ -271,9 +276,8 @@ def _count(
     names: tuple[str, ...], loaders: tuple[Callable, ...], filter_empty: bool, num_classes: int
 ) -> ClassCounts:
     """Count over registered sets; ``num_classes`` serves sets without class names only."""
-    del loaders  # only part of the key
     try:
-        dataset_dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+        parts = [loader() for loader in loaders]
     except ValueError:
         raise  # names the file and what is wrong in it
     except Exception as error:  # loaders of others may raise anything
@@ -281,11 +285,16 @@ def _count(
             f"class statistics need DATASETS.TRAIN, but {', '.join(names)} cannot be loaded "
             f"({type(error).__name__}: {error}): {_GIVE}"
         ) from error
-    if not isinstance(dataset_dicts, list):  # a torch dataset, whose items hold what they like
-        raise ValueError(
-            f"class statistics need DATASETS.TRAIN, but {', '.join(names)} is a "
-            f"{type(dataset_dicts).__name__} and no list of dicts: {_GIVE}"
-        )
+    for part in parts:
+        if not isinstance(part, list | Records):  # a torch dataset, whose items may be anything
+            raise ValueError(
+                f"class statistics need DATASETS.TRAIN, but {', '.join(names)} is a "
+                f"{type(part).__name__} and no list of dicts: {_GIVE}"
+            )
+    dataset_dicts = join(parts)
+    if filter_empty:
+        kept = objects_of(dataset_dicts).with_objects()
+        dataset_dicts = subset(dataset_dicts, np.flatnonzero(kept))
     metadata = [MetadataCatalog.get(name) for name in names]
     class_names = metadata[0].get("thing_classes")
     groups = [m.get("class_group") for m in metadata]

@@ -18,12 +18,11 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
-from .annotations import image_places, read_json
+from .annotations import Annotations, read_annotations
 from .catalog.class_map import load_class_map
 from .catalog.metadata import id_map, target_categories
 from .catalog.register import resolve_path
-from .checks.annotations import find_bad_annotations
-from .checks.structure import check_structure
+from .records import changed
 
 KEY = "DATASETS.IGNORE_REGIONS"
 FIELD = "ignore_boxes"
@@ -77,10 +76,11 @@ def region_files(cfg: CfgNode) -> list[RegionFile]:
     return found
 
 
-def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[dict[str, Any]]:
+def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> Sequence[dict[str, Any]]:
     """Records of a training set with `ignore_boxes`, an (M, 4) float32 array of corners in pixels.
 
-    Images of the two files are the same where the last part of their path is. A box is no region
+    Images of the two files are the same where the last part of their path is, and of several
+    those with most of their path in common. A box is no region
     where it is an object of the training set: mapped to its class and with an IoU of 0.5 with it.
     Boxes of classes without a match in the training set are regions, as are crowds.
 
@@ -92,99 +92,147 @@ def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> list[
         ValueError: naming file and id: no image in common, one image under two ids, or with
             another size; or the class map has names that do not exist.
     """
-    data = read_json(regions.json_file)
-    check_structure(data, regions.json_file)
+    source = read_annotations(regions.json_file)
+    if source.report:
+        logger.warning(source.report.describe())
     classes = load_class_map(
         regions.class_map,
-        data["categories"],
+        source.categories,
         target_categories(regions.dataset),
         (regions.json_file, regions.dataset),
     )
     logger.info(f"Ignore regions: {classes.report()}")
-    by_image = _annotations_by_image(data, regions.json_file)
     mapping = id_map(regions.dataset)
     same = {raw: mapping[i] if mapping else i - 1 for raw, i in classes.ids.items()}
-    result, known, kept, matched = [], 0, 0, 0
-    for record in records:
-        name = _base(record["file_name"])
-        if name not in by_image:
-            result.append(record)
-            continue
-        image, annotations = by_image[name]
-        _check_size(record, image, regions.json_file)
-        boxes, dropped = _regions(record, annotations, same)
+    mapped = np.array([same.get(raw, -1) for raw in source.category_id.tolist()])
+    by_image = _Boxes(source, mapped)
+    files = [record["file_name"] for record in records]
+    found: dict[int, np.ndarray] = {}
+    kept = matched = 0
+    for index, image in _same_images(files, source).items():
+        record = records[index]
+        _check_size(record, source, image)
+        boxes, dropped = _regions(record, *by_image.of(image))
         earlier = record.get(FIELD)
         if earlier is not None:
             boxes = np.concatenate([np.asarray(earlier, np.float32).reshape(-1, 4), boxes])
-        result.append(record | {FIELD: boxes})
-        known, kept, matched = known + 1, kept + len(boxes), matched + dropped
-    if not known:
+        found[index] = boxes
+        kept, matched = kept + len(boxes), matched + dropped
+    if not found:
         raise ValueError(
-            f"{regions.json_file}: none of its {len(data['images'])} images is one of the "
+            f"{regions.json_file}: none of its {len(source.image_id)} images is one of the "
             f"{len(records)} of {regions.dataset!r}; the last parts of file_name must agree"
         )
     logger.info(
-        f"{kept} ignore regions from {regions.json_file} on {known} of {len(records)} images of "
-        f"{regions.dataset}; {matched} boxes are objects there and no regions."
+        f"{kept} ignore regions from {regions.json_file} on {len(found)} of {len(records)} images "
+        f"of {regions.dataset}; {matched} boxes are objects there and no regions."
     )
-    return result
+    return changed(records, _WithRegions(found))
 
 
-def _annotations_by_image(data: dict, json_file: str) -> dict[str, tuple[dict, list[dict]]]:
-    """Image and annotations with sound boxes (XYXY_ABS) by the last part of the image's path."""
-    images = {image["id"]: image for image in data["images"]}
-    sizes = {i: (int(image["height"]), int(image["width"])) for i, image in images.items()}
-    boxed = [{k: v for k, v in a.items() if k != "segmentation"} for a in data["annotations"]]
-    findings = find_bad_annotations(boxed, sizes, json_file)
-    if findings.report:
-        logger.warning(findings.report.describe())
-    by_id: dict[Any, list[dict]] = {i: [] for i in images}
-    for position, annotation in enumerate(boxed):
-        if position not in findings.skip:
-            box = findings.boxes.get(position, annotation["bbox"])
-            box = BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-            by_id[annotation["image_id"]].append(annotation | {"bbox": box})
-    found: dict[str, tuple[dict, list[dict]]] = {}
-    for i, image in images.items():
-        names = image_places(image)
-        if not names:
-            raise ValueError(f"{json_file}: image {i} has neither 'file_name' nor 'coco_url'")
-        name = _base(names[0])
-        if name in found:
+@dataclass(frozen=True)
+class _WithRegions:
+    """Adds the regions of a record by its index."""
+
+    regions: dict[int, np.ndarray]
+
+    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        return record | {FIELD: self.regions[index]} if index in self.regions else record
+
+
+class _Boxes:
+    """Boxes of the second file by image, as corners in pixels."""
+
+    def __init__(self, source: Annotations, mapped: np.ndarray) -> None:
+        usable = np.flatnonzero(source.usable)
+        chosen = usable[np.argsort(source.image[usable], kind="stable")]
+        boxes = source.training_boxes()[chosen]
+        self._boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        self._label = mapped[source.category[chosen]]
+        self._crowd = source.crowd[chosen]
+        images = np.arange(len(source.image_id) + 1)
+        self._starts = np.searchsorted(source.image[chosen], images)
+
+    def of(self, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(M, 4) corners, (M,) classes of the training set or -1, (M,) crowds."""
+        own = slice(self._starts[image], self._starts[image + 1])
+        return self._boxes[own], self._label[own], self._crowd[own]
+
+
+def _same_images(files: Sequence[str], source: Annotations) -> dict[int, int]:
+    """Image of the second file for each record that is one of them, by the end of their paths.
+
+    Where several images bear a name, those are the same that have most of their path in common.
+
+    Raises:
+        ValueError: two images of the second file fit one record equally well.
+    """
+    by_name: dict[str, list[tuple[int, list[str]]]] = {}
+    for image in range(len(source.image_id)):
+        places = source.image_places(image)
+        if not places:
             raise ValueError(
-                f"{json_file}: the images {found[name][0]['id']} and {i} are both called {name!r}; "
+                f"{source.path}: image {source.image_id[image]} has neither 'file_name' nor "
+                "'coco_url'"
+            )
+        parts = _parts(places[0])
+        by_name.setdefault(parts[0], []).append((image, parts))
+    best: dict[int, dict[int, int]] = {}  # image of the second file: records, by parts in common
+    found: dict[int, int] = {}
+    for index, file in enumerate(files):
+        own = _parts(file)
+        candidates = [(_in_common(own, parts), image) for image, parts in by_name.get(own[0], ())]
+        if not candidates:
+            continue
+        most = max(candidates)[0]
+        fitting = [image for common, image in candidates if common == most]
+        if len(fitting) > 1:
+            first, second = (source.image_id[i] for i in fitting[:2])
+            raise ValueError(
+                f"{source.path}: the images {first} and {second} are both called {own[0]!r}; "
                 "the last parts of file_name must differ"
             )
-        found[name] = image, by_id[i]
+        found[index] = fitting[0]
+        best.setdefault(fitting[0], {})[index] = most
+    for records in best.values():
+        most = max(records.values())
+        for index, common in records.items():
+            if common < most:  # an image of the same name in another directory
+                del found[index]
     return found
 
 
-def _check_size(record: Mapping[str, Any], image: Mapping[str, Any], json_file: str) -> None:
-    size, own = (image["width"], image["height"]), (record["width"], record["height"])
-    if size != own:
+def _parts(path: str) -> list[str]:
+    return path.replace("\\", "/").split("/")[::-1]
+
+
+def _in_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Number of parts, from the last one on, that two paths have in common."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _check_size(record: Mapping[str, Any], source: Annotations, image: int) -> None:
+    height, width = source.size[image].tolist()
+    if (width, height) != (record["width"], record["height"]):
         raise ValueError(
-            f"{json_file}: image {image['id']} is {size[0]} x {size[1]} pixels and the training "
-            f"set's {record['file_name']} is {own[0]} x {own[1]}; they must be the same image"
+            f"{source.path}: image {source.image_id[image]} is {width} x {height} pixels and the "
+            f"training set's {record['file_name']} is {record['width']} x {record['height']}; they "
+            "must be the same image"
         )
 
 
 def _regions(
-    record: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], same: Mapping[int, int]
+    record: Mapping[str, Any], corners: np.ndarray, mapped: np.ndarray, crowd: np.ndarray
 ) -> tuple[np.ndarray, int]:
     """Boxes (M, 4) that are no object of the record, and how many are one."""
-    boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
+    boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
     objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
     if not len(boxes) or not objects:
-        return boxes.float().numpy(), 0
+        return boxes.numpy(), 0
     there = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
     overlap = pairwise_iou(Boxes(boxes), Boxes(torch.tensor(there)))  # (M, objects)
-    mapped = torch.tensor([same.get(a["category_id"], -1) for a in annotations])
     labels = torch.tensor([a["category_id"] for a in objects])
-    crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations])
-    found = (overlap >= SAME_OBJECT) & (mapped[:, None] == labels)
-    is_object = found.any(dim=1) & ~crowd
-    return boxes[~is_object].float().numpy(), int(is_object.sum())
-
-
-def _base(path: str) -> str:
-    return path.replace("\\", "/").rsplit("/", 1)[-1]
+    same = (overlap >= SAME_OBJECT) & (torch.from_numpy(mapped)[:, None] == labels)
+    is_object = same.any(dim=1) & ~torch.tensor(crowd)
+    return boxes[~is_object].numpy(), int(is_object.sum())

@@ -7,14 +7,15 @@ among them nor annotated, nothing is known (Gupta et al., LVIS, sec. 3).
 Shapes: N images, K classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .catalog.metadata import id_map
-from .checks.structure import IMAGE_LABEL_KEYS
+from .columns import IMAGE_LABEL_KEYS
+from .records import objects_of
 
 NOT_EXHAUSTIVE = IMAGE_LABEL_KEYS[1]
 _UNRESOLVED = object()
@@ -132,7 +133,7 @@ class ImageLabels:
 
 
 def require_image_labels(
-    dataset_dicts: Iterable[dict[str, Any]],
+    dataset_dicts: Sequence[dict[str, Any]],
     name: str,
     key: str = "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS",
 ) -> None:
@@ -148,7 +149,7 @@ def require_image_labels(
     Raises:
         ValueError: naming the dataset and what to do.
     """
-    if not any(record.get(key) for record in dataset_dicts for key in IMAGE_LABEL_KEYS):
+    if not objects_of(dataset_dicts).labelled.any():
         raise ValueError(
             f"the dataset {name!r} has no image-level labels: set {key} False or add "
             "neg_category_ids to the images of its annotation file"

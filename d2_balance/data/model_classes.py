@@ -24,11 +24,10 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import Tensor, nn
 
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 
-from .checks.structure import configured_num_classes
+from .checks.classes import configured_num_classes
 from .class_counts import FROM_CHECKPOINT, ClassCounts
-from .json_files import read_json
 
 CHECKPOINT_KEY = "classes"
 FILE = "classes.json"

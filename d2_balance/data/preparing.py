@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2_balance.utils.files import atomic_path, check_new
+from d2_balance.utils.files import atomic_path, check_new, read_json
 
-from .annotations import read_json
-from .checks.structure import category_name
+from .columns import category_name
 from .groups import LVIS_CUTS, groups_from_counts
 
 

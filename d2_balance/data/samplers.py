@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import TrainingSampler
 from torch import Tensor
+
+from .records import objects_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,9 @@ def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
         starts (C + 1,) and images, both int64: class c of the C classes that occur has the
         ascending image indices `images[starts[c]:starts[c + 1]]`, each of them once.
     """
-    size = len(dataset_dicts)
-    found = (
-        annotation["category_id"] * size + index
-        for index, record in enumerate(dataset_dicts)
-        for annotation in record.get("annotations", ())
-        if not annotation.get("iscrowd", 0)
-    )
-    pairs = np.unique(np.fromiter(found, dtype=np.int64))  # ascending: class by class
+    size, objects = len(dataset_dicts), objects_of(dataset_dicts)
+    kept = ~objects.crowd
+    pairs = np.unique(objects.category[kept] * size + objects.image[kept])  # class by class
     classes, images = np.divmod(pairs, max(size, 1))
     first = np.flatnonzero(np.diff(classes, prepend=-1))
     starts = np.append(first, len(pairs))
@@ -94,6 +91,32 @@ class ClassAwareTrainingSampler(TrainingSampler):
             yield from self._images[place].tolist()
 
 
+def repeat_factors(dataset_dicts: Sequence[dict[str, Any]], threshold: float) -> Tensor:
+    """Factors of repeat-factor sampling, as Detectron2 has them, from the columns of the records.
+
+    Crowds count as objects, as they do there.
+
+    Args:
+        dataset_dicts: D standard dicts.
+        threshold: t, above 0.
+
+    Returns:
+        (D,) float32, at least 1: how often each image is shown in an epoch, on average.
+    """
+    objects = objects_of(dataset_dicts)
+    if not len(objects.image):
+        return torch.ones(objects.images)
+    classes = int(objects.category.max()) + 1
+    # each class of an image once
+    image, label = np.divmod(np.unique(objects.image * classes + objects.category), classes)
+    frequency = np.bincount(label) / objects.images
+    with np.errstate(divide="ignore"):
+        factor = np.maximum(1.0, np.sqrt(threshold / frequency))
+    found = np.ones(objects.images)
+    np.maximum.at(found, image, factor[label])
+    return torch.from_numpy(found).float()
+
+
 def weighted_repeat_factors(
     dataset_dicts: Sequence[dict[str, Any]],
     sources: Sequence[str],
@@ -111,8 +134,6 @@ def weighted_repeat_factors(
     Returns:
         (D,) above 0: how often each image is shown in an epoch, on average.
     """
-    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-        dataset_dicts, threshold
-    )
+    factors = repeat_factors(dataset_dicts, threshold)
     weight = torch.tensor([float(weights.get(name, 1.0)) for name in sources])
     return factors * weight

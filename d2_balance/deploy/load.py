@@ -12,8 +12,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
+from d2_balance.data.catalog.from_config import register_from_config
 from d2_balance.data.catalog.metadata import category_names
-from d2_balance.data.catalog.register import register_from_config
 from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.model_classes import (
     FILE,

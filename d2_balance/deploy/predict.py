@@ -28,9 +28,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from PIL import Image
 
-from d2_balance.data.json_files import read_json
 from d2_balance.evaluation.draw import overlay
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.progress import progress
 
 from .predictor import Prediction, Predictor

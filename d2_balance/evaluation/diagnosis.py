@@ -17,13 +17,13 @@ from typing import Any
 import hotcoco
 import numpy as np
 
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.progress import progress
 
 from .average_precision import GroundTruth
 from .predictions import Detections
 from .record import Evaluation
-from .sources import Annotations
 
 IOU = 0.5
 ERRORS = {

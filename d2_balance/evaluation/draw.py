@@ -4,7 +4,6 @@ Objects have the colour of their class's frequency group, or of their class if t
 """
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from d2_balance.data import category_names, register_json
+from d2_balance.data.annotations import load_annotations, locate
 from d2_balance.data.catalog.register import load_dataset
 from d2_balance.data.checks.images import check_image_sizes
-from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS
+from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.groups import GROUPS, groups_from_counts
+from d2_balance.data.records import objects_of
 from d2_balance.utils.names import closest
 from d2_balance.utils.plotting import COLOURS, GROUP_COLOURS, new_figure, save_figure
 from d2_balance.utils.progress import progress
 
 from .predictions import read_predictions
-from .sources import Annotations
 
 _WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small images
 _DPI = 100
@@ -58,12 +58,6 @@ class Classes:
         if len(set(self.groups)) > 1:
             return GROUP_COLOURS[self.groups[k]]
         return COLOURS[k % len(COLOURS)]
-
-
-def image_counts(dataset_dicts: Sequence[Mapping[str, Any]], num_classes: int) -> list[int]:
-    """Images that show each class; crowds do not count."""
-    counts = Counter(k for record in dataset_dicts for k in _shown(record))
-    return [counts[k] for k in range(num_classes)]
 
 
 def rarest_first(
@@ -257,7 +251,7 @@ def draw_dataset(
     check_image_sizes(chosen, dataset)
     found = None
     if predictions:
-        truth = Annotations.load(dataset, "dataset")
+        truth = load_annotations(dataset, "dataset")
         found = read_predictions(predictions, truth.data, truth.path)
     for path, record in zip(progress(paths, "drawing"), chosen, strict=True):
         detections = None if found is None else found.get(record["image_id"], [])
@@ -265,13 +259,10 @@ def draw_dataset(
     return paths
 
 
-def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
+def _load(source: str, images: str | None) -> tuple[str, Sequence[dict[str, Any]]]:
     """Name in the catalogs and records of a registered dataset, or of a file."""
-    if source not in DatasetCatalog and not os.path.isfile(source):
-        raise ValueError(
-            f"{source!r} is neither a registered dataset nor an annotation file "
-            "(`d2-balance doctor` lists what is found)"
-        )
+    if source not in DatasetCatalog:
+        locate(source, "dataset")
     if os.path.isfile(source):
         if not images:
             raise ValueError(f"{source}: --images must name the directory of its images")
@@ -279,7 +270,7 @@ def _load(source: str, images: str | None) -> tuple[str, list[dict[str, Any]]]:
     elif images:
         raise ValueError(f"--images is for annotation files; {source!r} is registered with its own")
     dataset_dicts = load_dataset(source)
-    if not isinstance(dataset_dicts, list) or not dataset_dicts:
+    if not isinstance(dataset_dicts, Sequence) or not dataset_dicts:
         raise ValueError(f"{source!r} has no images to draw")
     return source, dataset_dicts
 
@@ -291,13 +282,13 @@ def _classes(name: str, dataset_dicts: Sequence[dict[str, Any]], train: str | No
     metadata = MetadataCatalog.get(name)
     groups = metadata.get("class_group")
     if train:
-        given = Annotations.load(train, "--train").image_count()
+        given = load_annotations(train, "--train").image_count()
         counts, groups = [given.get(class_name, 0) for class_name in by_id.values()], None
     elif metadata.get("class_image_count"):
         known = {c["id"]: c["image_count"] for c in metadata.class_image_count}
         counts = [known.get(raw, 0) for raw in by_id]
     else:
-        counts = image_counts(dataset_dicts, len(by_id))
+        counts = objects_of(dataset_dicts).counts(len(by_id)).image_count.tolist()
     return Classes(list(by_id.values()), counts, groups or groups_from_counts(counts), index)
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from d2_balance.data.checks.annotations import find_bad_annotations
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.groups import LVIS_CUTS
 
 from .average_precision import GroundTruth, average_precision
@@ -12,7 +12,6 @@ from .groups import group_metrics, resolve_groups, training_counts
 from .per_class import class_records
 from .predictions import Detections
 from .record import Evaluation
-from .sources import Annotations
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +93,17 @@ def evaluate_predictions(
 
 def ground_truth(truth: Annotations, notes: list[str]) -> GroundTruth:
     """The annotations for the engine without the bad ones, which `notes` gets a line about."""
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in truth.data["images"]}
-    report = find_bad_annotations(truth.data["annotations"], sizes, truth.path).report
-    skip = {i for ids in report.skipped.values() for i in ids}
-    if skip:
-        notes.append(f"{len(skip)} bad annotations of {truth.path} not evaluated: {report.counts}")
-    if truth.federated and not any(i.get("neg_category_ids") for i in truth.data["images"]):
+    report = truth.report
+    if report.total:
+        notes.append(
+            f"{report.total} bad annotations of {truth.path} not evaluated: {report.counts}"
+        )
+    if truth.federated and not len(truth.negative.category):
         notes.append(
             f"{truth.name} lists no absent classes (neg_category_ids): detections count only where "
             "their class is annotated"
         )
-    return GroundTruth(truth.data, truth.path, truth.federated, skip=skip)
+    return GroundTruth(truth.data, truth.path, truth.federated)
 
 
 def _tasks(

@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from d2_balance.data.annotations import read_json
 from d2_balance.data.rle import all_fill, rle_problem
+from d2_balance.utils.files import read_json
 
 FIELDS = ("image_id", "category_id", "score")
 _SHOWN = 5

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from d2_balance.data.annotations import read_json
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 TASKS = {"bbox": "box", "segm": "mask"}

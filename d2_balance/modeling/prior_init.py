@@ -6,7 +6,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from d2_balance.data.priors.foreground import PARTS, RPN, ForegroundPrior, PartCount
+from d2_balance.data.priors.foreground import ForegroundPrior, PartCount
+from d2_balance.data.priors.sample_counts import PARTS, RPN
 
 _FILE, _THRESHOLDS = "MODEL.BALANCE.PRIOR_FILE", "MODEL.BALANCE.CLASS_THRESHOLDS"
 

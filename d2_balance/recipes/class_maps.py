@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from d2_balance.data.annotations import read_json
+from d2_balance.data.annotations import read_annotations
 from d2_balance.data.catalog.class_map import read_class_map, resolve_class_map
 from d2_balance.data.catalog.external import external_entries
 from d2_balance.data.catalog.metadata import target_categories
-from d2_balance.data.checks.structure import check_structure
 from d2_balance.data.ignore_regions import region_files
 
 from .datasets import DataSets, chosen_classes
@@ -46,9 +45,7 @@ class ClassLists:
             ValueError: it cannot be read.
         """
         if path not in self._files:
-            data = read_json(path)
-            check_structure(data, path)
-            self._files[path] = data["categories"]
+            self._files[path] = read_annotations(path).categories
         return self._files[path]
 
     def of_set(self, name: str, trains: bool = False) -> Categories:

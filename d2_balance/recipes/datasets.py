@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from d2_balance.data.annotations import find_images
+from d2_balance.data.annotations import Annotations, load_annotations
 from d2_balance.data.catalog.register import resolve_path
-from d2_balance.evaluation.sources import Annotations
 from d2_balance.utils.files import atomic_path
 
 
@@ -46,7 +45,7 @@ class DataSets:
         return name in self._known or name in DatasetCatalog
 
     def source(self, name: str) -> str:
-        """What `Annotations.load` takes: the file of a known set, else the registered name."""
+        """What `load_annotations` takes: the file of a known set, else the registered name."""
         return self._known[name][0] if name in self._known else name
 
     def file(self, name: str) -> str | None:
@@ -60,7 +59,7 @@ class DataSets:
 
     def load(self, name: str) -> Annotations:
         """Its annotations."""
-        return replace(Annotations.load(self.source(name), f"dataset {name}"), name=name)
+        return replace(load_annotations(self.source(name), f"dataset {name}"), name=name)
 
     def directory(self, name: str) -> str:
         """Its image directory.
@@ -97,7 +96,7 @@ def keep_classes(
     Raises:
         ValueError: a name that it does not have, or no class left.
     """
-    from d2_balance.data.checks.structure import category_name
+    from d2_balance.data.columns import category_name
 
     categories = sorted(data["categories"], key=lambda c: c["id"])
     ids = chosen_classes(categories, keep, every, name)
@@ -175,7 +174,9 @@ def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]
 
 def images_of(source: Annotations, directory: str, classes: Annotations) -> dict[str, Any]:
     """The images of one dataset with the classes of another, and no annotations."""
-    find_images(source.data["images"], directory, source.path)
+    from d2_balance.data.records import find_images
+
+    find_images(source, directory)
     keys = ("id", "file_name", "coco_url", "height", "width")
     images = [{k: image[k] for k in keys if k in image} for image in source.data["images"]]
     return {"images": images, "categories": classes.data["categories"], "annotations": []}

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Container
 from typing import Any
 
-from d2_balance.data.json_files import read_json
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.lock import LOCK_FILE, directory_lock
 
 from .class_maps import ClassLists, check_class_maps

@@ -1,8 +1,17 @@
-"""Output that is whole or not there at all."""
+"""Files: output that is whole or not there at all, and JSON with messages that say what is wrong."""
 
+import codecs
+import gc
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_GZIP = b"\x1f\x8b"
 
 
 @contextmanager
@@ -61,3 +70,78 @@ def check_new(paths: Iterable[str | None], overwrite: bool) -> None:
     for path in paths:
         if path and os.path.exists(path) and not overwrite:
             raise FileExistsError(f"{path} exists; --overwrite replaces it")
+
+
+def read_json(path: str) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ValueError: if the file is missing or is not JSON, naming the file and the position.
+    """
+    return parse_json(read_bytes(path), path)
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a file; text in UTF-16 or with a byte-order mark becomes plain UTF-8.
+
+    Args:
+        path: of a local file, or a URL that Detectron2's PathManager knows.
+
+    Raises:
+        ValueError: if it cannot be read or is compressed, naming it.
+    """
+    try:
+        if "://" in path:
+            from detectron2.utils.file_io import PathManager
+
+            with PathManager.open(path, "rb") as file:
+                content = file.read()
+        else:
+            with open(path, "rb") as file:
+                content = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if content.startswith(_GZIP):
+        raise ValueError(f"{path}: the file is compressed by gzip; unpack it (gunzip)")
+    if content.startswith(codecs.BOM_UTF8):
+        return content[len(codecs.BOM_UTF8) :]
+    if content.startswith(_UTF_16):
+        try:
+            return content.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: the text is cut off or no UTF-16: {error.reason}") from error
+    return content
+
+
+def parse_json(content: bytes, path: str) -> Any:
+    """Parse JSON; `path` is its file, for messages.
+
+    Raises:
+        ValueError: if it is not JSON, naming the file and the position.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # millions of new objects, none of them garbage, would be walked again and again
+    try:
+        try:
+            return msgspec.json.decode(content)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return json.loads(content)  # NaN and Infinity, and an error with a position
+    except json.JSONDecodeError as error:
+        text = error.doc.rstrip()
+        cut = error.pos >= len(text) or not text.endswith(("}", "]"))
+        hint = "; the file ends too early: copy or write it again" if cut else ""
+        if not text:
+            raise ValueError(f"{path}: the file is empty; copy or write it again") from error
+        raise ValueError(
+            f"{path}: not valid JSON at character {error.pos} of {len(error.doc)} (line "
+            f"{error.lineno}, column {error.colno}): {error.msg}{hint}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not valid JSON at byte {error.start}: {error.reason}; the text must be UTF-8"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: lists or objects are nested too deep to be read") from error
+    finally:
+        if collecting:
+            gc.enable()

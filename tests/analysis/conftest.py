@@ -1,9 +1,17 @@
 """Small datasets whose figures can be counted by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
 from d2_balance.analysis.table import DataTable
+from d2_balance.data.annotations import parse_annotations
+
+
+def annotations(data):
+    """The columns of a file's content."""
+    return parse_annotations(json.dumps(data).encode(), "made.json")
 
 
 def coco(shown, sizes=(100, 100), box=(10, 10, 20, 20)):
@@ -29,7 +37,7 @@ def table():
     """table(shown) -> DataTable of `coco(shown)`."""
 
     def make(shown, **options):
-        return DataTable.from_json("made", "made.json", coco(shown, **options))
+        return DataTable.from_annotations("made", annotations(coco(shown, **options)))
 
     return make
 

@@ -10,7 +10,7 @@ from d2_balance.analysis.table import DataTable
 from d2_balance.data.priors.sample_counts import row_counters
 
 from ..conftest import small_cfg
-from .conftest import coco
+from .conftest import annotations, coco
 
 
 def one_level(*overrides):
@@ -68,7 +68,7 @@ def two_sizes(count=30):
     for number, annotation in enumerate(data["annotations"]):
         side = 90 if annotation["category_id"] == 1 else 24
         annotation["bbox"] = [7 + number % 13, 20 + number % 7, side, side]
-    return DataTable.from_json("made", "made.json", data)
+    return DataTable.from_annotations("made", annotations(data))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])

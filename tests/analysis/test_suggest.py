@@ -16,7 +16,7 @@ from d2_balance.engine import BalancedTrainer, read_config
 from d2_balance.engine.setup.validate import validate
 
 from ..conftest import small_cfg as any_cfg
-from .conftest import coco
+from .conftest import annotations, coco
 
 QUICK = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "quick_schedules")
 LONG_TAIL = [[0]] * 30 + [[0, 1]] * 30 + [[1, 2]] * 2 + [[3]]
@@ -38,7 +38,7 @@ def lvis_table(shown):
     data = coco(shown)
     data["images"][0]["neg_category_ids"] = [1 + max(shown[0])]
     data["images"].append({"id": 999, "height": 9, "width": 9, "neg_category_ids": [1]})
-    return DataTable.from_json("made", "made.json", data)
+    return DataTable.from_annotations("made", annotations(data))
 
 
 def test_roi_heads_get_eql_and_repeats(table):

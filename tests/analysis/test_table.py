@@ -14,11 +14,11 @@ from d2_balance.analysis.table import (
     DataTable,
 )
 
-from .conftest import coco
+from .conftest import annotations, coco
 
 
 def read(data):
-    return DataTable.from_json("made", "made.json", data)
+    return DataTable.from_annotations("made", annotations(data))
 
 
 def test_problems_are_found_with_their_ids():

@@ -70,7 +70,7 @@ def test_registered_sets_are_counted(capsys, monkeypatch, tmp_path):
 
 def test_unknown_names_are_refused(capsys):
     assert cli.main(["analyze", "nowhere"]) == 2
-    assert "neither a registered dataset nor a file; --register" in capsys.readouterr().err
+    assert "neither a registered dataset nor an annotation file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--lambda", "--tail-ratio"])

@@ -183,7 +183,7 @@ def test_ground_truth_that_cannot_be_used_is_named(files, tmp_path, capsys):
     assert "categories 2 and 4 have the same name 'a'" in capsys.readouterr().err
     predictions, *_ = files()
     assert run(predictions, "--dataset", "no_such_set") == 2
-    assert "--dataset: 'no_such_set' is no file" in capsys.readouterr().err
+    assert "--dataset: 'no_such_set' is neither a registered dataset" in capsys.readouterr().err
     assert run(*files(), "--train", tmp_path / "gone.json") == 2
     assert "--train: " in capsys.readouterr().err
     assert run(*files(), "--tasks", "segm") == 2

@@ -5,6 +5,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from d2_balance.data import bad_annotations, load_json, register_json
+from d2_balance.data.records import without_bad_masks
 
 from .conftest import coco_data
 
@@ -21,15 +22,6 @@ BAD = {
     "right of it": ({"bbox": [40, 2, 3, 4]}, "box outside the image"),
     "left of it": ({"bbox": [-3, 2, 3, 4]}, "box outside the image"),
     "below it": ({"bbox": [1, 30.5, 3, 4]}, "box outside the image"),
-    "two points": ({"segmentation": [[1, 2, 3, 4]]}, "polygon of fewer than 3 points"),
-    "odd": ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon of fewer than 3 points"),
-    "nan mask": ({"segmentation": [[1, 2, 3, 4, 5, math.nan]]}, "segmentation is neither"),
-    "pairs": ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "segmentation is neither"),
-    "text mask": ({"segmentation": "circle"}, "segmentation is neither"),
-    "no counts": ({"segmentation": {"size": [30, 40]}}, "segmentation is neither"),
-    "RLE size": ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "RLE mask of another"),
-    "RLE short": ({"segmentation": {"size": [30, 40], "counts": [9, 9]}}, "RLE mask whose runs"),
-    "RLE text": ({"segmentation": {"size": [30, 40], "counts": "4"}}, "RLE mask whose runs"),
 }
 
 
@@ -45,6 +37,59 @@ def test_bad_annotation_is_skipped_and_reported_by_id(write, names, fields, reas
     [(found, ids)] = report.skipped.items()
     assert found.startswith(reason) and ids == [12]
     assert report.total == 1 and report.counts == {found: 1}
+
+
+BAD_MASK = {
+    # masks in an image of 40 x 30; the box is [5, 5, 8.5, 9]
+    "two points": ({"segmentation": [[1, 2, 3, 4]]}, "polygon of fewer than 3 points"),
+    "odd": ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon of fewer than 3 points"),
+    "nan mask": ({"segmentation": [[1, 2, 3, 4, 5, math.nan]]}, "segmentation is neither"),
+    "pairs": ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "segmentation is neither"),
+    "text mask": ({"segmentation": "circle"}, "segmentation is neither"),
+    "no counts": ({"segmentation": {"size": [30, 40]}}, "segmentation is neither"),
+    "RLE size": ({"segmentation": {"size": [40, 30], "counts": [1200]}}, "RLE mask of another"),
+    "RLE short": ({"segmentation": {"size": [30, 40], "counts": [9, 9]}}, "RLE mask whose runs"),
+    "RLE text": ({"segmentation": {"size": [30, 40], "counts": "4"}}, "RLE mask whose runs"),
+    "flat": ({"segmentation": [[1, 2, 3, 4, 5, 6]]}, "polygon without area"),
+    "one point": ({"segmentation": [[7, 7, 7, 7, 7, 7, 7, 7]]}, "polygon without area"),
+    "flat far out": ({"segmentation": [[30.1, 9, 33.1, 9, 39.7, 9]]}, "polygon without area"),
+}
+
+
+@pytest.mark.parametrize("fields, reason", BAD_MASK.values(), ids=BAD_MASK)
+def test_a_bad_mask_leaves_its_box_and_is_reported_by_id(write, names, fields, reason):
+    data = coco_data()
+    data["annotations"][1] |= fields
+    name = names()
+    register_json(name, *write(data))
+    records = DatasetCatalog.get(name)
+    kept = records[0]["annotations"][1]
+    assert kept["bbox"] == [5, 5, 8.5, 9] and "segmentation" not in kept
+    report = bad_annotations(name)
+    [(found, ids)] = report.bad_masks.items()
+    assert found.startswith(reason) and ids == [12] and report.total == 0
+    assert "box kept, skipped where masks are trained or measured" in report.describe()
+    trained = without_bad_masks(records)
+    assert [len(r["annotations"]) for r in trained] == [1, 1]
+    assert trained.objects.category.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("empty", [[], [[]], None, {}])
+def test_a_mask_that_says_nothing_is_none(write, names, empty):
+    data = coco_data()
+    data["annotations"][1]["segmentation"] = empty
+    name = names()
+    register_json(name, *write(data))
+    record = DatasetCatalog.get(name)[0]
+    assert "segmentation" not in record["annotations"][1] and not bad_annotations(name)
+
+
+def test_a_thin_polygon_has_area(write, names):
+    data = coco_data()
+    data["annotations"][1]["segmentation"] = [[1, 2, 39, 2, 39, 2.01]]
+    name = names()
+    register_json(name, *write(data))
+    assert "segmentation" in DatasetCatalog.get(name)[0]["annotations"][1]
 
 
 def test_missing_box_is_skipped(write):

@@ -55,7 +55,7 @@ def test_boxes_are_regions_where_no_object_of_their_class_is(files, data):
     assert a["ignore_boxes"].tolist() == [[20, 3, 30, 13], [1, 2, 11, 14], [1, 2, 11, 14]]
     assert a["ignore_boxes"].dtype == np.float32
     assert "ignore_boxes" not in b and "ignore_boxes" not in records[0]
-    assert a["annotations"] is records[0]["annotations"]
+    assert a["annotations"] == records[0]["annotations"]
 
 
 def test_an_overlap_below_a_half_is_another_object(files):

@@ -13,7 +13,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
 from d2_balance.data import ClassAwareTrainingSampler
-from d2_balance.data.samplers import images_by_class, weighted_repeat_factors
+from d2_balance.data.samplers import images_by_class, repeat_factors, weighted_repeat_factors
 from d2_balance.engine import TrainStream, build_train_stream
 from d2_balance.engine.resume.data_stream import check_sampler
 
@@ -216,7 +216,7 @@ def test_the_stream_takes_weights_of_data_sets_on_top_of_repeat_factors(register
 @pytest.mark.parametrize(
     ("factors", "sampler", "text"),
     [
-        ([["c", 2.0]], "WeightedTrainingSampler", "entry .'c', 2.0.; allowed .* DATASETS.TRAIN: a"),
+        ([["c", 2.0]], "WeightedTrainingSampler", "entry .'c', 2.0.; must be .* DATASETS.TRAIN: a"),
         ([["a", 0]], "WeightedTrainingSampler", "a factor above 0"),
         ([["a"]], "WeightedTrainingSampler", "must be .name, factor."),
         ([["a", 2.0]], "TrainingSampler", "would not use it; allowed with it: Weighted"),
@@ -240,3 +240,11 @@ def registered_sets():
     yield names
     for name in names:
         DatasetCatalog.pop(name)
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.3, 2.0])
+def test_repeat_factors_from_columns_equal_those_of_detectron2(threshold):
+    stock = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    crowd = {"category_id": 2, "iscrowd": 1}
+    records = [*IMAGES, {"annotations": [crowd, crowd]}, {"annotations": []}]
+    assert torch.equal(repeat_factors(records, threshold), stock(records, threshold))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from d2_balance.cli import main as cli
+from d2_balance.data.annotations import load_annotations
 from d2_balance.evaluation.diagnosis import diagnose
 from d2_balance.evaluation.evaluate import evaluate_predictions
-from d2_balance.evaluation.sources import Annotations
 
 A, B, C = 2, 4, 9  # category ids
 
@@ -31,7 +31,7 @@ def truth(tmp_path, objects, lvis=False, not_exhaustive=()):
     path = tmp_path / "truth.json"
     data = {"images": [image], "categories": categories, "annotations": annotations}
     path.write_text(json.dumps(data))
-    return Annotations.load(str(path))
+    return load_annotations(str(path))
 
 
 def detections(*found):
@@ -154,7 +154,7 @@ def test_the_report_is_one_page_with_its_images(tmp_path, capsys, empty):
 def test_the_curve_has_the_area_of_the_ap(sets, rng, tmp_path):
     dataset = sets.make_dataset(rng, num_classes=20, num_images=30)
     name = sets.register(dataset, "lvis")
-    ground = Annotations.load(str(tmp_path / f"{name}.json"))
+    ground = load_annotations(str(tmp_path / f"{name}.json"))
     found = {
         image: [
             {

@@ -1,1 +1,5 @@
-"""Registration of datasets, external sets and class maps."""
+"""Datasets in Detectron2's catalog; importing it registers the built-in ones."""
+
+from ..mini_lvis.dataset import register_mini_lvis
+
+register_mini_lvis()

@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from d2_balance.utils.files import atomic_path
 
-from ..checks.structure import category_name
+from ..columns import category_name
 
 _KEYS = ("synset", "freebase_id", "mid")
 _SHOWN = 10

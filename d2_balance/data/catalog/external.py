@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..annotations import load_json, read_json
-from ..checks.structure import IMAGE_LABEL_KEYS, check_structure
+from ..annotations import read_annotations
+from ..columns import IMAGE_LABEL_KEYS
 from ..ignore_regions import FIELD
+from ..records import Records, load_json
 from .class_map import ClassMap, load_class_map
 from .metadata import id_map, loaded_metadata, target_categories
 from .register import resolve_path
@@ -151,7 +153,7 @@ def load_external(
     target: str,
     class_map: str = "",
     exhaustive: bool = False,
-) -> list[dict[str, Any]]:
+) -> Records:
     """Detectron2's standard dicts with the classes of the target; arguments as `register_external`.
 
     Both keys of image-level labels are there in every record, as ids of the target's file: absent
@@ -162,11 +164,10 @@ def load_external(
         ValueError: the file cannot be trained on, its class map has names that do not exist, or the
             two sets share no class.
     """
-    data = read_json(json_file)
-    check_structure(data, json_file)
+    source = read_annotations(json_file)
     metadata = loaded_metadata(target)
     classes = load_class_map(
-        class_map, data["categories"], target_categories(target), (name, target)
+        class_map, source.categories, target_categories(target), (name, target)
     )
     if not classes.ids:
         raise ValueError(
@@ -175,8 +176,7 @@ def load_external(
         )
     logger.info(classes.report())
     records = load_json(json_file, image_root)
-    raw_ids = sorted(category["id"] for category in data["categories"])
-    mapper = _RecordMapper(classes, raw_ids, id_map(target), exhaustive)
+    mapper = _RecordMapper(classes, source.category_id.tolist(), id_map(target), exhaustive)
     MetadataCatalog.get(name).set(
         thing_classes=list(metadata.thing_classes),
         **{
@@ -185,7 +185,27 @@ def load_external(
             if metadata.get(key) is not None
         },
     )
-    return [mapper(record) for record in records]
+    return _mapped(records, mapper)
+
+
+def _mapped(records: Records, mapper: _RecordMapper) -> Records:
+    """Map records when they are asked for."""
+    objects = records.objects
+    label = mapper.labels[objects.category]
+    kept = label >= 0
+    return Records(
+        _MappedRecord(records, mapper),
+        objects.choose(kept, label),
+    )
+
+
+@dataclass(frozen=True)
+class _MappedRecord:
+    records: Records
+    mapper: _RecordMapper
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        return self.mapper(self.records[index])
 
 
 class _RecordMapper:
@@ -196,6 +216,9 @@ class _RecordMapper:
         raw_ids: ids of the source's file, ascending: class indices of its records.
         mapping: ids of the target's file to class indices; None: id - 1.
         exhaustive: see `register_external`.
+
+    Attributes:
+        labels: (K,) class of the target for each class of the source, -1 for none.
     """
 
     def __init__(
@@ -209,6 +232,7 @@ class _RecordMapper:
         self._raw_ids = raw_ids
         self._index = {i: mapping[i] if mapping else i - 1 for i in classes.ids.values()}
         self._exhaustive = exhaustive
+        self.labels = np.array([self._index.get(classes.ids.get(raw), -1) for raw in raw_ids])
         self._sources: dict[int, set[int]] = {}
         for source, target in classes.ids.items():
             self._sources.setdefault(target, set()).add(source)

@@ -1,47 +1,15 @@
-"""Registers annotation files under a name, from Python or from DATASETS.REGISTER."""
+"""Registers annotation files under a name, and finds files."""
 
 import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..annotations import annotation_style, load_json
-
-_KEYS = ("NAME", "JSON", "IMAGES")
-_FORM = "{NAME: name, JSON: file, IMAGES: directory} or [name, file, directory], each a text"
-
-
-def register_from_config(cfg: CfgNode) -> list[str]:
-    """Register every entry of DATASETS.REGISTER.
-
-    An entry is ``{NAME: ..., JSON: ..., IMAGES: ...}`` or ``[name, json, directory]``. Calling this
-    again with equal entries changes nothing.
-
-    The entries of DATASETS.EXTERNAL are registered after them, see `external.py`.
-
-    Returns:
-        The names, in the order of the lists.
-
-    Raises:
-        ValueError: naming the entry, if it has another form, if its file or directory does not exist
-            or if its name belongs to another dataset.
-    """
-    entries = cfg.DATASETS.REGISTER
-    if not isinstance(entries, list | tuple):
-        raise ValueError(f"DATASETS.REGISTER must be a list of {_FORM}, not {entries!r}")
-    names = []
-    for number, entry in enumerate(entries):
-        key = f"DATASETS.REGISTER[{number}]"
-        name, json_file, image_root = _parse_entry(entry, key)
-        register_json(name, json_file, image_root, key)
-        names.append(name)
-    from .external import register_external_from_config  # which finds its files as this one does
-
-    return names + register_external_from_config(cfg)
+from ..annotations import annotation_style
+from ..records import load_json
 
 
 def register_json(name: str, json_file: str, image_root: str, key: str = "register_json") -> None:
@@ -103,18 +71,6 @@ def registered_file(name: str) -> str | None:
     """The local annotation file of a set that `register_json` registered, else None."""
     found = _registered_as(name)
     return found[0] if found and "://" not in found[0] else None
-
-
-def _parse_entry(entry: Any, key: str) -> tuple[str, str, str]:
-    if isinstance(entry, dict):
-        if set(entry) != set(_KEYS):
-            raise ValueError(f"{key} has the keys {sorted(entry)}; must be {_FORM}")
-        entry = [entry[field] for field in _KEYS]
-    if not isinstance(entry, list | tuple) or len(entry) != 3:
-        raise ValueError(f"{key} is {entry!r}; must be {_FORM}")
-    if not all(isinstance(value, str) and value for value in entry):
-        raise ValueError(f"{key} is {list(entry)!r}; must be {_FORM}")
-    return tuple(entry)
 
 
 def resolve_path(path: str, exists: Callable[[str], bool], what: str) -> str:

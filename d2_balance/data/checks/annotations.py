@@ -1,51 +1,69 @@
-"""Annotations that cannot be trained on: found, left out, counted by reason, and remembered.
+"""Annotations that cannot be trained on: named by reason, counted, and remembered.
 
-Boxes are XYWH in pixels, (x, y) the upper left corner, as in COCO and LVIS files.
+Boxes are XYWH in pixels, (x, y) the upper left corner, as in COCO and LVIS files. A box that cannot
+be used takes its annotation out; a mask that cannot be used does not take its box along.
 """
 
+from __future__ import annotations
+
+import json
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import isfinite
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from ..rle import rle_problem
+from ..rle import all_fill, rle_problem
 
 MALFORMED_BOX = "box is missing or not four numbers"
 NOT_FINITE = "box is not finite"
 NEGATIVE_SIZE = "box of negative size"
 NO_AREA = "box of no area"
 OUTSIDE = "box outside the image"
+BOX_PROBLEMS = (MALFORMED_BOX, NOT_FINITE, NEGATIVE_SIZE, NO_AREA, OUTSIDE)
+
 BAD_POLYGON = "polygon of fewer than 3 points or of an odd number of coordinates"
+FLAT_POLYGON = "polygon without area: its points lie on one line"
 NOT_A_MASK = "segmentation is neither lists of finite coordinates nor an RLE"
 RLE_SIZE = "RLE mask of another size than the image"
 RLE_RUNS = "RLE mask whose runs do not fill the image"
+MASK_PROBLEMS = (BAD_POLYGON, FLAT_POLYGON, NOT_A_MASK, RLE_SIZE, RLE_RUNS)
+
+NO_MASK, POLYGONS, RLE = 0, 1, 2
+"""What the segmentation of an annotation is."""
 
 # Files round coordinates to two decimals, so x + w may pass the border by that much.
 _BORDER_TOLERANCE = 0.011
 _SHOWN = 10
 
 logger = logging.getLogger(__name__)
-_reports: dict[str, "BadAnnotations"] = {}
+_reports: dict[str, BadAnnotations] = {}
 
 
 @dataclass
 class BadAnnotations:
-    """What was left out or fixed in one annotation file.
+    """What was left out or fixed in one annotation file, and what looks wrong in it.
 
     Attributes:
         json_file: path of the file.
         skipped: ids of the annotations that were left out, by reason.
         clipped: ids of annotations whose box stuck out of the image and was cut at its border.
         trimmed: ids of annotations that lost broken polygons and kept sound ones.
+        bad_masks: ids of annotations with a sound box whose mask cannot be used, by reason. They
+            are left out only where masks are trained or measured.
+        hints: sentences about what no single annotation shows, with a remedy.
     """
 
     json_file: str
     skipped: dict[str, list[Hashable]] = field(default_factory=dict)
     clipped: list[Hashable] = field(default_factory=list)
     trimmed: list[Hashable] = field(default_factory=list)
+    bad_masks: dict[str, list[Hashable]] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -58,66 +76,22 @@ class BadAnnotations:
         return sum(self.counts.values())
 
     def __bool__(self) -> bool:
-        return bool(self.skipped or self.clipped or self.trimmed)
+        return bool(self.skipped or self.clipped or self.trimmed or self.bad_masks or self.hints)
 
     def describe(self) -> str:
         """One text with a line per reason: the count and up to 10 ids."""
         lines = [f"{self.json_file}: {self.total} bad annotation(s) skipped"]
         lines += [f"  skipped: {reason}: {_ids(ids)}" for reason, ids in self.skipped.items()]
+        lines += [
+            f"  box kept, skipped where masks are trained or measured: {reason}: {_ids(ids)}"
+            for reason, ids in self.bad_masks.items()
+        ]
         if self.clipped:
             lines.append(f"  kept, box clipped at the border of the image: {_ids(self.clipped)}")
         if self.trimmed:
             lines.append(f"  kept without their broken polygons: {_ids(self.trimmed)}")
+        lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
-
-
-@dataclass
-class Findings:
-    """Result of `find_bad_annotations`; keys are positions in the list of annotations.
-
-    Attributes:
-        skip: positions to leave out.
-        boxes: boxes that replace those of the file, clipped to the image.
-        segmentations: polygons that replace those of the file.
-        report: the same by annotation id.
-    """
-
-    skip: set[int]
-    boxes: dict[int, list[float]]
-    segmentations: dict[int, list[list[float]]]
-    report: BadAnnotations
-
-
-def find_bad_annotations(
-    annotations: list[dict[str, Any]], sizes: dict[Hashable, tuple[int, int]], json_file: str
-) -> Findings:
-    """Look at the box and the segmentation of every annotation.
-
-    Args:
-        annotations: records of the file; their ``id`` and ``image_id`` must have been checked.
-        sizes: (height, width) in pixels by image id.
-        json_file: path of the file, for the report.
-
-    Returns:
-        What to leave out and what to replace. The annotations themselves stay as they are.
-    """
-    reasons, boxes = _check_boxes(annotations, sizes)
-    segmentations = {}
-    for position, annotation in enumerate(annotations):
-        segmentation = annotation.get("segmentation")
-        if segmentation and position not in reasons:
-            sound, reason = _check_segmentation(segmentation, sizes[annotation["image_id"]])
-            if reason is not None:
-                reasons[position] = reason
-            elif sound is not segmentation:
-                segmentations[position] = sound
-    report = BadAnnotations(json_file)
-    for position, reason in sorted(reasons.items()):
-        report.skipped.setdefault(reason, []).append(annotations[position]["id"])
-    boxes = {position: box for position, box in boxes.items() if position not in reasons}
-    report.clipped = [annotations[position]["id"] for position in boxes]
-    report.trimmed = [annotations[position]["id"] for position in segmentations]
-    return Findings(set(reasons), boxes, segmentations, report)
 
 
 def bad_annotations(dataset_name: str) -> BadAnnotations | None:
@@ -136,89 +110,164 @@ def remember(dataset_name: str, report: BadAnnotations) -> None:
     _reports[dataset_name] = report
 
 
-def _check_boxes(
-    annotations: list[dict], sizes: dict[Hashable, tuple[int, int]]
-) -> tuple[dict[int, str], dict[int, list[float]]]:
-    """Reasons to skip, and clipped boxes, both by position."""
-    if not annotations:
-        return {}, {}
-    boxes, malformed = _box_array(annotations)  # (A, 4), (A,)
-    height, width = np.array([sizes[a["image_id"]] for a in annotations], dtype=np.float64).T
+def box_problems(
+    boxes: np.ndarray, malformed: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Look at the box of every annotation.
+
+    Args:
+        boxes: (A, 4) float64; NaN where malformed.
+        malformed: (A,) bool, boxes that are not four numbers.
+        sizes: (A, 2) height and width of the image of each.
+
+    Returns:
+        (A,) int8 index in `BOX_PROBLEMS`, -1 for a sound box; (A,) bool, sound boxes that stick out
+        of their image.
+    """
     x, y, w, h = boxes.T
+    height, width = sizes.T
     with np.errstate(invalid="ignore", over="ignore"):
         x1, y1 = x + w, y + h
-        tests = {
-            MALFORMED_BOX: malformed,
-            NOT_FINITE: ~np.isfinite(boxes).all(axis=1),
-            NEGATIVE_SIZE: (w < 0) | (h < 0),
-            NO_AREA: (w == 0) | (h == 0),
-            OUTSIDE: (x >= width) | (y >= height) | (x1 <= 0) | (y1 <= 0),
-        }
+        tests = [
+            malformed,
+            ~np.isfinite(boxes).all(axis=1),
+            (w < 0) | (h < 0),
+            (w == 0) | (h == 0),
+            (x >= width) | (y >= height) | (x1 <= 0) | (y1 <= 0),
+        ]
         sticks_out = np.maximum.reduce([-x, -y, x1 - width, y1 - height]) > _BORDER_TOLERANCE
-    first_reason = np.select(list(tests.values()), range(len(tests)), default=-1)
-    names = list(tests)
-    reasons = {int(i): names[first_reason[i]] for i in np.flatnonzero(first_reason >= 0)}
-    clipped = {}
-    for i in np.flatnonzero(sticks_out & (first_reason < 0)):
-        left, top = max(float(x[i]), 0.0), max(float(y[i]), 0.0)
-        right, bottom = min(float(x1[i]), float(width[i])), min(float(y1[i]), float(height[i]))
-        clipped[int(i)] = [left, top, right - left, bottom - top]
-    return reasons, clipped
+    problem = np.select(tests, range(len(tests)), default=-1).astype(np.int8)
+    return problem, sticks_out & (problem < 0)
 
 
-def _box_array(annotations: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (A, 4) in float64, and which of them (A,) are no four numbers (their rows are NaN)."""
-    count = len(annotations)
+def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Cut boxes (n, 4) at the borders of their images of (height, width) (n, 2)."""
+    low = np.maximum(boxes[:, :2], 0.0)
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], sizes[:, ::-1])
+    return np.concatenate([low, high - low], axis=1)
+
+
+class _Rle(msgspec.Struct):
+    size: list[int]
+    counts: str | list[int]
+
+
+_masks = msgspec.json.Decoder(list[list[list[float]] | _Rle | None])
+
+
+def mask_problems(
+    texts: Sequence[bytes], sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[int, bytes]]:
+    """Look at the masks of a chunk of annotations.
+
+    Args:
+        texts: A segmentations as JSON; b"" where there is none.
+        sizes: (A, 2) height and width of the image of each.
+
+    Returns:
+        (A,) uint8 what each is: `NO_MASK`, `POLYGONS` or `RLE`; (A,) int8 index in
+        `MASK_PROBLEMS`, -1 where nothing is wrong; texts of those that lose broken polygons.
+    """
+    given = np.flatnonzero(np.fromiter(map(len, texts), np.int64, len(texts)))
+    what, problem = np.zeros(len(texts), np.uint8), np.full(len(texts), -1, np.int8)
+    trimmed: dict[int, bytes] = {}
     try:
-        boxes = np.array([annotation["bbox"] for annotation in annotations])
-        if boxes.shape == (count, 4) and boxes.dtype.kind in "iuf":
-            return boxes.astype(np.float64), np.zeros(count, dtype=bool)
-    except (KeyError, ValueError):  # a missing box, or boxes of several lengths
-        pass
-    boxes, malformed = np.full((count, 4), np.nan), np.ones(count, dtype=bool)
-    for position, annotation in enumerate(annotations):
-        box = annotation.get("bbox")
-        if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
-            malformed[position] = False
-            try:
-                boxes[position] = box
-            except OverflowError:  # an integer of more than 308 digits; stays NaN
-                pass
-    return boxes, malformed
+        values: list[Any] = _masks.decode(b"[" + b",".join(texts[i] for i in given) + b"]")
+    except msgspec.DecodeError:
+        values = [json.loads(texts[i]) for i in given]
+    polygons, odd = [], []  # annotations for the quick look, and for one at a time
+    rles: list[tuple[int, _Rle]] = []
+    for i, value in zip(given.tolist(), values, strict=True):
+        if not value or value == [[]]:
+            continue  # no mask
+        what[i] = RLE if isinstance(value, dict | _Rle) else POLYGONS
+        if isinstance(value, _Rle):
+            rles.append((i, value))
+        elif isinstance(value, list) and all(map(_is_sound, value)):
+            polygons.append((i, value))
+        else:
+            odd.append((i, value))
+    if rles and not _fill([rle for _, rle in rles], sizes[[i for i, _ in rles]]):
+        odd += [(i, {"size": rle.size, "counts": rle.counts}) for i, rle in rles]
+    for i, value in odd:
+        sound, reason = _check_segmentation(value, sizes[i].tolist())
+        if reason is not None:
+            problem[i] = MASK_PROBLEMS.index(reason)
+        elif sound is not value:
+            kept = [p for p in json.loads(texts[i]) if _is_sound(p)]  # with their own numbers
+            trimmed[i] = msgspec.json.encode(kept)
+            polygons.append((i, sound))
+    flat = _flat([value for _, value in polygons])
+    problem[[polygons[n][0] for n in flat]] = MASK_PROBLEMS.index(FLAT_POLYGON)
+    return what, problem, {i: text for i, text in trimmed.items() if problem[i] < 0}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_sound(polygon: Any) -> bool:
+    """Whether a list has the length of a polygon and can be summed, with a finite sum."""
+    try:
+        return len(polygon) >= 6 and len(polygon) % 2 == 0 and isfinite(sum(polygon))
+    except (TypeError, OverflowError):
+        return False
 
 
-def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, str | None]:
+def _fill(rles: Sequence[_Rle], sizes: np.ndarray) -> bool:
+    """Whether masks are of the size of their images and fill it."""
+    if any(rle.size != size for rle, size in zip(rles, sizes.tolist(), strict=True)):
+        return False
+    texts = [i for i, rle in enumerate(rles) if isinstance(rle.counts, str)]
+    if len(texts) < len(rles):
+        return False
+    return all_fill([rles[i].counts for i in texts], sizes.prod(axis=1))  # type: ignore[misc]
+
+
+def _flat(masks: Sequence[list[list[float]]]) -> list[int]:
+    """Numbers of the masks all of whose polygons (of 6 coordinates or more) have no area."""
+    polygons = list(chain.from_iterable(masks))
+    if not polygons:
+        return []
+    length = np.fromiter(map(len, polygons), np.int64, len(polygons)) // 2
+    points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
+    start = length.cumsum() - length
+    points = points - np.repeat(points[start], length, axis=0)  # keeps digits of small polygons
+    # every point lies on the line through the first point and the one that is farthest from it
+    distance = np.abs(points).max(axis=1)
+    farthest = np.maximum.reduceat(distance, start)
+    at = np.flatnonzero(distance == np.repeat(farthest, length))
+    at = at[np.searchsorted(at, start)]
+    line = np.repeat(points[at], length, axis=0)
+    off = np.abs(points[:, 0] * line[:, 1] - points[:, 1] * line[:, 0])
+    flat = np.maximum.reduceat(off, start) <= 1e-9 * farthest**2
+    count = np.fromiter(map(len, masks), np.int64, len(masks))
+    whole = np.logical_and.reduceat(flat, count.cumsum() - count)
+    return np.flatnonzero(whole).tolist()
+
+
+def _check_segmentation(segmentation: Any, size: list[int]) -> tuple[Any, str | None]:
     """The part of a segmentation that can be used, or the reason why there is none."""
     if isinstance(segmentation, dict):
         if not isinstance(segmentation.get("counts"), str | list) or "size" not in segmentation:
             return None, NOT_A_MASK
-        if segmentation["size"] != list(size):
+        if segmentation["size"] != size:
             return None, RLE_SIZE
         if rle_problem(segmentation["counts"], size):
             return None, RLE_RUNS
         return segmentation, None
     if not isinstance(segmentation, list):
         return None, NOT_A_MASK
-    broken = False
     for polygon in segmentation:
         try:
-            # one sum is finite only if every coordinate is; a text or a list raises
+            # one sum is finite only if every coordinate is; a string or a list raises
             if not isfinite(sum(polygon)):
                 return None, NOT_A_MASK
-            broken |= len(polygon) < 6 or len(polygon) % 2 == 1
         except (TypeError, OverflowError):
             return None, NOT_A_MASK
-    if not broken:
+    sound = [p for p in segmentation if _is_sound(p)]
+    if len(sound) == len(segmentation):
         return segmentation, None
-    sound = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
     return (sound, None) if sound else (None, BAD_POLYGON)
 
 
-def _ids(ids: list[Hashable]) -> str:
+def _ids(ids: Sequence[Hashable]) -> str:
     shown = ", ".join(map(str, ids[:_SHOWN]))
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
     return f"{len(ids)} (annotation id {shown}{more})"

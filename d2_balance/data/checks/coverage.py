@@ -1,24 +1,22 @@
 """What training never sees: classes without an object, and images that are left out."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .structure import IMAGE_LABEL_KEYS
+import numpy as np
+
+from ..records import objects_of
 
 _SHOWN = 10
 
 logger = logging.getLogger(__name__)
 
 
-def classes_with_objects(dataset_dicts: Iterable[dict[str, Any]]) -> set[int]:
+def classes_with_objects(dataset_dicts: Sequence[dict[str, Any]]) -> set[int]:
     """Indices of the classes that have an object; crowds do not count."""
-    return {
-        a["category_id"]
-        for record in dataset_dicts
-        for a in record.get("annotations", ())
-        if not a.get("iscrowd", 0)
-    }
+    objects = objects_of(dataset_dicts)
+    return set(np.unique(objects.category[~objects.crowd]).tolist())
 
 
 def log_unseen_classes(
@@ -46,7 +44,7 @@ def log_unseen_classes(
     return unseen
 
 
-def log_left_out_negatives(dataset_dicts: Iterable[dict[str, Any]], name: str) -> int:
+def log_left_out_negatives(dataset_dicts: Sequence[dict[str, Any]], name: str) -> int:
     """Say how many images have verified image-level labels and are left out for want of objects.
 
     Detectron2 leaves images without objects out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is
@@ -55,11 +53,8 @@ def log_left_out_negatives(dataset_dicts: Iterable[dict[str, Any]], name: str) -
     Returns:
         Their number.
     """
-    count = sum(
-        all(a.get("iscrowd", 0) for a in record.get("annotations", ()))
-        and any(record.get(key) for key in IMAGE_LABEL_KEYS)
-        for record in dataset_dicts
-    )
+    objects = objects_of(dataset_dicts)
+    count = int((objects.labelled & ~objects.with_objects()).sum())
     if count:
         logger.info(
             f"{count} images of {name} have image-level labels and no object to train on; they "

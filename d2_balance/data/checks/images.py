@@ -1,14 +1,22 @@
 """Images on disk against what the annotations say of them."""
 
+from __future__ import annotations
+
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
+
+from d2_balance.utils.progress import progress
 
 _ORIENTATION = 274  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_DEEP = ("I", "F")  # first letters of the modes of more than 8 bits: I, I;16, I;16B, F
 _SHOWN = 5
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+logger = logging.getLogger(__name__)
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -17,18 +25,36 @@ def image_size(path: str) -> tuple[int, int]:
     Reads the head of the file only.
 
     Raises:
-        ValueError: a file that is missing or no image.
+        ValueError: a file that is missing, no image, or above Pillow's limit of pixels.
+    """
+    return image_head(path)[0]
+
+
+def image_head(path: str) -> tuple[tuple[int, int], str, int]:
+    """Size of an image (see `image_size`), Pillow's mode, and EXIF's orientation (1: as it is).
+
+    Raises:
+        ValueError: see `image_size`.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except (OSError, SyntaxError) as error:
+            orientation = image.getexif().get(_ORIENTATION) or 1
+            mode = image.mode
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; cut the image into tiles") from error
+    except UNREADABLE as error:
         raise ValueError(
             f"{path}: no image that can be read ({type(error).__name__}); download it again or "
             "leave it out of the annotations"
         ) from error
-    return (width, height) if turned else (height, width)
+    size = (width, height) if orientation in _TURNED else (height, width)
+    return size, mode, orientation
+
+
+def is_deep(mode: str) -> bool:
+    """Whether a mode of Pillow has more than 8 bits, of which Detectron2's reader makes one colour."""
+    return mode.startswith(_DEEP)
 
 
 def check_image_sizes(
@@ -37,8 +63,8 @@ def check_image_sizes(
     """Compare the size of images with the height and width that the annotation file gives.
 
     Boxes of an image of another size point beside the objects, and nothing else would say so where
-    only a part of the images was resized. Images that cannot be read are skipped: the
-    loader skips, names and counts them.
+    only a part of the images was resized. Images that cannot be read are skipped: the loader skips,
+    names and counts them. Images of 16 bits or of floats are warned of.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
@@ -49,25 +75,46 @@ def check_image_sizes(
         ValueError: with the number of images of another size, the first ones by id and file, and
             both sizes.
     """
-    records = [r for r in dataset_dicts if "height" in r and "width" in r]
-    if limit is not None and len(records) > limit:
-        step = len(records) / limit
-        records = [records[int(n * step)] for n in range(limit)]
-    wrong = []
-    for record in tqdm(records, "checking the sizes of images", delay=2, disable=None):
+    count = len(dataset_dicts)
+    limit = count if limit is None else min(limit, count)
+    chosen = [int(n * count / limit) for n in range(limit)]
+    wrong, deep, looked = [], [], 0
+    for index in progress(chosen, "checking the sizes of images"):
+        record = dataset_dicts[index]
+        if "height" not in record or "width" not in record:
+            continue
+        looked += 1
         try:
-            size = image_size(record["file_name"])
+            size, mode, orientation = image_head(record["file_name"])
         except ValueError:
             continue
+        if is_deep(mode):
+            deep.append(f"{record['file_name']} ({mode})")
         if size != (record["height"], record["width"]):
+            turned = size[::-1] == (record["height"], record["width"]) and orientation != 1
             wrong.append(
                 f"image {record.get('image_id')} ({record['file_name']}) is {size[1]} x {size[0]}, "
                 f"not {record['width']} x {record['height']}"
+                + (f" (turned by its EXIF orientation {orientation})" if turned else "")
             )
-    if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ValueError(
-            f"{name}: {len(wrong)} of {len(records)} images looked at are not of the size "
-            f"(width x height) that the annotations give: {'; '.join(wrong[:_SHOWN])}{more}; give "
-            "the images that were annotated, or scale the boxes with them"
+    if deep:
+        logger.warning(
+            f"{name}: {len(deep)} of {looked} images looked at have more than 8 bits per channel, "
+            f"and will be read as one colour: {_some(deep)}; convert them to 8 bits"
         )
+    if wrong:
+        hint = "give the images that were annotated, or scale the boxes with them"
+        if any("EXIF" in text for text in wrong):
+            hint = (
+                "the boxes are those of the stored pixels: rotate the pixels as the EXIF tag says "
+                "and the boxes with them, or remove the tag"
+            )
+        raise ValueError(
+            f"{name}: {len(wrong)} of {looked} images looked at are not of the size "
+            f"(width x height) that the annotations give: {_some(wrong)}; {hint}"
+        )
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + more

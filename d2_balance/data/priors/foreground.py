@@ -30,13 +30,12 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from torch import Tensor
 
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.progress import progress
 
-from ..annotations import read_json
 from ..class_counts import ClassCounts
+from .sample_counts import PARTS, RPN, row_counters
 
-RETINANET, FCOS, RPN, ROI_HEADS = PARTS = ("RetinaNet", "FCOS", "RPN", "ROIHeads")
 _COUNTS = ("positives", "rows", "outputs")
 
 
@@ -124,10 +123,6 @@ class ForegroundPrior:
             ValueError: the data cannot be read, the model has no part that is counted, or no
                 anchor is positive.
         """
-        from .sample_counts import (
-            row_counters,  # needs Detectron2's models, which import this package
-        )
-
         statistics = ClassCounts.from_config(cfg)
         counters = row_counters(cfg)
         records = get_detection_dataset_dicts(

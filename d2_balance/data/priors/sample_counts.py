@@ -24,7 +24,7 @@ from detectron2.modeling.proposal_generator import RPN as RegionProposals
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from .foreground import FCOS, RETINANET, ROI_HEADS, RPN
+RETINANET, FCOS, RPN, ROI_HEADS = PARTS = ("RetinaNet", "FCOS", "RPN", "ROIHeads")
 
 # ((height, width), boxes (M, 4)) -> (positives, rows that are not ignored)
 RowCounter = Callable[[tuple[int, int], Tensor], tuple[int, int]]

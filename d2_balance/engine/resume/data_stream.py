@@ -12,7 +12,7 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,13 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from d2_balance.data.mapper import BalancedMapper
-from d2_balance.data.samplers import ClassAwareTrainingSampler, weighted_repeat_factors
-from d2_balance.data.training_set import SOURCE, training_records
+from d2_balance.data.records import Records, objects_of
+from d2_balance.data.samplers import (
+    ClassAwareTrainingSampler,
+    repeat_factors,
+    weighted_repeat_factors,
+)
+from d2_balance.data.training_set import sources, training_records
 
 from ..errors import RunStopped
 from .random_state import seeded
@@ -74,7 +79,7 @@ class TrainStream:
 
     def __init__(
         self,
-        dataset_dicts: list[dict],
+        dataset_dicts: Sequence[dict],
         mapper: Callable[[dict], dict],
         sampler: Iterable[int],
         batch_size: int,
@@ -84,7 +89,7 @@ class TrainStream:
         seed: int,
         max_broken: int = 0,
     ) -> None:
-        self._wide = [group_by_aspect and d["width"] > d["height"] for d in dataset_dicts]
+        self._wide = _wide(dataset_dicts) if group_by_aspect else [False] * len(dataset_dicts)
         self._images = SeededImages(dataset_dicts, mapper, self._wide, seed)
         self._sampler, self._batch_size = sampler, batch_size
         self._num_workers, self._seed = num_workers, seed
@@ -223,7 +228,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         given.SEED = comm.shared_random_seed()
     with seeded(seed):
         parts = _loader_parts(given)
-    if not isinstance(parts["dataset"], list):
+    if not isinstance(parts["dataset"], list | Records):
         logger.warning("The training set is no list of images; a resumed run starts it anew.")
         return build_detection_train_loader(**parts)
     return TrainStream(
@@ -262,12 +267,26 @@ def check_weights_of_sets(cfg: CfgNode) -> None:
         )
 
 
+def _wide(records: Sequence[dict[str, Any]]) -> list[bool]:
+    size = objects_of(records).size
+    if size is None:
+        raise ValueError(
+            "DATALOADER.ASPECT_RATIO_GROUPING needs the height and width of every image; set it "
+            "False, or add them to the dataset"
+        )
+    return (size[:, 1] > size[:, 0]).tolist()
+
+
 def _loader_parts(cfg: CfgNode) -> dict:
     """Return the arguments of Detectron2's loader, with a sampler of ours if the config names it."""
     name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
-    records = None  # Detectron2 loads them
-    if cfg.DATASETS.IGNORE_REGIONS or name == WEIGHTED:
-        records = training_records(cfg)
+    records = training_records(cfg)
+    if name == "RepeatFactorTrainingSampler" and isinstance(records, Records):
+        factors = repeat_factors(records, cfg.DATALOADER.REPEAT_THRESHOLD)
+        sampler = RepeatFactorTrainingSampler(factors)
+        return build_detection_train_loader.from_config(
+            cfg, mapper=mapper, dataset=records, sampler=sampler
+        )
     if name not in SAMPLERS:
         return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
     stock = cfg.clone()
@@ -275,7 +294,7 @@ def _loader_parts(cfg: CfgNode) -> dict:
     stock.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
     parts = build_detection_train_loader.from_config(stock, mapper=mapper, dataset=records)
     records = parts["dataset"]
-    if not isinstance(records, list):
+    if not isinstance(records, list | Records):
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN {name} needs datasets that are lists of dicts; "
             "TrainingSampler works with others."
@@ -284,7 +303,7 @@ def _loader_parts(cfg: CfgNode) -> dict:
         return parts | {"sampler": ClassAwareTrainingSampler(records)}
     factors = weighted_repeat_factors(
         records,
-        [record[SOURCE] for record in records],
+        sources(records),
         dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR),
         cfg.DATALOADER.REPEAT_THRESHOLD,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from d2_balance.data.checks.structure import num_classes_key
+from d2_balance.data.checks.classes import num_classes_key
 from d2_balance.utils.config_tree import leaves
 
 # With another value of these the checkpoint is one of another model.

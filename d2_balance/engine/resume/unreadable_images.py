@@ -15,6 +15,7 @@ from detectron2.data import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from torch.utils.data import Dataset
 
+from d2_balance.data.records import Records
 from d2_balance.data.unreadable import SKIPPED, UNREADABLE, image_name, listed_images
 
 from ..errors import RunStopped
@@ -38,12 +39,13 @@ class SeededImages(Dataset):
 
     def __init__(
         self,
-        dataset_dicts: list[dict],
+        dataset_dicts: Sequence[dict],
         mapper: Callable[[dict], dict],
         wide: Sequence[bool],
         seed: int,
     ) -> None:
-        self._records = DatasetFromList(dataset_dicts, copy=False)
+        lazy = isinstance(dataset_dicts, Records)  # makes a record when it is asked for
+        self._records = dataset_dicts if lazy else DatasetFromList(dataset_dicts, copy=False)
         self._images = MapDataset(self._records, mapper)
         self._wide = np.asarray(wide, dtype=bool)
         self._seed, self._rank = seed, comm.get_rank()

@@ -29,16 +29,18 @@ from d2_balance.data import (
     require_image_labels,
 )
 from d2_balance.data.catalog.external import is_external
-from d2_balance.data.catalog.register import load_dataset
+from d2_balance.data.catalog.register import load_dataset, registered_file
+from d2_balance.data.checks.classes import configured_num_classes
 from d2_balance.data.checks.coverage import (
     classes_with_objects,
     log_left_out_negatives,
     log_unseen_classes,
 )
 from d2_balance.data.checks.images import check_image_sizes
-from d2_balance.data.checks.structure import IMAGE_LABEL_KEYS, configured_num_classes
 from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.ignore_regions import region_files
+from d2_balance.data.records import objects_of
 from d2_balance.modeling.build import (
     build_box_loss,
     build_cls_loss,
@@ -265,7 +267,7 @@ def check_data(cfg: CfgNode, eval_only: bool = False) -> None:
         dataset_dicts = load_dataset(name)
         if name in train:
             check_train_set(cfg, dataset_dicts, name)
-        if isinstance(dataset_dicts, list):
+        if isinstance(dataset_dicts, Sequence):
             check_image_sizes(dataset_dicts, name, limit=_SIZES_LOOKED_AT)
             seen[name] = classes_with_objects(dataset_dicts)
     if _is_a(cfg, GeneralizedRCNN, RetinaNet, BalancedFCOS):  # other models have keys of their own
@@ -286,12 +288,24 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
     Raises:
         ValueError: naming the dataset and the key to set.
     """
-    if not isinstance(dataset_dicts, list):
+    if not isinstance(dataset_dicts, Sequence):
         return  # a torch dataset of the user's own, which is not looked through here
-    if not any(record.get("annotations") for record in dataset_dicts):
+    crowd = objects_of(dataset_dicts).crowd
+    if not len(crowd):
         raise ValueError(
             f"the dataset {name!r} has {len(dataset_dicts)} images and no annotation; a "
             "training set needs at least one (DATASETS.TRAIN)."
+        )
+    if crowd.all():
+        raise ValueError(
+            f"the dataset {name!r} has nothing to train on: {len(crowd)} of {len(crowd)} objects "
+            "have iscrowd 1, as CVAT and datumaro write masks; set iscrowd to 0."
+        )
+    if cfg.MODEL.KEYPOINT_ON and registered_file(name):
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON: the keypoints of {name!r} are not read from files of "
+            "DATASETS.REGISTER; register it with Detectron2's register_coco_instances, or set "
+            "MODEL.KEYPOINT_ON False"
         )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         log_left_out_negatives(dataset_dicts, name)

@@ -30,12 +30,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2_balance.data.annotations import Annotations, load_annotations
 from d2_balance.data.catalog.class_map import ClassMap, load_class_map
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.progress import progress
 
 from ..columns import DetectionTexts, PredictionColumns, read_columns
-from ..sources import Annotations
 
 METHODS = ("nms", "soft-nms", "wbf")
 
@@ -326,7 +326,7 @@ def merge_files(
         raise FileExistsError(f"{output} exists, and nothing is overwritten; name a new file")
     if not inputs:
         raise ValueError("nothing to merge: give prediction files, or --expert")
-    truth = Annotations.load(dataset, "--dataset")
+    truth = load_annotations(dataset, "--dataset")
     read = [_member(truth, *source) for source in inputs]
     ensemble = Ensemble([member for member, _ in read], method, iou, max_dets)
     images = len(truth.data["images"])
@@ -343,7 +343,7 @@ def _member(
     if classes is None:
         columns = read_columns(path, images, categories, truth.path)
         return Member(columns, None, ids), f"{path}: {len(columns):,} detections"
-    source = Annotations.load(classes, f"classes of {path}").data["categories"]
+    source = load_annotations(classes, f"classes of {path}").data["categories"]
     found = load_class_map(map_file, source, categories, (classes, truth.name))
     columns = read_columns(path, images, source, truth.path, classes)
     member = Member(columns, found, ids)

@@ -26,17 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from d2_balance.data.annotations import read_json
-from d2_balance.data.checks.structure import category_name
+from d2_balance.data.annotations import Annotations, load_annotations
+from d2_balance.data.columns import category_name
 from d2_balance.data.groups import GROUPS, LVIS_CUTS
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.text import percent, table
 
 from ..average_precision import average_precision
 from ..columns import DetectionTexts, PredictionColumns, capped, read_columns, read_objects
 from ..evaluate import ground_truth
 from ..groups import group_metrics, resolve_groups, training_counts
-from ..sources import Annotations
 
 METHODS = ("groups", "norcal")
 METRICS = ("AP", "APr", "APc", "APf")
@@ -323,10 +322,10 @@ def fit_factors(
         raise ValueError(
             "name what is evaluated on with --test or --run; factors are never fitted on it"
         )
-    truth = Annotations.load(dataset)
-    check_held_out(truth, [Annotations.load(test, "--test") for test in tests])
-    notes = [_trained_on(truth, Annotations.load(name, "--run")) for name in trained_on]
-    groups, counts = _groups(truth, Annotations.load(train, "--train") if train else truth)
+    truth = load_annotations(dataset)
+    check_held_out(truth, [load_annotations(test, "--test") for test in tests])
+    notes = [_trained_on(truth, load_annotations(name, "--run")) for name in trained_on]
+    groups, counts = _groups(truth, load_annotations(train, "--train") if train else truth)
     columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
     if not task:
         masks = len(columns) and columns.has_mask.all()
@@ -386,7 +385,7 @@ def apply_factors(
     """
     _check_output(output, max_dets, 0)
     rule = Rescoring.read(factors)
-    truth = Annotations.load(dataset)
+    truth = load_annotations(dataset)
     columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
     scores = rule.scores(columns, truth.class_names)
     rows = capped(columns, scores, max_dets).tolist()

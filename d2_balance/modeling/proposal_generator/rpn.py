@@ -15,8 +15,8 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from d2_balance.data.priors.foreground import RPN as PART
 from d2_balance.data.priors.foreground import ForegroundPrior
+from d2_balance.data.priors.sample_counts import RPN as PART
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCELoss
 from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import world_size

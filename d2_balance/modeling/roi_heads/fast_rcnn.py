@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2_balance.data.model_classes import fill_metadata
-from d2_balance.data.priors.foreground import ROI_HEADS, ForegroundPrior
+from d2_balance.data.priors.foreground import ForegroundPrior
+from d2_balance.data.priors.sample_counts import ROI_HEADS
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCELoss
 from d2_balance.losses._base import per_sample
 from d2_balance.reweight import GuidedScale

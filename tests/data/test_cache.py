@@ -1,6 +1,5 @@
-"""Counts of annotation files and their cache: equal to those of the loaded set, never stale."""
+"""Class counts of annotation files, and the cache of their columns: never stale, never torn."""
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,9 +8,10 @@ import time
 import pytest
 
 from d2_balance.data import ClassCounts
-from d2_balance.data import file_counts as module
+from d2_balance.data import annotations as module
+from d2_balance.data import cache as cache_module
+from d2_balance.data.annotations import read_annotations
 from d2_balance.data.catalog.register import register_json
-from d2_balance.data.file_counts import FileCounts, file_counts
 
 from .conftest import coco_data, lvis_data
 
@@ -19,19 +19,42 @@ from .conftest import coco_data, lvis_data
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("D2_BALANCE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    forget()
+    yield tmp_path / "cache"
+    forget()
+
+
+def forget():
+    """What this process has read, as a new process would not know it."""
+    module._read.clear()
+
+
+def file_counts(path):
+    """Image count, instance count, images, images with objects and names, read anew."""
+    forget()
+    file = read_annotations(path)
+    counts = file.class_counts()
+    return (
+        tuple(counts.image_count.tolist()),
+        tuple(counts.instance_count.tolist()),
+        counts.images,
+        counts.images_with_objects,
+        tuple(file.class_names.values()),
+        file.file_groups,
+    )
 
 
 @pytest.fixture
 def parses(monkeypatch):
     """Paths that were parsed."""
     seen = []
+    parse = module.parse_columns
 
-    def parse(content, path):
+    def watched(content, path, masks):
         seen.append(path)
-        return json.loads(content)
+        return parse(content, path, masks)
 
-    monkeypatch.setattr(module, "parse_json", parse)
+    monkeypatch.setattr(module, "parse_columns", watched)
     return seen
 
 
@@ -43,7 +66,7 @@ def age(path, seconds=60):
 @pytest.fixture
 def no_wait(monkeypatch):
     """Times are trusted at once; a test cannot wait two seconds for each file."""
-    monkeypatch.setattr(module, "_RACY_NS", 0)
+    monkeypatch.setattr(cache_module, "_RACY_NS", 0)
 
 
 def test_counts_by_hand(write):
@@ -57,7 +80,7 @@ def test_counts_by_hand(write):
     ]
     data["annotations"] += new
     path, _ = write(data)
-    assert file_counts(path) == FileCounts((1, 2), (1, 3), 3, 2, ("cat", "dog"), None)
+    assert file_counts(path) == ((1, 2), (1, 3), 3, 2, ("cat", "dog"), None)
 
 
 @pytest.mark.parametrize("filter_empty", [True, False])
@@ -111,7 +134,7 @@ def test_files_of_other_classes_are_refused(write, names, cfg):
 def test_the_same_file_is_read_once(write, parses, no_wait, monkeypatch):
     path, _ = write(coco_data())
     first = file_counts(path)
-    monkeypatch.setattr(module, "read_content", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(module, "read_bytes", lambda path: pytest.fail("read again"))
     assert file_counts(path) == first and parses == [path]
 
 
@@ -119,7 +142,7 @@ def test_a_young_file_is_hashed_again(write, parses, monkeypatch):
     path, _ = write(coco_data())  # a change within the same tick of the clock would not show
     first = file_counts(path)
     reads = []
-    monkeypatch.setattr(module, "read_content", lambda p: reads.append(p) or open(p, "rb").read())
+    monkeypatch.setattr(module, "read_bytes", lambda p: reads.append(p) or open(p, "rb").read())
     assert file_counts(path) == first and parses == reads == [path]
 
 
@@ -139,19 +162,19 @@ def test_a_change_of_the_same_size_and_time_is_seen(write, no_wait):
     path, _ = write(data)
     age(path)
     before = os.stat(path)
-    assert file_counts(path).instance_count == (1, 2)
+    assert file_counts(path)[1] == (1, 2)
     data["annotations"][1]["category_id"] = 3
     with open(path, "w") as file:
         json.dump(data, file)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # hides the change, but for ctime
     after = os.stat(path)
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    assert file_counts(path).instance_count == (2, 1)
+    assert file_counts(path)[1] == (2, 1)
 
 
 def test_a_file_that_changes_while_it_is_read_is_no_known_place(write, no_wait, monkeypatch):
     path, _ = write(coco_data())
-    read = module.read_content
+    read = module.read_bytes
 
     def change(path):
         content = read(path)
@@ -159,9 +182,9 @@ def test_a_file_that_changes_while_it_is_read_is_no_known_place(write, no_wait, 
             file.write(" ")
         return content
 
-    monkeypatch.setattr(module, "read_content", change)
+    monkeypatch.setattr(module, "read_bytes", change)
     file_counts(path)
-    assert module._read(module._place_file(path)) is None
+    assert not os.path.exists(cache_module._place_file(path))
 
 
 def test_loading_a_set_fills_the_cache(write, names, parses, no_wait, cfg):
@@ -173,33 +196,70 @@ def test_loading_a_set_fills_the_cache(write, names, parses, no_wait, cfg):
     DatasetCatalog.get(name)
     cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES = (name,), 2
     assert ClassCounts.from_config(cfg).image_count.tolist() == [1, 2]
-    assert parses == []
+    assert parses == [path]  # once, for the records and the counts
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"images": 3}', '{"images": [1]}'])
-def test_spoilt_entries_are_counted_again(content, write, cache, no_wait):
+def test_corrupt_entries_are_read_again(content, write, cache, no_wait):
     path, _ = write(coco_data())
     first = file_counts(path)
-    entries = [entry for entry in cache.rglob("*.json")]
-    assert len(entries) == 2
+    entries = list(cache.rglob("*.json"))
+    assert len(entries) == 2  # a header and a place
     for entry in entries:
         entry.write_text(content)
     assert file_counts(path) == first
+
+
+@pytest.mark.parametrize("change", ["cut", "flip", "remove"])
+def test_torn_columns_are_read_again(change, write, cache, no_wait, parses):
+    data = coco_data()
+    data["annotations"][0]["segmentation"] = [[1, 2, 11, 2, 11, 14]]
+    path, _ = write(data)
+    first = file_counts(path)
+    columns = [p for p in cache.rglob("*") if p.suffix in (".npy", ".bin")]
+    assert len(columns) > 10
+    for number, column in enumerate(columns, start=2):
+        content = column.read_bytes()
+        if change == "remove":
+            column.unlink()
+        elif change == "cut":
+            column.write_bytes(content[:-1])
+        else:
+            column.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
+        assert file_counts(path) == first
+        assert read_annotations(path).segmentation(0) == [[1, 2, 11, 2, 11, 14]]
+        assert len(parses) == number
+
+
+def test_a_full_disk_leaves_nothing_and_says_so_once(write, cache, monkeypatch, caplog):
+    import errno
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.np, "save", full)
+    monkeypatch.setattr(cache_module, "_told", set())
+    path, _ = write(coco_data())
+    with caplog.at_level("WARNING", logger="d2_balance.data.cache"):
+        assert file_counts(path)[2] == file_counts(path)[2] == 2
+    [record] = [r for r in caplog.records if "are not kept" in r.getMessage()]
+    assert "No space left" in record.getMessage() and "D2_BALANCE_CACHE" in record.getMessage()
+    assert not [p for p in cache.rglob("*") if p.is_dir() and p.name.endswith(".tmp")]
 
 
 def test_a_directory_that_cannot_be_written_costs_nothing_but_time(write, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("D2_BALANCE_CACHE", str(tmp_path / "file" / "below"))
     path, _ = write(coco_data())
-    assert file_counts(path).images == 2
+    assert file_counts(path)[2] == 2
 
 
 def _count_often(path, queue):
     for _ in range(20):
-        queue.put(dataclasses.astuple(file_counts(path)))
+        queue.put(file_counts(path))
 
 
-def test_processes_share_a_cache(write, cache):
+def test_processes_share_a_cold_cache(write, cache):
     path, _ = write(coco_data())
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -210,7 +270,34 @@ def test_processes_share_a_cache(write, cache):
     for worker in workers:
         worker.join()
     assert found == {((1, 2), (1, 2), 2, 2, ("cat", "dog"), None)}
-    assert not list(cache.rglob("*.tmp"))
+    assert not [p for p in cache.rglob("*.tmp*")]
+
+
+def _write_slowly(path, started):
+    build = cache_module._write
+
+    def slow(entry, make):
+        build(entry, make)
+        os.remove(os.path.join(entry, "header.json"))  # everything but the last file
+        started.set()
+        time.sleep(60)
+
+    cache_module._write = slow
+    file_counts(path)
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(write, cache):
+    path, _ = write(coco_data())
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    worker = context.Process(target=_write_slowly, args=(path, started))
+    worker.start()
+    assert started.wait(30)
+    worker.kill()
+    worker.join()
+    assert [p for p in cache.rglob("*.tmp")]
+    assert file_counts(path) == ((1, 2), (1, 2), 2, 2, ("cat", "dog"), None)
+    assert not [p for p in cache.rglob("*.tmp")]  # removed with the next writing
 
 
 def test_a_cut_file_is_named(write):
