@@ -81,10 +81,10 @@ def reference_page() -> str:
     for key in balance:
         if key in nodes - named:
             place = f"MODEL.BALANCE.{key}"
-            about = _text(comments, place).rstrip(":.")
+            sentence = _text(comments, place).rstrip(":.")
             texts = comments | _argument_texts(place)  # nodes of losses below the node of a part
             table = _table(place, dict(leaves(balance[key])), texts)
-            parts += [f"### {place}\n", f"{about}.\n", table]
+            parts += [f"### {place}\n", f"{sentence}.\n", table]
     for title, registry in SECTIONS.items():
         entries = [_entry(name, cls, balance.get(name.upper())) for name, cls in registry]
         parts += [f"## {title}\n", *entries] if entries else []
@@ -115,7 +115,7 @@ def _argument_texts(place: str) -> dict[str, str]:
 
 def _entry(name: str, cls: type, node: CfgNode | None) -> str:
     """Heading, first line of the docstring, quantities from the data, and keys of one class."""
-    parts = [f"### {name}\n", f"{inspect.getdoc(cls).splitlines()[0]}\n"]
+    parts = [f"### {name}\n", f"{(inspect.getdoc(cls) or name).splitlines()[0]}\n"]
     data = [f"`{name}`" for name in inspect.signature(cls).parameters if name in DATA_ARGUMENTS]
     if data:
         parts.append(

@@ -16,7 +16,7 @@ from d2_balance.engine.setup.launch import leave_groups
 
 @contextmanager
 def joined(rank: int, directory: str | Path, ranks: int = 2) -> Iterator[None]:
-    """This process as one of several that meet in a directory and wait for each other at the end."""
+    """Join several processes that meet in a directory and wait for each other at the end."""
     torch.set_num_threads(1)
     meeting = f"file://{directory}/meeting_of_{ranks}"
     dist.init_process_group(

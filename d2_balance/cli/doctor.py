@@ -148,8 +148,9 @@ def check_detectron2(usable: bool) -> list[Finding]:
         if isinstance(module, Exception):
             value = _failure("detectron2", module)
             return [Finding("Detectron2", value, _remedy("detectron2", module), True)]
-    version = _version("detectron2") or package.__version__
-    found = Finding("Detectron2", f"{version} ({os.path.dirname(package.__file__)})")
+    version = _version("detectron2") or getattr(package, "__version__", "version unknown")
+    place = os.path.dirname(getattr(package, "__file__", ""))
+    found = Finding("Detectron2", f"{version} ({place})")
     return [found, _check_compiled()]
 
 
@@ -179,7 +180,7 @@ def check_package(module_name: str, usable: bool = True) -> Finding:
     module = _load(module_name)
     if isinstance(module, Exception):
         return Finding(name, _failure(name, module), _remedy(name, module), True)
-    return Finding(name, _version(name) or getattr(module, "__version__", "version unknown"))
+    return Finding(name, _version(name) or str(getattr(module, "__version__", "version unknown")))
 
 
 def check_cuda() -> Finding:

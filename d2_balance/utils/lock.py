@@ -13,7 +13,7 @@ from contextlib import contextmanager
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)

@@ -20,7 +20,7 @@ class Named:
         cls.name = cls.__name__
 
 
-class Registry(registry.Registry):  # type: ignore[misc]  # fvcore has no types
+class Registry(registry.Registry):
     """fvcore's registry, where a name in a config need not be the name of a class."""
 
     def register(self, name: str | None = None) -> Callable[[T], T]:

@@ -25,7 +25,7 @@ def test_problems_are_found_with_their_ids():
     data = coco([[0, 1], [2], [0], [], []])
     data["images"][4]["neg_category_ids"] = [1]
     data["categories"].append({"id": 9, "name": "never"})
-    first, second, third, fourth = data["annotations"]
+    first, second, third, _fourth = data["annotations"]
     data["annotations"] += [
         {**first, "id": 200},  # once more
         {**first, "id": 201, "bbox": [first["bbox"][0] + 0.004, *first["bbox"][1:]]},  # rounds so

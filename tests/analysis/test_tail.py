@@ -73,7 +73,7 @@ def test_threshold_falls_where_an_epoch_would_grow_too_long(table):
 
 
 def test_no_threshold_where_every_class_is_frequent(table):
-    border, found = suggest(table([[0, 1]] * 10), (1, 4))
+    _border, found = suggest(table([[0, 1]] * 10), (1, 4))
     assert found is None
 
 

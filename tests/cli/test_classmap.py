@@ -1,6 +1,7 @@
 """d2-balance classmap: what it prints, writes and refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -44,7 +45,7 @@ def test_matches_and_the_rest_of_both_sides_are_printed(files, capsys):
 def test_a_draft_is_written_once_and_can_be_checked(files, tmp_path, capsys):
     path = str(tmp_path / "map.yaml")
     assert main(["classmap", *files, "--output", path]) == 0
-    written = yaml.safe_load(open(path))
+    written = yaml.safe_load(Path(path).read_text())
     assert written == {"Traffic light": "traffic_light", "Human face": None, "Kitten": "cat"}
     capsys.readouterr()
     assert main(["classmap", *files, "--map", path]) == 0

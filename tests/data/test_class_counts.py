@@ -160,7 +160,7 @@ def test_config_with_the_wrong_number_of_classes_names_the_key(cfg, write, names
 @pytest.mark.parametrize("name", ["lvis_v1_train", "no_such_set", ""])
 def test_data_that_cannot_be_loaded_says_what_to_give(cfg, name, monkeypatch):
     if name == "lvis_v1_train":
-        monkeypatch.setitem(DatasetCatalog.data, name, lambda: open("no/such/file"))
+        monkeypatch.setitem(DatasetCatalog.data, name, lambda: Path("no/such/file").read_text())
     _set(cfg, name, 1203)
     with pytest.raises(
         ValueError, match=f"DATASETS.TRAIN.*{name}.*give MODEL.BALANCE.CLASS_COUNTS_FILE"

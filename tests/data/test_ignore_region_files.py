@@ -39,7 +39,7 @@ def files(write, names):
     def make(data, second, class_map=""):
         name = names()
         register_json(name, *write(data))
-        path, directory = write(second, "second.json")
+        path, _directory = write(second, "second.json")
         if class_map:
             class_map, _ = write(class_map, "map.yaml")
         return DatasetCatalog.get(name), RegionFile(name, path, class_map)

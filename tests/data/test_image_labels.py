@@ -132,7 +132,7 @@ def test_mask_goes_to_the_device_without_waiting_for_it(names):
 
 
 def test_set_without_image_labels_names_the_set_and_the_remedy():
-    message = "'my_train' has no image-level labels: set MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS False or"
+    message = "'my_train' has no image-level labels: set MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS"
     empty = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
     for records in ([], [{"file_name": "a"}], [empty, empty]):
         with pytest.raises(ValueError, match=message):

@@ -107,7 +107,7 @@ def test_verified_labels_go_up_when_positive_and_down_when_negative(prepared):
         "p2": ([ANIMAL, DOG, CAT], [CAR, VEHICLE]),  # a car that nobody marked
         "p3": ([WHEEL], [ANIMAL, CAT]),  # cats stand in a group; dog and animal were seen
     }
-    assert [(i["file_name"], i["height"], i["width"]) for i in data["images"]][0] == (
+    assert next((i["file_name"], i["height"], i["width"]) for i in data["images"]) == (
         "p1.jpg",
         100,
         200,

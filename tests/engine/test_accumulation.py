@@ -1,5 +1,7 @@
 """Micro-batches give the gradients and the state of the whole batch, where the formula allows."""
 
+from itertools import chain
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -53,7 +55,7 @@ def steps(kind, overrides, micro_batches, counts_file):
             module.pixel_mean, module.pixel_std = module.pixel_mean.double(), module.pixel_std
     # an image without objects, so that one micro-batch has fewer positives
     batches = [make_inputs(4, seed=i, empty=(1,) if i else (2, 3)) for i in range(2)]
-    for record in sum(batches, []):
+    for record in chain.from_iterable(batches):
         record["image"] = record["image"].double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     trainer = StepTrainer(model, batches, optimizer, micro_batches=micro_batches, seed=5)

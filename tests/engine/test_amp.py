@@ -32,7 +32,7 @@ class Overflow(HookBase):
 
     def after_backward(self):
         if self.trainer.iter in self.iterations:
-            name, parameter = next(
+            _name, parameter = next(
                 (n, p) for n, p in self.trainer.model.named_parameters() if "cls_score.w" in n
             )
             parameter.grad.view(-1)[0] = math.inf
@@ -144,7 +144,7 @@ def test_bad_input_is_not_blamed_on_half_precision(dataset, tmp_path):
 
     trainer, _ = start(tmp_path, *FP16)
     trainer.data_loader = Planted(trainer.data_loader, 2, bad_box)
-    with pytest.raises(NonFiniteLossError, match="a ground truth box is not finite.*Mend these"):
+    with pytest.raises(NonFiniteLossError, match="a ground truth box is not finite.*Fix these"):
         trainer.train()
 
 

@@ -44,7 +44,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def plant(iteration, place):
+def plant(iteration, place):  # noqa: C901  one case per place
     """Makes the process kill itself, as late in the iteration as `place` says."""
     from detectron2.engine import HookBase
 
@@ -152,12 +152,12 @@ def differences(one, other, path=""):
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [path]
-        return sum((differences(one[key], other[key], f"{path}/{key}") for key in one), [])
+        return [d for key in one for d in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return [path]
         pairs = enumerate(zip(one, other, strict=True))
-        return sum((differences(a, b, f"{path}/{i}") for i, (a, b) in pairs), [])
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{path}/{i}")]
     if isinstance(one, torch.Tensor):
         equal = torch.equal(one, other)
     else:

@@ -95,7 +95,7 @@ def test_a_box_of_the_annotations_is_named_with_its_image_and_class(dataset, tmp
     assert error.iteration == 3
     text = str(error)
     assert f"Classes: {name}. Images: {seen[0]['file_name']} (a ground truth box is not" in text
-    assert "at iteration 3: " in text and "Mend these images" in text
+    assert "at iteration 3: " in text and "Fix these images" in text
     assert "SOLVER.BASE_LR" not in text
 
 
@@ -142,11 +142,11 @@ def spoil_samples(model, change):
         marks[:] = [i for i, record in enumerate(inputs) if record.get("marked")]
         return preprocess(inputs)
 
-    def spoilt(*arguments, **known):
+    def corrupt(*arguments, **known):
         samples = gather(*arguments, **known)
         return change(samples, torch.isin(samples.image_index, torch.tensor(marks).long()))
 
-    model.preprocess_image, head.samples = look, spoilt
+    model.preprocess_image, head.samples = look, corrupt
     return marks
 
 
@@ -204,10 +204,10 @@ def test_a_loss_of_another_head_is_found_image_by_image(dataset, tmp_path):
     heads = trainer.model.roi_heads
     forward = heads._forward_mask
 
-    def spoilt(*arguments):
+    def corrupt(*arguments):
         return {name: v * (math.nan if marks else 1) for name, v in forward(*arguments).items()}
 
-    heads._forward_mask = spoilt
+    heads._forward_mask = corrupt
     error = failure(trainer)
     assert error.losses == ("loss_mask",) and error.classes == ()
     assert len(error.images) == 1 and error.images[0] == last_batch(trainer)[1]

@@ -99,7 +99,7 @@ def test_as_many_other_classes_start_anew_where_asked_to(tmp_path):
 
 
 def test_a_layer_of_which_one_tensor_fits_starts_anew_as_a_whole(tmp_path):
-    path, stock = stock_checkpoint(tmp_path, "retinanet", 6)
+    path, _stock = stock_checkpoint(tmp_path, "retinanet", 6)
     file = torch.load(path)
     file["model"]["head.cls_score.weight"] = torch.zeros(18, 32, 3, 3)
     file["model"]["head.cls_score.bias"] = torch.full((18,), 9.0)

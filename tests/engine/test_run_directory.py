@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 
 
 def test_names_and_counts_lie_in_the_directory_and_in_every_checkpoint(run):
-    cfg, _, out = run
+    _cfg, _, out = run
     saved = json.loads((out / "classes.json").read_text())
     assert saved["activation"] == "sigmoid" and saved["num_images"] == 12
     assert [c["name"] for c in saved["classes"]] == [f"class{k}" for k in range(CLASSES)]
@@ -94,7 +94,7 @@ def test_the_summary_lists_the_ap_of_few_classes(run):
 
 
 def test_example_detections_go_to_tensorboard_and_mlflow(run):
-    cfg, _, out = run
+    _cfg, _, out = run
     (path,) = glob.glob(str(out / "events.out.tfevents.*"))
     found = EventAccumulator(path, size_guidance={"images": 0})
     found.Reload()

@@ -21,7 +21,7 @@ GHM = ["MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "SmoothL1"]
 DECAY = ["MODEL.BALANCE.BETA_DECAY.ENABLED", "True", "MODEL.BALANCE.BETA_DECAY.PERIOD", "2"]
 
 
-class Killed(RuntimeError):
+class Killed(RuntimeError):  # noqa: N818  not an error
     pass
 
 

@@ -80,8 +80,12 @@ def test_a_good_config_passes(dataset, tmp_path, kind):
         ),
         (
             "faster",
-            ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME"]
-            + ["StandardROIHeads"],
+            [
+                "MODEL.META_ARCHITECTURE",
+                "GeneralizedRCNN",
+                "MODEL.ROI_HEADS.NAME",
+                "StandardROIHeads",
+            ],
             "BalancedRCNN in place of GeneralizedRCNN and MODEL.ROI_HEADS.NAME BalancedStandard",
         ),
     ],

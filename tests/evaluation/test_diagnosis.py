@@ -105,7 +105,7 @@ def test_marks_stand_where_a_threshold_cuts_the_curve(tmp_path):
 
 
 def test_rules_of_lvis_hold(tmp_path):
-    unlisted = (C, [60, 60, 9, 9], 0.9)  # nobody looked for c
+    unlisted = (C, [60, 60, 9, 9], 0.9)  # c is not annotated exhaustively
     ground = truth(tmp_path, OBJECTS, lvis=True, not_exhaustive=[A])
     found = detections(*[(d["category_id"], d["bbox"], d["score"]) for d in FOUND["p"]], unlisted)
     result = diagnosis(ground, found)

@@ -226,15 +226,19 @@ def test_classes_that_are_not_shared_are_left_out_and_named(merge, capsys):
             "detection 0: segmentation must be an RLE",
         ),
         (
-            [BOX | {"bbox": [0, 0, 9, 9], "score": 1}]
-            + [BOX | {"score": 1, "segmentation": {"size": [80, 60], "counts": "x"}}],
+            [
+                BOX | {"bbox": [0, 0, 9, 9], "score": 1},
+                BOX | {"score": 1, "segmentation": {"size": [80, 60], "counts": "x"}},
+            ],
             [],
             [],
             r"detection 1: the mask is \[80, 60\] pixels .* image 3 is \[60, 80\]",
         ),
         (
-            [BOX | {"bbox": [0, 0, 9, 9], "score": 1}]
-            + [BOX | {"score": 1, "segmentation": {"size": [60, 80], "counts": "4"}}],
+            [
+                BOX | {"bbox": [0, 0, 9, 9], "score": 1},
+                BOX | {"score": 1, "segmentation": {"size": [60, 80], "counts": "4"}},
+            ],
             [],
             [],
             "detection 1: the mask is no RLE: its runs have 4 pixels",

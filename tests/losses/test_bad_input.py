@@ -103,8 +103,8 @@ def test_one_nan_makes_the_loss_nan_and_its_row_can_be_told(name, kind):
     value = loss(samples)
     assert not value.sum().isfinite()
     state_first = not loss.update_after  # then all rows are weighted with what one has corrupt
-    spoilt = not all(buffer.isfinite().all() for buffer in loss.buffers())
-    if loss.elementwise and not (state_first and spoilt):
+    corrupt = not all(buffer.isfinite().all() for buffer in loss.buffers())
+    if loss.elementwise and not (state_first and corrupt):
         bad = (~value.isfinite()).view(60, -1).any(dim=1)
         assert bad.nonzero().flatten().tolist() == row.tolist()
 
@@ -132,7 +132,7 @@ def test_one_bad_coordinate_makes_the_box_loss_bad_and_its_row_can_be_told(box_n
     with torch.no_grad():
         (pred if where == "pred" else target)[7, 1] = bad
     value = loss(pred, target)
-    (grad,) = torch.autograd.grad(value.sum(), pred)
+    (_grad,) = torch.autograd.grad(value.sum(), pred)
     assert not value.sum().isfinite()
     if loss.elementwise:
         rows = (~value.isfinite()).view(20, -1).any(dim=1)

@@ -31,7 +31,7 @@ def source_class(name):
     return space[name]
 
 
-def sampled(x, weight, offset, mask, stride, padding, groups, deformable_groups):
+def sampled(x, weight, offset, mask, stride, padding, groups, deformable_groups):  # noqa: C901
     """The papers' sum over sampling points, in loops, with bilinear interpolation."""
     n, c, height, width = x.shape
     out_channels, _, kh, kw = weight.shape

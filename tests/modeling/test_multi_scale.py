@@ -1,4 +1,4 @@
-"""Testing at several sizes: equal to Detectron2's, with masks that are never all in memory."""
+"""Test-time augmentation: equal to Detectron2's, with masks that are never all in memory."""
 
 import numpy as np
 import pytest

@@ -81,7 +81,7 @@ def test_ohem_selects_what_the_losses_of_the_whole_set_say(kind, monkeypatch):
     stock = heads.select
 
     def select(proposals, stage):
-        head, layers = heads.head_modules(stage)
+        _head, layers = heads.head_modules(stage)
         scores, deltas = heads.run_head(proposals, stage)
         cls, box = layers.row_losses((scores, deltas), proposals)
         order = (cls + box).argsort(descending=True)[:5]

@@ -77,7 +77,7 @@ def compile_losses(model: nn.Module) -> None:
         fallback.note(error, "a small function")
         return
     for loss in losses:
-        loss.compute = _Compiled(loss, fallback)  # type: ignore[method-assign]
+        loss.compute = _Compiled(loss, fallback)
     logger.info(f"{KEY}: {len(losses)} losses are compiled at their first batch.")
 
 
