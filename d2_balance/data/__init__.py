@@ -1,6 +1,7 @@
 """Datasets from any annotation file, their checks, class statistics and image-level labels."""
 
 from importlib import import_module
+from typing import Any
 
 _MODULES = {
     "Annotations": "annotations",
@@ -29,7 +30,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a name when it is asked for: commands that read annotations load no torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

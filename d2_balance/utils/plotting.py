@@ -86,6 +86,7 @@ def name_points(
         others: points that have no name and are not covered either.
     """
     figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     taken = [line.get_window_extent().padded(2) for line in axes.lines]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_a_young_file_is_hashed_again(write, parses, monkeypatch):
     path, _ = write(coco_data())  # a change within the same tick of the clock would not show
     first = file_counts(path)
     reads = []
-    monkeypatch.setattr(module, "read_bytes", lambda p: reads.append(p) or open(p, "rb").read())
+    monkeypatch.setattr(module, "read_bytes", lambda p: reads.append(p) or Path(p).read_bytes())
     assert file_counts(path) == first and parses == reads == [path]
 
 
