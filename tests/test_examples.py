@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
+    "longtail_classification.py": [],
     "lvis_with_eql.py": ["--output", "run"],
     "own_coco_data.py": ["--output", "run"],
 }
@@ -65,3 +66,10 @@ def test_lvis_example_chooses_a_tail_and_trains_with_it(tmp_path):
     assert numbers(r"\n    EQL:\n      LAMBDA: ([\d.]+)", saved) == [
         pytest.approx(chosen, abs=1e-4)
     ]
+
+
+def test_classification_example_raises_rare_classes(tmp_path):
+    done = run("longtail_classification.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    few = dict(re.findall(r"^([A-Za-z-]+): accuracy .* few ([\d.]+)", done.stdout, re.MULTILINE))
+    assert float(few["BalancedSoftmax"]) > float(few["cross-entropy"]) + 10

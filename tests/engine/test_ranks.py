@@ -3,8 +3,8 @@
 For the claim to have a meaning, nothing may depend on how images are shared out, save what is
 all-reduced. So layer norm stands for batch norm, no anchor or proposal is sampled, nothing is
 flipped, and all images have one size (a batch is padded to its largest image, and padding has
-anchors). The feed deals the images of one fixed batch to the ranks. Numbers are float64: in float32 another
-order of summation moves scores by 1e-7, and that is enough to swap two proposals.
+anchors). The feed deals the images of one fixed batch to the ranks. Numbers are float64: in float32
+another order of summation moves scores by 1e-7, and that is enough to swap two proposals.
 """
 
 from contextlib import nullcontext
