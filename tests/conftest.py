@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from d2_balance import add_balance_config
+from d2_balance.engine.setup.config_file import merge_overrides
 
 CLASSES = 6
 
@@ -79,7 +80,7 @@ def small_cfg(kind, *overrides, balanced=True):
         cfg.MODEL.META_ARCHITECTURE = BALANCED.get(arch, arch)
         heads = cfg.MODEL.ROI_HEADS.NAME
         cfg.MODEL.ROI_HEADS.NAME = BALANCED.get(heads, heads)
-    cfg.merge_from_list(list(overrides))
+    merge_overrides(cfg, overrides, "test")
     return cfg
 
 

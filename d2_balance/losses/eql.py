@@ -129,6 +129,21 @@ def checked_frequency(
 
 
 @CLS_LOSSES.register("EQL")
+def uses_image_labels(owner: object, value: bool | str) -> bool:
+    """Return whether a loss looks at the image-level labels that a batch has.
+
+    Args:
+        owner: the loss, for the message.
+        value: True, False or "auto"; a config holds them as strings.
+
+    Raises:
+        ValueError: another value.
+    """
+    allowed = str(value) in ("auto", "True", "False")
+    check(owner, "use_image_level_labels", value, allowed, '"auto", True or False')
+    return str(value) != "False"
+
+
 class EQLLoss(ClassificationLoss):
     """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
 
@@ -137,7 +152,8 @@ class EQLLoss(ClassificationLoss):
         lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
             authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
         threshold: "step", "exponential" or "gompertz".
-        use_image_level_labels: True keeps weight 1 for classes verified in the image.
+        use_image_level_labels: True keeps weight 1 for classes verified in the image; "auto" does
+            so if the data have such labels.
 
     Raises:
         ValueError: an argument is out of range.
@@ -152,15 +168,12 @@ class EQLLoss(ClassificationLoss):
         class_frequency: Tensor | Sequence[float],
         lambda_: float = 0.00177,
         threshold: Threshold = "step",
-        use_image_level_labels: bool = True,
+        use_image_level_labels: bool | str = "auto",
     ) -> None:
         super().__init__()
         frequency = checked_frequency(self, class_frequency, lambda_, threshold)
-        self.lambda_, self.threshold, self.use_image_level_labels = (
-            lambda_,
-            threshold,
-            use_image_level_labels,
-        )
+        self.lambda_, self.threshold = lambda_, threshold
+        self.use_image_level_labels = uses_image_labels(self, use_image_level_labels)
         self.register_buffer("class_frequency", frequency)
 
     @property

@@ -23,6 +23,7 @@ from torch import Tensor
 from ._base import CLS_LOSSES, ClassificationLoss, check
 from ._samples import Samples
 from .cross_entropy import weighted_ce
+from .eql import uses_image_labels
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ class FederatedLoss(ClassificationLoss):
         num_sampled: foreground classes that take part per image, at least 1.
         power: exponent of the image count, at least 0.
         use_image_level_labels: True always takes the classes verified in the image, and no
-            negatives of those that are not annotated exhaustively there.
+            negatives of those that are not annotated exhaustively there; "auto" does so if the
+            data have such labels.
 
     Raises:
         ValueError: an argument is out of range.
@@ -69,14 +71,15 @@ class FederatedLoss(ClassificationLoss):
         class_count: Tensor | Sequence[float],
         num_sampled: int = 50,
         power: float = 0.5,
-        use_image_level_labels: bool = True,
+        use_image_level_labels: bool | str = "auto",
     ) -> None:
         super().__init__()
         count = torch.as_tensor(class_count, dtype=torch.float64)
         check(self, "class_count", class_count, bool((count >= 0).all()), "K counts of at least 0")
         check(self, "num_sampled", num_sampled, num_sampled >= 1, "an integer of at least 1")
         check(self, "power", power, power >= 0, "a number of at least 0")
-        self.num_sampled, self.use_image_level_labels = num_sampled, use_image_level_labels
+        self.num_sampled = num_sampled
+        self.use_image_level_labels = uses_image_labels(self, use_image_level_labels)
         self.register_buffer("weight", count.pow(power) * (count > 0))
 
     def compute(self, samples: Samples) -> Tensor:

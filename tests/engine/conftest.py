@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from d2_balance.data import register_json
+from d2_balance.engine.setup.config_file import merge_overrides
 
 from ..conftest import CLASSES, small_cfg
 
@@ -74,7 +75,7 @@ def run_cfg(output_dir, *overrides, kind="retinanet"):
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (48, 64), 48
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 6, ()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 0.01, 2
-    cfg.merge_from_list(list(overrides))
+    merge_overrides(cfg, overrides, "test")
     return cfg
 
 

@@ -4,7 +4,6 @@ from itertools import chain
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils.events import EventStorage
 
@@ -17,7 +16,7 @@ from d2_balance.modeling.compatibility import has_class_columns_only
 from d2_balance.utils.distributed import MicroBatches, sum_across_ranks, world_size
 
 from ..conftest import make_inputs, small_cfg
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
 
@@ -148,7 +147,7 @@ def _rank(rank, directory, files):
 
 
 def test_micro_batches_of_two_ranks_equal_whole_batches_of_two_ranks(dataset_files, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     states = {(c, r): torch.load(tmp_path / f"{c}_{r}.pth") for c in (1, 2) for r in (0, 1)}
     for name, value in states[1, 0].items():
         assert torch.equal(states[2, 0][name], states[2, 1][name]), name

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.engine import HookBase
 
 from d2_balance.data import register_json
@@ -13,7 +12,7 @@ from d2_balance.engine import BalancedTrainer, NonFiniteLossError
 from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.engine.step import widen_inputs_of_strided_convs
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import trained
 
@@ -194,7 +193,7 @@ def _rank(rank, directory, files):
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(dataset_files, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert first["skipped"] == second["skipped"] == 1
     assert first["scale"] == second["scale"] == 512

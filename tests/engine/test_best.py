@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 from d2_balance.data import register_json
@@ -13,7 +12,7 @@ from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.best import BestModel, check_best
 from d2_balance.engine.resume.random_state import seed_everything
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 from .test_trainer import Kill, Killed
 
@@ -140,7 +139,7 @@ def _rank(rank, directory, files):
 
 
 def test_two_ranks_end_together(dataset_files, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert first["evaluated"] == second["evaluated"] == [1, 2, 3]
     assert first["value"] == second["value"] == 4.0

@@ -25,7 +25,7 @@ from d2_balance.engine import BalancedTrainer, RunStopped, TrainStream, output_l
 from d2_balance.engine.resume.checkpoint import BalancedCheckpointer
 from d2_balance.engine.resume.random_state import seed_everything
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg, write_dataset
 from .test_checkpoint import STATE, different
 from .test_trainer import trained
@@ -218,7 +218,7 @@ def _rank(rank, directory, files):
 def test_another_number_of_processes_continues_with_a_warning(
     dataset_files, dataset, tmp_path, log
 ):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     cfg = run_cfg(tmp_path / "out", *STATE)
     saved = torch.load(tmp_path / "out" / "model_0000003.pth", weights_only=True)["model"]
     trainer = BalancedTrainer(cfg)

@@ -17,6 +17,7 @@ import torch
 from d2_balance.engine.resume.run_state import CLOCK
 
 from ..conftest import RETINANET
+from ..two_ranks import PRELOADED
 from .conftest import write_dataset
 
 LENGTH, PERIOD = 24, 3
@@ -120,7 +121,7 @@ def run(ranks, directory, config, *more, kill=None, plant_in=None, everywhere=Fa
     so in all of them.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "d2_balance.engine.train"])
+    server.set_forkserver_preload(PRELOADED)
     arguments = ["--config-file", str(config), *more, "OUTPUT_DIR", str(directory)]
     meeting = f"file://{directory}.meeting{random.random()}"
     started = []

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig
+from detectron2.engine import defaults
 
+from d2_balance.engine import use_datasets
 from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.engine.setup.lazy import SAVED, is_lazy, read_lazy, read_run, save_lazy
 from d2_balance.engine.setup.validate import validate
@@ -90,7 +92,9 @@ def test_a_saved_lazy_config_trains_the_same(tmp_path):
     assert train(cfg, kind)[0] == expected
 
 
-@pytest.mark.parametrize("path", sorted(LAZY.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in LAZY.rglob("*.py") if p.parent.name != "common"), ids=lambda p: p.stem
+)
 def test_every_lazy_config_is_plain_yaml_when_saved(tmp_path, path):
     """Without lambdas or other objects that only Python knows."""
     lazy = LazyConfig.load(str(path))
@@ -101,7 +105,7 @@ def test_every_lazy_config_is_plain_yaml_when_saved(tmp_path, path):
     assert (tmp_path / "again.yaml").read_text() == (tmp_path / SAVED).read_text()
     assert "lambda " not in (tmp_path / SAVED).read_text()
     cfg, _ = read_run(str(path))
-    assert cfg.MODEL.BALANCE.CLS_LOSS
+    assert cfg.MODEL.BALANCE.CLS_LOSS or "coco" in path.stem
 
 
 def test_keys_of_yaml_are_reached_through_run(tmp_path):
@@ -132,3 +136,37 @@ def test_a_config_without_a_part_is_refused(tmp_path):
     path.write_text("train = dict(\n")
     with pytest.raises(ValueError, match="syntax"):
         read_lazy(str(path))
+
+
+def test_ddp_options_of_train_reach_the_model(tmp_path, monkeypatch):
+    """What Detectron2's training script passes on; without a GPU the model is on the CPU."""
+    cfg, kind = lazy_run(LAZY / "retinanet_R_18_focal_mini_lvis.py", tmp_path)
+    assert kind.ddp_options() == {"broadcast_buffers": False}
+    kind.lazy.train.ddp = {"find_unused_parameters": True, "fp16_compression": True}
+    seen = {}
+    monkeypatch.setattr(defaults, "create_ddp_model", lambda model, **o: seen.update(o) or model)
+    cfg.MODEL.DEVICE = "cpu"
+    kind(cfg)
+    assert seen == {
+        "broadcast_buffers": False,
+        "find_unused_parameters": True,
+        "fp16_compression": True,
+        "device_ids": None,
+    }
+
+
+def test_a_transformer_without_timm_is_named_before_training(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"ViT \(12 blocks, 768 channels\) needs the package timm"):
+        read_run(str(LAZY / "ViTDet/coco_mask_rcnn_vitdet_b.py"))
+
+
+def test_own_data_are_registered_and_the_evaluator_follows_them(tmp_path):
+    lazy = LazyConfig.load(str(LAZY / "retinanet_R_18_focal_mini_lvis.py"))
+    use_datasets(lazy.dataloader, train=["a", "b"], test="c")
+    lazy.run.DATASETS = {"REGISTER": [["a", "a.json", "images"]]}
+    LazyConfig.save(lazy, str(tmp_path / SAVED))
+    cfg, _ = read_run(str(tmp_path / SAVED))
+    assert cfg.DATASETS.TRAIN == ("a", "b") and cfg.DATASETS.TEST == ("c",)
+    assert cfg.DATASETS.REGISTER == [["a", "a.json", "images"]]
+    assert "evaluator" not in lazy.dataloader

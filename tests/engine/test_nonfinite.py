@@ -7,13 +7,12 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer, NonFiniteLossError
 from d2_balance.engine.resume.random_state import seed_everything
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 
 KINDS = ["retinanet", "faster"]
@@ -286,7 +285,7 @@ def _rank(rank, directory, files):
 
 
 def test_all_ranks_end_with_the_image_of_one(dataset_files, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     assert first[:4] == second[:4]
     losses, images, classes, text, batch = second

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling.proposal_generator import proposal_utils
@@ -22,7 +21,7 @@ from d2_balance.data.mini_lvis import dataset as mini_lvis
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.resume.random_state import seed_everything
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 
 BATCH, STEPS = 4, 20
@@ -109,7 +108,7 @@ def results(tmp_path_factory):
     root = str(directory / "mini_lvis")
     mini_lvis._build(root, {"train": 16, "val": 4})
     for ranks in (1, 2, 4):
-        mp.spawn(train_all, (ranks, root, str(directory)), nprocs=ranks)
+        start_ranks(train_all, (ranks, root, str(directory)), ranks=ranks)
     return {(k, r): torch.load(directory / f"{k}_{r}.pth") for k in (1, 2, 4) for r in range(k)}
 
 

@@ -186,3 +186,14 @@ def test_mistakes_of_the_user_end_in_one_message(capsys):
 def test_bugs_keep_their_traceback(bug):
     with pytest.raises((ValueError, KeyError, RuntimeError)), short_messages("train_net.py"):
         bug()
+
+
+def test_true_and_false_are_taken_where_the_default_is_a_word(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("MODEL: {BALANCE: {EQL: {USE_IMAGE_LEVEL_LABELS: False}}}\n")
+    assert read_config(str(path)).MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == "False"
+    key = "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS"
+    for value in ("True", True, "auto"):
+        cfg = read_config(str(path), [key, value])
+        assert str(value) == cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS
+    assert read_config("", ["MODEL.MASK_ON", "True"]).MODEL.MASK_ON is True

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.engine import HookBase, hooks
 
 from d2_balance.data import register_json
@@ -14,7 +13,7 @@ from d2_balance.engine.resume.random_state import seed_everything
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from d2_balance.modeling.compatibility import has_class_columns_only
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 
 GHM = ["MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "SmoothL1"]
@@ -197,7 +196,7 @@ def _rank(rank, directory, files):
 
 
 def test_two_ranks_agree_on_hooks_and_state(dataset_files, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     # The main process has two hooks more; the others come in the same order.
     extra = [name for name in first["hooks"] if name not in second["hooks"]]

@@ -200,7 +200,9 @@ def test_missing_images_are_named(dataset, tmp_path, register):
 
 
 @pytest.mark.parametrize("loss", ["EQL", "Federated"])
-def test_image_level_labels_are_needed_in_every_training_set(dataset, tmp_path, register, loss):
+def test_image_level_labels_are_used_where_the_data_have_them(
+    dataset, tmp_path, register, loss, log
+):
     def strip(data):
         for image in data["images"]:
             image["neg_category_ids"] = []
@@ -208,9 +210,16 @@ def test_image_level_labels_are_needed_in_every_training_set(dataset, tmp_path, 
     name = register(strip)
     overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", loss]
     key = f"{BALANCE}{loss.upper()}.USE_IMAGE_LEVEL_LABELS"
-    text = message(run_cfg(tmp_path, *overrides))
+    text = message(run_cfg(tmp_path, *overrides, key, "True"))
     assert repr(name) in text and f"set {key} False" in text
     validate(run_cfg(tmp_path, *overrides, key, "False"))
+    log.clear()
+    cfg = run_cfg(tmp_path, *overrides)
+    assert cfg.MODEL.BALANCE[loss.upper()].USE_IMAGE_LEVEL_LABELS == "auto"
+    validate(cfg)
+    (used, unused) = [text for text in log if text.startswith(f"{key} is auto")]
+    assert used == f"{key} is auto: {TRAIN} has image-level labels, and the loss uses them."
+    assert unused == f"{key} is auto: {name} has none."
 
 
 def test_categories_of_training_and_test_must_agree(dataset, tmp_path, register):

@@ -7,14 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.validation_loss import ValidationLoss, check_validation_loss
 from d2_balance.engine.resume.random_state import seed_everything
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
 
 LOSS = ["TEST.LOSS.PERIOD", "2"]
@@ -108,7 +107,7 @@ def test_two_ranks_measure_what_one_process_does(dataset, dataset_files, tmp_pat
     one = train(run_cfg(tmp_path / "one", *SHORT))
     torch.save(one.model.state_dict(), tmp_path / "start.pth")
     expected = next(h for h in one._hooks if isinstance(h, ValidationLoss)).measure()
-    mp.spawn(_rank, (str(tmp_path), dataset_files), nprocs=2)
+    start_ranks(_rank, (str(tmp_path), dataset_files))
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert first == second
     assert first == pytest.approx(expected, rel=1e-6)

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from d2_balance.evaluation import LVISGroupEvaluator
 from d2_balance.evaluation.files import RankPredictions, atomic_path, file_name_of
 
-from ..two_ranks import joined
+from ..two_ranks import joined, start_ranks
 
 
 def _detect(evaluator, image_id, box):
@@ -43,7 +42,7 @@ def test_two_ranks_give_one_result_on_rank_0(tmp_path):
     categories = [{"id": 1, "name": "c", "frequency": "r"}]
     dataset = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "two_ranks.json").write_text(json.dumps(dataset))
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    start_ranks(_work, (str(tmp_path),))
     rank0, rank1 = (json.loads((tmp_path / f"rank{n}.json").read_text()) for n in (0, 1))
     assert rank1 == [{}] * 4
     for results in rank0:

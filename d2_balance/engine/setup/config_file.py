@@ -75,9 +75,23 @@ def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
                     f"VERSION is {version}; it must be {cfg.VERSION} "
                     "(detectron2.config.upgrade_config translates old keys)"
                 )
-            cfg.merge_from_other_cfg(CfgNode(layer))
+            cfg.merge_from_other_cfg(CfgNode(_as_strings(layer, cfg)))
     merge_overrides(cfg, overrides, "command line")
     return cfg
+
+
+def _as_strings(layer: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
+    """Return a layer with True and False as strings where the config has a string ("auto")."""
+    return {
+        key: _as_strings(value, cfg[key])
+        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode)
+        else _as_string(value, cfg.get(key))
+        for key, value in layer.items()
+    }
+
+
+def _as_string(value: Any, known: Any) -> Any:
+    return str(value) if isinstance(value, bool) and isinstance(known, str) else value
 
 
 def config_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -136,8 +150,15 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None
     Raises:
         ValueError: an unknown key, or a value of the wrong type; the message names `source`.
     """
+    values = list(overrides)
+    for number, key in enumerate(values[:-1:2]):
+        node: Any = cfg
+        for part in str(key).split("."):
+            node = node.get(part) if isinstance(node, CfgNode) else None
+        if isinstance(node, str) and str(values[2 * number + 1]) in ("True", "False"):
+            values[2 * number + 1] = repr(str(values[2 * number + 1]))  # a string, not a bool
     with _explained(cfg, source):
-        cfg.merge_from_list(list(overrides))
+        cfg.merge_from_list(values)
 
 
 @contextmanager

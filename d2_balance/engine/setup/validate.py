@@ -329,7 +329,7 @@ def check_image_labels(cfg: CfgNode, records: Sequence[dict[str, Any]], name: st
         found = any(record.get(field) for record in records for field in IMAGE_LABEL_KEYS)
         use = "has image-level labels, and the loss uses them" if found else "has none"
         logger.info(f"{key} is auto: {name} {use}.")
-    elif wanted:
+    elif str(wanted) == "True":
         require_image_labels(records, name, key)
 
 
