@@ -178,3 +178,29 @@ def test_training_that_diverges_ends_with_one_message_and_status_2(config, tmp_p
     log = (out / "log.txt").read_text()
     assert "The loss is not finite at iteration " in log and "Traceback" not in log
     assert not (out / "model_final.pth").exists() and not (out / "summary.md").exists()
+
+
+def test_eql_trains_on_a_coco_file_and_says_what_changes_nothing(config, tmp_path):
+    """README's lines on own data: no image-level labels, and here no class below lambda."""
+    text = Path(config).read_text()
+    json_file = text.split("JSON: ")[1].split(",")[0]
+    data = json.loads(Path(json_file).read_text())
+    for image in data["images"]:
+        del image["neg_category_ids"], image["not_exhaustive_category_ids"]
+    data["categories"] = data["categories"][:4]  # those that have objects
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(data))
+    path = tmp_path / "own.yaml"
+    path.write_text(text.replace(json_file, str(own)).replace("GHMC", "EQL"))
+    out = tmp_path / "out"
+    run(path, "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1", "MODEL.RETINANET.NUM_CLASSES", "4")
+    sentence = (
+        "EQL: no class is below MODEL.BALANCE.EQL.LAMBDA 0.00177; the rarest is in 33.33% of the "
+        "training images. It trains as cross-entropy."
+    )
+    log = (out / "log.txt").read_text()
+    assert log.count(sentence) == 1
+    assert "USE_IMAGE_LEVEL_LABELS is auto: script_train has none." in log
+    # before Detectron2 logs the environment and the config
+    assert log.index("USE_IMAGE_LEVEL_LABELS is auto") < log.index("Running with full config")
+    assert f"- {sentence}" in (out / "summary.md").read_text()

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import detectron2
@@ -39,7 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_summary(
-    cfg: CfgNode, results: Mapping[str, Any], *, config_file: str = "", eval_only: bool = False
+    cfg: CfgNode,
+    results: Mapping[str, Any],
+    *,
+    config_file: str = "",
+    eval_only: bool = False,
+    inert: Sequence[str] = (),
 ) -> str:
     """Write summary.md and its plots into OUTPUT_DIR, from the files that the run left there.
 
@@ -49,6 +54,7 @@ def write_summary(
             where DATASETS.TEST has several.
         config_file: what the user gave, for the heading.
         eval_only: True where nothing was trained.
+        inert: sentences on remedies that changed nothing, see `inert_remedies`.
 
     Returns:
         Path of summary.md.
@@ -66,6 +72,8 @@ def write_summary(
         parts += class_table(per_class[name])
         parts += [f"- {note}." for note in _notes(directory, name) if "left out" in note]
     parts += ["## Run", _run_table(cfg, config_file, metrics, eval_only)]
+    if inert:
+        parts += ["Without effect on this data:", "\n".join(f"- {text}" for text in inert)]
     parts += ["## Data", _data(cfg, eval_only)]
     plots = _draw_plots(directory, title, metrics, per_class, eval_only)
     if plots:

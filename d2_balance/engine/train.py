@@ -56,7 +56,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         else:
             results = _train(trainer)
         if comm.is_main_process():
-            write_summary(cfg, results, config_file=args.config_file, eval_only=args.eval_only)
+            write_summary(
+                cfg,
+                results,
+                config_file=args.config_file,
+                eval_only=args.eval_only,
+                inert=() if args.eval_only else trainer.inert_remedies,
+            )
         return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -24,6 +25,7 @@ from d2_balance.data.unreadable import SkipUnreadable
 from d2_balance.evaluation import build_evaluator
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.modeling.criterion import Normalizer
+from d2_balance.modeling.inert import inert_remedies
 from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
@@ -199,6 +201,11 @@ class BalancedTrainer(DefaultTrainer):
         with self._stop.evaluating(), self._measured_weights():
             yield
 
+    @functools.cached_property
+    def inert_remedies(self) -> list[str]:
+        """What the config asks for and what changes nothing on this data, on the first rank."""
+        return inert_remedies(self.cfg, self.model) if comm.is_main_process() else []
+
     def _evaluate(self) -> dict:
         """Results of `test` for the present weights, which are not evaluated twice."""
         done = self.iter if self.iter >= self.max_iter else self.iter + 1
@@ -322,6 +329,8 @@ class BalancedTrainer(DefaultTrainer):
                 self._last_eval_results = self.test(self.cfg, self.model)
         else:
             self.checkpointer.save_classes()
+            for text in self.inert_remedies:
+                logger.warning(f"A remedy changes nothing here. {text}")
             if isinstance(self.data_loader, TrainStream):
                 self.data_loader.start = self.start_iter
             with errors_without_traceback():

@@ -128,7 +128,6 @@ def checked_frequency(
     return frequency
 
 
-@CLS_LOSSES.register("EQL")
 def uses_image_labels(owner: object, value: bool | str) -> bool:
     """Return whether a loss looks at the image-level labels that a batch has.
 
@@ -144,6 +143,7 @@ def uses_image_labels(owner: object, value: bool | str) -> bool:
     return str(value) != "False"
 
 
+@CLS_LOSSES.register("EQL")
 class EQLLoss(ClassificationLoss):
     """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
 

@@ -1,0 +1,100 @@
+"""Remedies that change nothing on the data of a run, which a user should know before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from d2_balance.data.class_counts import ClassCounts
+from d2_balance.losses import (
+    BAGSLoss,
+    BalancedSoftmaxLoss,
+    ClassificationLoss,
+    FederatedLoss,
+    LogitAdjustedLoss,
+    SoftmaxEQLLoss,
+)
+from d2_balance.losses.eql import EQLLoss, tail_weight
+
+_REPEATING = ("RepeatFactorTrainingSampler", "WeightedRepeatFactorTrainingSampler")
+
+
+def inert_remedies(cfg: CfgNode, model: nn.Module) -> list[str]:
+    """Return a sentence for each remedy that a config names and that changes nothing here.
+
+    Args:
+        cfg: config of a training; its training sets are registered.
+        model: as the config builds it.
+    """
+    losses = {
+        type(module): module
+        for name, module in model.named_modules()
+        if isinstance(module, ClassificationLoss) and "proposal_generator" not in name
+    }
+    found = [text for loss in losses.values() for text in _of_loss(loss)]
+    try:
+        counts = ClassCounts.from_config(cfg)
+    except (ValueError, AttributeError, KeyError):  # datasets and models of others
+        return found
+    return found + list(_of_sampler(cfg, counts)) + list(_of_norcal(cfg, counts))
+
+
+def _of_loss(loss: ClassificationLoss) -> Iterator[str]:
+    key = f"MODEL.BALANCE.{loss.name.upper()}"
+    if isinstance(loss, EQLLoss | SoftmaxEQLLoss):
+        tail = tail_weight(loss.class_frequency, loss.lambda_, loss.threshold)
+        if not tail.any():
+            rarest = _rarest(loss.class_frequency)
+            below = f"below {key}.LAMBDA {loss.lambda_:g}"
+            if loss.threshold != "step":
+                below = f"in the tail of {key}.THRESHOLD {loss.threshold}"
+            yield (
+                f"{loss.name}: no class is {below}; the rarest is in {rarest:.2%} of the training "
+                "images. It trains as cross-entropy."
+            )
+    elif isinstance(loss, BAGSLoss):
+        if len(loss.group.unique()) == 1:
+            yield (
+                f"{loss.name}: {key}.CUTS puts all classes into one group; scores are those of a "
+                "softmax over all of them."
+            )
+    elif isinstance(loss, FederatedLoss):
+        if int((loss.weight > 0).sum()) <= loss.num_sampled:
+            yield (
+                f"{loss.name}: {key}.NUM_SAMPLED {loss.num_sampled} is not below the number of "
+                "classes; all of them take part in every image."
+            )
+    elif isinstance(loss, BalancedSoftmaxLoss | LogitAdjustedLoss):
+        counts = loss.class_count if isinstance(loss, BalancedSoftmaxLoss) else loss.instance_count
+        if _equal(counts):
+            yield f"{loss.name}: all classes are equally frequent; no logit is shifted."
+
+
+def _of_sampler(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
+    name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    if name not in _REPEATING or cfg.DATASETS.TRAIN_REPEAT_FACTOR:
+        return
+    rarest = _rarest(counts.frequency)
+    if rarest >= threshold:
+        yield (
+            f"{name}: no class is in fewer images than DATALOADER.REPEAT_THRESHOLD {threshold:g}; "
+            f"the rarest is in {rarest:.2%}. No image is repeated."
+        )
+
+
+def _of_norcal(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
+    if cfg.MODEL.BALANCE.NORCAL.GAMMA and _equal(counts.image_count):
+        yield "MODEL.BALANCE.NORCAL: all classes are equally frequent; their order stays."
+
+
+def _rarest(frequency: Tensor) -> float:
+    """Return the lowest frequency of a class that occurs."""
+    occurring = frequency[frequency > 0]
+    return float(occurring.min()) if len(occurring) else 0.0
+
+
+def _equal(counts: Tensor) -> bool:
+    return bool(torch.all(counts == counts[:1]))

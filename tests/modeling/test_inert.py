@@ -1,0 +1,78 @@
+"""Remedies that change nothing on the data are named, and those that do are not."""
+
+import re
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from d2_balance.data.class_counts import ClassCounts
+from d2_balance.modeling.inert import inert_remedies
+
+from ..conftest import CLASSES, small_cfg
+
+BALANCE = "MODEL.BALANCE."
+
+
+def counts_of(tmp_path, images, total=1000):
+
+    path = str(tmp_path / "counts.json")
+    counts = torch.tensor(images)
+    ClassCounts(counts, counts * 2, total, tuple("abcdef")).save(path)
+    return path
+
+
+def found(path, *overrides, kind="faster"):
+    cfg = small_cfg(kind, BALANCE + "CLASS_COUNTS_FILE", path, *overrides)
+    return inert_remedies(cfg, build_model(cfg))
+
+
+LONG_TAIL, EVEN = [400, 120, 40, 8, 2, 1], [100] * CLASSES
+
+
+@pytest.mark.parametrize(
+    ("images", "overrides", "text"),
+    [
+        (EVEN, [BALANCE + "CLS_LOSS", "EQL"], "EQL: no class is below .*LAMBDA 0.00177; the .*10.00%"),
+        (EVEN, [BALANCE + "CLS_LOSS", "DropLoss"], "DropLoss: no class is below"),
+        (EVEN, [BALANCE + "CLS_LOSS", "SoftmaxEQL"], "SoftmaxEQL: no class is below"),
+        (EVEN, [BALANCE + "CLS_LOSS", "BAGS"], "BAGS: .*CUTS puts all classes into one group"),
+        (LONG_TAIL, [BALANCE + "CLS_LOSS", "Federated"], "Federated: .*NUM_SAMPLED 50 is not below"),
+        (EVEN, [BALANCE + "CLS_LOSS", "BalancedSoftmax"], "BalancedSoftmax: .*no logit is shifted"),
+        (EVEN, [BALANCE + "CLS_LOSS", "LogitAdjusted"], "LogitAdjusted: .*no logit is shifted"),
+        (
+            EVEN,
+            ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
+             "DATALOADER.REPEAT_THRESHOLD", "0.05"],
+            "RepeatFactorTrainingSampler: no class .*THRESHOLD 0.05; .*10.00%. No image is repeated",
+        ),
+        (EVEN, [BALANCE + "NORCAL.GAMMA", "0.6"], "NORCAL: all classes are equally frequent"),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_named_once(tmp_path, images, overrides, text):
+
+    (sentence,) = found(counts_of(tmp_path, images), *overrides)
+    assert re.search(text, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [BALANCE + "CLS_LOSS", "EQL"],
+        [BALANCE + "CLS_LOSS", "BAGS"],
+        [BALANCE + "CLS_LOSS", "Federated", BALANCE + "FEDERATED.NUM_SAMPLED", "3"],
+        [BALANCE + "CLS_LOSS", "BalancedSoftmax"],
+        [BALANCE + "CLS_LOSS", "GHMC"],
+        [BALANCE + "NORCAL.GAMMA", "0.6"],
+        ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
+         "DATALOADER.REPEAT_THRESHOLD", "0.05"],
+        [],
+    ],
+)  # fmt: skip
+def test_what_changes_something_is_not(tmp_path, overrides):
+    assert found(counts_of(tmp_path, LONG_TAIL), *overrides) == []
+
+
+def test_every_stage_of_a_cascade_is_named_once(tmp_path):
+    path = counts_of(tmp_path, EVEN)
+    assert len(found(path, BALANCE + "CLS_LOSS", "EQL", kind="cascade")) == 1
