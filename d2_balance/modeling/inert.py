@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -42,7 +43,7 @@ def inert_remedies(cfg: CfgNode, model: nn.Module) -> list[str]:
     return found + list(_of_sampler(cfg, counts)) + list(_of_norcal(cfg, counts))
 
 
-def _of_loss(loss: ClassificationLoss) -> Iterator[str]:
+def _of_loss(loss: Any) -> Iterator[str]:
     key = f"MODEL.BALANCE.{loss.name.upper()}"
     if isinstance(loss, EQLLoss | SoftmaxEQLLoss):
         tail = tail_weight(loss.class_frequency, loss.lambda_, loss.threshold)
