@@ -266,7 +266,9 @@ def test_lvis_files_keep_the_settings_of_the_eql_release(file):
     if "_eql" in file:
         assert cfg.MODEL.BALANCE.CLS_LOSS == "EQL"
         assert (0.0011 if v1 else 0.00177) == cfg.MODEL.BALANCE.EQL.LAMBDA
-        assert ("_image_labels" in file) == (cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == "True")
+        assert ("_image_labels" in file) == (
+            cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == "always"
+        )
 
 
 # Values of the papers' releases; beta_decay has no published ones.

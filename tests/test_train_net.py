@@ -193,7 +193,7 @@ def test_eql_trains_on_a_coco_file_and_says_what_changes_nothing(config, tmp_pat
     path = tmp_path / "own.yaml"
     path.write_text(text.replace(json_file, str(own)).replace("GHMC", "EQL"))
     out = tmp_path / "out"
-    run(path, "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1", "MODEL.RETINANET.NUM_CLASSES", "4")
+    run(str(path), "OUTPUT_DIR", out, "SOLVER.MAX_ITER", "1", "MODEL.RETINANET.NUM_CLASSES", "4")
     sentence = (
         "EQL: no class is below MODEL.BALANCE.EQL.LAMBDA 0.00177; the rarest is in 33.33% of the "
         "training images. It trains as cross-entropy."

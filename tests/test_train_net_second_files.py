@@ -21,7 +21,7 @@ CONFIG = """
   DEVICE: cpu
   WEIGHTS: ""
   PROPOSAL_GENERATOR: {{NAME: BalancedRPN}}
-  BALANCE: {{CLS_LOSS: EQL, EQL: {{LAMBDA: 0.5, USE_IMAGE_LEVEL_LABELS: True}}}}
+  BALANCE: {{CLS_LOSS: EQL, EQL: {{LAMBDA: 0.5, USE_IMAGE_LEVEL_LABELS: always}}}}
 DATASETS:
   TRAIN: [second_train, second_more]
   TEST: []

@@ -208,12 +208,6 @@ def _tail(found: Analysis) -> Iterator[Setting]:
             found.tail.lambda_,
             f"Below it lies the tail, {_count(found.tail.classes)}; a TR of 2 to 10 % is useful.",
         )
-        if not _has_image_labels(found):
-            yield Setting(
-                "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS",
-                False,
-                "The data have no image-level labels.",
-            )
     if found.repeat is not None:
         yield Setting(
             "DATALOADER.SAMPLER_TRAIN",

@@ -151,6 +151,6 @@ def require_image_labels(
     """
     if not objects_of(dataset_dicts).labelled.any():
         raise ValueError(
-            f"the dataset {name!r} has no image-level labels: set {key} False or add "
+            f"the dataset {name!r} has no image-level labels: set {key} never or add "
             "neg_category_ids to the images of its annotation file"
         )

@@ -133,14 +133,14 @@ def uses_image_labels(owner: object, value: bool | str) -> bool:
 
     Args:
         owner: the loss, for the message.
-        value: True, False or "auto"; a config holds them as strings.
+        value: True or "always", False or "never", "auto".
 
     Raises:
         ValueError: another value.
     """
-    allowed = str(value) in ("auto", "True", "False")
-    check(owner, "use_image_level_labels", value, allowed, '"auto", True or False')
-    return str(value) != "False"
+    allowed = value in ("auto", "always", "never", True, False)
+    check(owner, "use_image_level_labels", value, allowed, '"auto", "always" or "never"')
+    return value not in ("never", False)
 
 
 @CLS_LOSSES.register("EQL")
@@ -152,8 +152,8 @@ class EQLLoss(ClassificationLoss):
         lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
             authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
         threshold: "step", "exponential" or "gompertz".
-        use_image_level_labels: True keeps weight 1 for classes verified in the image; "auto" does
-            so if the data have such labels.
+        use_image_level_labels: "always" keeps weight 1 for classes verified in the image, "never"
+            does not, "auto" does so if the data have such labels.
 
     Raises:
         ValueError: an argument is out of range.

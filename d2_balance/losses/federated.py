@@ -53,9 +53,9 @@ class FederatedLoss(ClassificationLoss):
         class_count: (K,) training images of each class.
         num_sampled: foreground classes that take part per image, at least 1.
         power: exponent of the image count, at least 0.
-        use_image_level_labels: True always takes the classes verified in the image, and no
-            negatives of those that are not annotated exhaustively there; "auto" does so if the
-            data have such labels.
+        use_image_level_labels: "always" takes the classes verified in the image, and no negatives
+            of those that are not annotated exhaustively there; "never" does not; "auto" does so if
+            the data have such labels.
 
     Raises:
         ValueError: an argument is out of range.

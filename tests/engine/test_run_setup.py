@@ -188,12 +188,18 @@ def test_bugs_keep_their_traceback(bug):
         bug()
 
 
-def test_true_and_false_are_taken_where_the_default_is_a_word(tmp_path):
+def test_true_and_false_are_taken_where_the_values_are_words(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("MODEL: {BALANCE: {EQL: {USE_IMAGE_LEVEL_LABELS: False}}}\n")
-    assert read_config(str(path)).MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == "False"
+    assert read_config(str(path)).MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS == "never"
     key = "MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS"
-    for value in ("True", True, "auto"):
+    words = {"True": "always", True: "always", "auto": "auto", "never": "never"}
+    for value, word in words.items():
         cfg = read_config(str(path), [key, value])
-        assert str(value) == cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS
+        assert word == cfg.MODEL.BALANCE.EQL.USE_IMAGE_LEVEL_LABELS
     assert read_config("", ["MODEL.MASK_ON", "True"]).MODEL.MASK_ON is True
+    # what a run saves is read by Detectron2 itself
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = read_config()
+    again.merge_from_file(str(tmp_path / "config.yaml"))
+    assert again == cfg

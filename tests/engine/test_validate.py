@@ -210,9 +210,9 @@ def test_image_level_labels_are_used_where_the_data_have_them(
     name = register(strip)
     overrides = ["DATASETS.TRAIN", f"('{TRAIN}', '{name}')", BALANCE + "CLS_LOSS", loss]
     key = f"{BALANCE}{loss.upper()}.USE_IMAGE_LEVEL_LABELS"
-    text = message(run_cfg(tmp_path, *overrides, key, "True"))
-    assert repr(name) in text and f"set {key} False" in text
-    validate(run_cfg(tmp_path, *overrides, key, "False"))
+    text = message(run_cfg(tmp_path, *overrides, key, "always"))
+    assert repr(name) in text and f"set {key} never" in text
+    validate(run_cfg(tmp_path, *overrides, key, "never"))
     log.clear()
     cfg = run_cfg(tmp_path, *overrides)
     assert cfg.MODEL.BALANCE[loss.upper()].USE_IMAGE_LEVEL_LABELS == "auto"

@@ -22,6 +22,8 @@ from d2_balance.utils.names import closest
 ZOO = os.path.join(os.path.dirname(detectron2.model_zoo.__file__), "configs")
 """Directory of Detectron2's model zoo."""
 
+_WORDS = {"True": "always", "False": "never"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,23 +77,23 @@ def read_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
                     f"VERSION is {version}; it must be {cfg.VERSION} "
                     "(detectron2.config.upgrade_config translates old keys)"
                 )
-            cfg.merge_from_other_cfg(CfgNode(_as_strings(layer, cfg)))
+            cfg.merge_from_other_cfg(CfgNode(_in_words(layer, cfg)))
     merge_overrides(cfg, overrides, "command line")
     return cfg
 
 
-def _as_strings(layer: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
-    """Return a layer with True and False as strings where the config has a string ("auto")."""
+def _in_words(layer: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
+    """Return a layer with True and False as "always" and "never" for keys that have these."""
     return {
-        key: _as_strings(value, cfg[key])
+        key: _in_words(value, cfg[key])
         if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode)
-        else _as_string(value, cfg.get(key))
+        else _in_a_word(value, cfg.get(key))
         for key, value in layer.items()
     }
 
 
-def _as_string(value: Any, known: Any) -> Any:
-    return str(value) if isinstance(value, bool) and isinstance(known, str) else value
+def _in_a_word(value: Any, known: Any) -> Any:
+    return _WORDS.get(str(value), value) if known in ("auto", *_WORDS.values()) else value
 
 
 def config_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -155,8 +157,8 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[Any], source: str) -> None
         node: Any = cfg
         for part in str(key).split("."):
             node = node.get(part) if isinstance(node, CfgNode) else None
-        if isinstance(node, str) and str(values[2 * number + 1]) in ("True", "False"):
-            values[2 * number + 1] = repr(str(values[2 * number + 1]))  # a string, not a bool
+        if isinstance(node, str):
+            values[2 * number + 1] = _in_a_word(values[2 * number + 1], node)
     with _explained(cfg, source):
         cfg.merge_from_list(values)
 

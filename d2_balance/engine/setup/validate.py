@@ -320,16 +320,16 @@ def check_image_labels(cfg: CfgNode, records: Sequence[dict[str, Any]], name: st
     """Check that a training set has image-level labels if the loss needs them; log what "auto" means.
 
     Raises:
-        ValueError: USE_IMAGE_LEVEL_LABELS is True and there are none.
+        ValueError: USE_IMAGE_LEVEL_LABELS is "always" and there are none.
     """
     loss = cfg.MODEL.BALANCE.CLS_LOSS.upper()
-    wanted = cfg.MODEL.BALANCE.get(loss, {}).get("USE_IMAGE_LEVEL_LABELS", False)
+    wanted = cfg.MODEL.BALANCE.get(loss, {}).get("USE_IMAGE_LEVEL_LABELS", "never")
     key = f"MODEL.BALANCE.{loss}.USE_IMAGE_LEVEL_LABELS"
     if wanted == "auto":
         found = any(record.get(field) for record in records for field in IMAGE_LABEL_KEYS)
         use = "has image-level labels, and the loss uses them" if found else "has none"
         logger.info(f"{key} is auto: {name} {use}.")
-    elif str(wanted) == "True":
+    elif wanted == "always":
         require_image_labels(records, name, key)
 
 
