@@ -33,7 +33,7 @@ MODEL:
   ROI_HEADS: {{NAME: BalancedStandardROIHeads, SCORE_THRESH_TEST: 0.001}}
   BALANCE:
     CLS_LOSS: EQL
-    EQL: {{USE_IMAGE_LEVEL_LABELS: True}}
+    EQL: {{USE_IMAGE_LEVEL_LABELS: always}}
 DATASETS:
   REGISTER:
     - [lvis_example_train, {train}, {images}]
