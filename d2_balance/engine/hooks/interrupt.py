@@ -124,7 +124,7 @@ class SaveOnSignal(HookBase):
             raise StopTraining
 
     def _leave(self, why: str) -> None:
-        """End the process where it is; a file that is being written leaves nothing behind."""
+        """End the process where it is; a resumed run removes a file that was being written."""
         if self._before:  # the run has not ended by itself meanwhile
             print(f"\n{why}. {self._how_to_go_on()}", file=sys.stderr, flush=True)
             os._exit(128 + self._signal)
