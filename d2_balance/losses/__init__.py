@@ -2,8 +2,8 @@
 
 from ._base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ._samples import Samples
-from .alrp import ALRPLoss
-from .ap import APLoss
+from .alrp import ALRPLoss, alrp_loss
+from .ap import APLoss, ap_loss
 from .bags import BAGSLoss, group_softmax_loss
 from .balanced_l1 import BalancedL1Loss, balanced_l1_loss
 from .balanced_softmax import BalancedSoftmaxLoss, LogitAdjustedLoss, adjusted_ce_loss
@@ -18,14 +18,14 @@ from .dr import DRLoss, dr_loss
 from .drop_loss import DropLoss, drop_loss
 from .efl import EFLLoss, equalized_focal_loss
 from .eql import EQLLoss, eql_loss
-from .eqlv2 import EQLv2Loss
-from .federated import FederatedLoss
+from .eqlv2 import EQLv2Loss, eqlv2_loss
+from .federated import FederatedLoss, federated_loss
 from .focal import FocalLoss, focal_loss
 from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
 from .iou import CIoULoss, DIoULoss, GIoULoss, ciou_loss, diou_loss, giou_loss
 from .loce import LOCELoss, equilibrium_loss
 from .quality_focal import QFLLoss, VFLLoss, quality_focal_loss, varifocal_loss
-from .rank_sort import RankSortLoss
+from .rank_sort import RankSortLoss, rank_sort_loss
 from .seesaw import SeesawLoss, seesaw_ce_loss
 from .smooth_l1 import SmoothL1Loss, smooth_l1_loss
 from .softmax_eql import SoftmaxEQLLoss, softmax_eql_loss
@@ -65,6 +65,8 @@ __all__ = [
     "SoftmaxEQLLoss",
     "VFLLoss",
     "adjusted_ce_loss",
+    "alrp_loss",
+    "ap_loss",
     "balanced_ce_loss",
     "balanced_l1_loss",
     "ciou_loss",
@@ -72,14 +74,17 @@ __all__ = [
     "dr_loss",
     "drop_loss",
     "eql_loss",
+    "eqlv2_loss",
     "equalized_focal_loss",
     "equilibrium_loss",
+    "federated_loss",
     "focal_loss",
     "ghm_c_loss",
     "ghm_r_loss",
     "giou_loss",
     "group_softmax_loss",
     "quality_focal_loss",
+    "rank_sort_loss",
     "seesaw_ce_loss",
     "sigmoid_ce_loss",
     "smooth_l1_loss",

@@ -1,9 +1,9 @@
 """The one argument that every classification loss and reweighter receives.
 
 Shapes used throughout the package:
-    R: rows of a batch that count (anchors or RoIs; ignored ones are dropped before)
+    R: samples of a batch (anchors or RoIs) that are not ignored
     K: foreground classes
-    P: positive rows, those with a label below K
+    P: positive samples, those with a label below K
     N: images in the batch of this process
 """
 
@@ -29,19 +29,19 @@ class Samples:
 
     Args:
         logits: (R, K) or, where the loss has a background column, (R, K + 1). Raw scores.
-        labels: (R,) int64 in [0, K]; K is background. No ignored rows.
+        labels: (R,) int64 in [0, K]; K is background. No ignored samples.
         num_classes: K.
         image_index: (R,) int64, index of the sample's image in [0, N). None: there is one image.
         num_images: N. None: read from `verified` or `image_index` (the latter is a host-device
             sync).
-        level: (R,) int64, index of the row's feature level. None: one level.
+        level: (R,) int64, index of the sample's feature level. None: one level.
         num_levels: number of feature levels.
-        sample_weight: (R,) weight of each row, from the selection of the rows. None: all 1.
+        sample_weight: (R,) weight of each sample, from the proposal sampler. None: all 1.
         verified: (N, K) bool, True where the presence or the absence of the class in the image was
             verified by annotators (LVIS image-level labels). None: unknown.
         not_exhaustive: (N, K) bool, True where the class is not annotated exhaustively in the
             image (`not_exhaustive_category_ids`); implies `verified`. None: unknown.
-        pred_deltas: (P, 4) predicted box deltas of the positive rows, in row order.
+        pred_deltas: (P, 4) predicted box deltas of the positives, in their order.
         boxes: (P, 4) their anchors or proposals, x0 y0 x1 y1 in pixels.
         gt_boxes: (P, 4) their matched ground truth boxes, x0 y0 x1 y1 in pixels.
         gt_index: (P,) int64, id of the matched object, unique over the batch.
@@ -71,17 +71,17 @@ class Samples:
     box_transform: Any = None
 
     def __post_init__(self) -> None:
-        rows = tuple(self.labels.shape)
-        if self.logits.dim() != 2 or tuple(self.logits.shape[:1]) != rows:
+        shape = tuple(self.labels.shape)
+        if self.logits.dim() != 2 or tuple(self.logits.shape[:1]) != shape:
             raise ValueError(
                 f"Samples: logits must be (R, C) and labels (R,), not {tuple(self.logits.shape)} "
-                f"and {rows}."
+                f"and {shape}."
             )
         self._check_labels()
         for name in ("image_index", "level", "sample_weight"):
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != rows:
-                raise ValueError(f"Samples: {name} must be {rows}, not {tuple(value.shape)}.")
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"Samples: {name} must be {shape}, not {tuple(value.shape)}.")
         for name in ("verified", "not_exhaustive"):
             value = getattr(self, name)
             if value is not None and value.shape[-1] != self.num_classes:
@@ -106,23 +106,23 @@ class Samples:
 
     @cached_property
     def foreground(self) -> Tensor:
-        """(R,) bool, True for positive rows."""
+        """(R,) bool, True for positives."""
         return self.labels < self.num_classes
 
     @cached_property
     def pos(self) -> Tensor:
-        """(P,) int64, indices of the positive rows, ascending.
+        """(P,) int64, indices of the positives, ascending.
 
-        The boxes, where there are any, tell P without waiting for the device.
+        If there are boxes, P is known without a host-device sync.
         """
         known = (self.pred_deltas, self.boxes, self.gt_boxes, self.gt_index)
         count = next((len(value) for value in known if value is not None), None)
         if count is None:
             return self.foreground.nonzero().squeeze(1)
-        place = self.foreground.cumsum(0) - 1
-        place = torch.where(self.foreground, place, count)  # background rows meet in a spare slot
-        rows = torch.arange(len(place), device=place.device)
-        return place.new_zeros(count + 1).scatter_(0, place, rows)[:count]
+        slot = self.foreground.cumsum(0) - 1
+        slot = torch.where(self.foreground, slot, count)  # all background shares a spare slot
+        indices = torch.arange(len(slot), device=slot.device)
+        return slot.new_zeros(count + 1).scatter_(0, slot, indices)[:count]
 
     @cached_property
     def column(self) -> Tensor:
@@ -136,13 +136,13 @@ class Samples:
 
     @cached_property
     def onehot(self) -> Tensor:
-        """(R, K) in the type of the logits; background rows are all zero."""
+        """(R, K) in the type of the logits; zero for background."""
         zeros = self.logits.new_zeros(len(self.labels), self.num_classes)
         return zeros.scatter_(1, self.column, self.hit)
 
     @cached_property
     def class_counts(self) -> Tensor:
-        """(K,) float64, positive rows of each class."""
+        """(K,) float64, positives of each class."""
         counts = self.labels.new_zeros(self.num_classes + 1, dtype=torch.float64)
         ones = counts.new_ones(()).expand_as(self.labels)
         return counts.scatter_add_(0, self.labels, ones)[:-1]
@@ -162,7 +162,7 @@ class Samples:
 
     @cached_property
     def sample_verified(self) -> Tensor | None:
-        """(R, K) bool, `verified` of each row's image, or None."""
+        """(R, K) bool, `verified` of each sample's image, or None."""
         if self.verified is None:
             return None
         if self.image_index is None:
@@ -172,12 +172,14 @@ class Samples:
     @cached_property
     def target_deltas(self) -> Tensor:
         """(P, 4) deltas that would move `boxes` onto `gt_boxes`."""
-        return self.box_transform.get_deltas(self.boxes, self.gt_boxes)
+        deltas: Tensor = self.box_transform.get_deltas(self.boxes, self.gt_boxes)
+        return deltas
 
     @cached_property
     def pred_boxes(self) -> Tensor:
-        """(P, 4) decoded predictions of the positive rows, with gradient."""
-        return self.box_transform.apply_deltas(self.pred_deltas, self.boxes)
+        """(P, 4) decoded predictions of the positives, with gradient."""
+        boxes: Tensor = self.box_transform.apply_deltas(self.pred_deltas, self.boxes)
+        return boxes
 
     @cached_property
     def iou(self) -> Tensor:
@@ -198,7 +200,7 @@ class Samples:
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of row i of one set with row i of the other.
+    """IoU of box i of one set with box i of the other.
 
     Args:
         boxes: (P, 4) x0 y0 x1 y1.

@@ -38,7 +38,7 @@ def alrp_and_gradient(
     """Classification part, its gradient, and the ranks that the box part needs.
 
     Args:
-        scores: (n,) logits of all (row, class) entries.
+        scores: (n,) logits of all (sample, class) entries.
         positive: (P,) int64, indices of the positive entries.
         errors: (P,) localisation errors, at least 0.
         delta: half width of the step, above 0.
@@ -75,6 +75,30 @@ def alrp_box_loss(errors: Tensor, scores: Tensor, rank: Tensor) -> Tensor:
     return (errors[order].cumsum(0) / rank[order].to(errors.dtype)).sum() / max(len(errors), 1)
 
 
+def alrp_loss(
+    logits: Tensor, positive: Tensor, errors: Tensor, delta: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Classification part of aLRP loss, with the error-driven gradient.
+
+    Args:
+        logits: (R, K).
+        positive: (P,) int64, indices of the positive entries in the flattened logits.
+        errors: (P,) localisation errors of the boxes, at least 0, such as GIoU losses.
+        delta: half width of the step, above 0.
+
+    Returns:
+        0-d loss, and (P,) ranks for `alrp_box_loss`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> loss, rank = alrp_loss(logits, torch.tensor([0, 4]), errors=torch.tensor([0.2, 0.5]))
+        >>> loss
+        tensor(0.1000)
+    """
+    loss, grad, rank = alrp_and_gradient(logits.detach().flatten(), positive, errors, delta)
+    return error_driven(logits, loss, grad), rank
+
+
 @CLS_LOSSES.register("ALRP")
 class ALRPLoss(ClassificationLoss):
     """aLRP loss (arXiv:2009.13592) for dense sigmoid heads, used with BOX_LOSS GIoU.
@@ -89,12 +113,21 @@ class ALRPLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> ALRPLoss()(logits, labels)
+        tensor(0.)
     """
 
     elementwise = False
     activation = "sigmoid"
     all_reduced = False
     couples_boxes = True
+
+    balance: Tensor
+    sums: Tensor
 
     def __init__(self, *, delta: float = 1.0, period: int = 7330) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
     """AP-loss and its error-driven gradient.
 
     Args:
-        scores: (n,) logits of all (row, class) entries.
+        scores: (n,) logits of all (sample, class) entries.
         positive: (P,) int64, indices of the positive entries.
         delta: half width of the step, above 0.
 
@@ -43,11 +43,30 @@ def ap_loss_and_gradient(scores: Tensor, positive: Tensor, delta: float) -> tupl
     order = buckets.centers.argsort(stable=True)
     interpolated = torch.empty_like(precision)
     interpolated[order] = precision[order].cummax(0).values if len(order) else precision
-    share = (1 - interpolated) / (1 - precision).clamp(min=1e-12)
-    share = torch.where(interpolated > precision, share, torch.ones_like(share))
-    grad = buckets.sum_over_centers(share / total / count)
+    factor = (1 - interpolated) / (1 - precision).clamp(min=1e-12)
+    factor = torch.where(interpolated > precision, factor, torch.ones_like(factor))
+    grad = buckets.sum_over_centers(factor / total / count)
     grad[positive] = ((interpolated - 1) / count).to(grad.dtype)
     return (1 - interpolated).sum() / count, grad
+
+
+def ap_loss(logits: Tensor, positive: Tensor, delta: float = 1.0) -> Tensor:
+    """AP-loss, with the error-driven gradient.
+
+    Args:
+        logits: (R, K).
+        positive: (P,) int64, indices of the positive entries in the flattened logits.
+        delta: half width of the step, above 0.
+
+    Returns:
+        0-d tensor.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> ap_loss(logits, positive=torch.tensor([0, 4]))
+        tensor(0.1000)
+    """
+    return error_driven(logits, *ap_loss_and_gradient(logits.detach().flatten(), positive, delta))
 
 
 @CLS_LOSSES.register("AP")
@@ -62,6 +81,12 @@ class APLoss(ClassificationLoss):
 
     Raises:
         ValueError: delta is not above 0.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> APLoss()(logits, labels)
+        tensor(0.)
     """
 
     elementwise = False
@@ -74,6 +99,4 @@ class APLoss(ClassificationLoss):
         self.delta = delta
 
     def compute(self, samples: Samples) -> Tensor:
-        scores = samples.logits.detach().flatten()
-        loss, grad = ap_loss_and_gradient(scores, positive_scores(samples), self.delta)
-        return error_driven(samples.logits, loss, grad)
+        return ap_loss(samples.logits, positive_scores(samples), self.delta)

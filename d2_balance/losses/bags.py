@@ -1,19 +1,20 @@
 """BAGS: balanced group softmax, where classes compete with classes of about their own size.
 
-Foreground classes are put into groups G_1 ... G_n by their number of training objects. Each group
+Foreground classes form groups G_1 ... G_n by their number of training objects. Each group
 has an output "others" of its own, and one more group tells object from background:
 
     L = sum over groups g of  (1 / |U_g|) sum_{i in U_g} -log softmax_g(z_i)[target_g(i)]
 
-    target_g(i)   the class of row i, if it is in g; "others" in all other groups; object or
+    target_g(i)   the class of sample i, if it is in g; "others" in all other groups; object or
                   background in the last group
-    U_g           the rows of g's classes, and beta times as many rows drawn among its "others";
-                  all rows in the last group. A group without a row of its classes adds nothing.
+    U_g           the samples of g's classes, and beta times as many sampled from its "others";
+                  all samples in the last group. A group without a sample of its classes adds
+                  nothing.
 
     score of class j in group g:  softmax_g(z)[j] * p_object,    of background:  p_background
 
 Source: Li et al., Overcoming Classifier Imbalance for Long-tail Object Detection with Balanced
-Group Softmax, arXiv:2006.10408, section 3.2. Rows are drawn and averaged on each rank by itself.
+Group Softmax, arXiv:2006.10408, section 3.2. Each rank samples and averages by itself.
 
 G: groups of classes. C = K + G + 2 columns: K classes, G "others", object, background.
 """
@@ -21,6 +22,7 @@ G: groups of classes. C = K + G + 2 columns: K classes, G "others", object, back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from ._samples import Samples
 
 
 def group_targets(labels: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The column that each row should choose in each group.
+    """The column that each sample should choose in each group.
 
     Args:
         labels: (R,) int64 in [0, K]; K is background.
@@ -53,24 +55,24 @@ def group_targets(labels: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw_rows(inside: Tensor, beta: float) -> Tensor:
-    """Rows that train each group: those of its classes, and beta times as many drawn others.
+def sample_others(inside: Tensor, beta: float) -> Tensor:
+    """Sample what trains each group: its classes, and beta times as many others at random.
 
     Args:
-        inside: (R, G) bool, whether the class of the row is in the group.
-        beta: others per row of the group, at least 0, rounded down to whole rows.
+        inside: (R, G) bool, whether the class of the sample is in the group.
+        beta: others per sample of the group, at least 0; their number is rounded down.
 
     Returns:
         (R, G) bool.
     """
     key = torch.rand(inside.shape, device=inside.device).masked_fill(inside, torch.inf)
-    place = key.argsort(dim=0).argsort(dim=0)  # of the row among the keys of its group
+    rank = key.argsort(dim=0).argsort(dim=0)  # among the keys of the group
     wanted = (inside.sum(dim=0) * beta).floor()
-    return inside | (place < wanted)
+    return inside | (rank < wanted)
 
 
 def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Tensor) -> Tensor:
-    """Sum over groups of the mean cross-entropy of the rows that the group uses.
+    """Sum over groups of the mean cross-entropy of the samples that the group uses.
 
     Args:
         logits: (R, C).
@@ -80,9 +82,15 @@ def group_softmax_loss(logits: Tensor, target: Tensor, member: Tensor, used: Ten
 
     Returns:
         0-d tensor.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 5), torch.tensor([[0, 3], [2, 4]])
+        >>> member = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
+        >>> group_softmax_loss(logits, target, member, torch.ones(2, 2, dtype=torch.bool))
+        tensor(1.7918)
     """
     log_sum = logits.unsqueeze(1).masked_fill(~member, -torch.inf).logsumexp(dim=2)  # (R, G + 1)
-    # masked_fill would hide the NaN of a row that is not used, but not its gradient
+    # masked_fill would hide the NaN of a sample that is not used, but not its gradient
     loss = (log_sum - logits.gather(1, target)) * used
     return (loss.sum(dim=0) / used.sum(dim=0).clamp(min=1)).sum()
 
@@ -102,15 +110,27 @@ class BAGSLoss(ClassificationLoss):
     Args:
         instance_count: (K,) training objects of each class.
         cuts: least number of objects of every group but the first, rising, at least 1.
-        beta: rows of other classes drawn per row of the group's own classes, at least 0.
+        beta: samples of other classes per sample of the group's own classes, at least 0.
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> loss = BAGSLoss(instance_count=[5000, 50, 5])
+        >>> loss.num_outputs(3)  # 3 classes, 4 times "others", object and background
+        9
+        >>> loss(torch.zeros(2, 9), torch.tensor([0, 3]))
+        tensor(1.3863)
     """
 
     elementwise = False
     activation = "softmax"
     all_reduced = False
+
+    instance_count: Tensor
+    group: Tensor
+    member: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -124,10 +144,10 @@ class BAGSLoss(ClassificationLoss):
         rule = "K counts of at least 0"
         check(self, "instance_count", instance_count, bool((count >= 0).all()), rule)
         edges = [0, *cuts]
-        rising = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(edges))
         check(self, "cuts", cuts, rising, "rising numbers of at least 1")
         check(self, "beta", beta, beta >= 0, "a number of at least 0")
-        self.beta, self.num_groups = beta, len(edges)
+        self.beta, self.num_groups, self.num_classes = beta, len(edges), len(count)
         group = torch.bucketize(count, torch.tensor(cuts, dtype=torch.float64), right=True)
         groups = torch.arange(self.num_groups)
         owner = torch.cat([group, groups, groups.new_full((2,), self.num_groups)])  # (C,)
@@ -139,42 +159,50 @@ class BAGSLoss(ClassificationLoss):
         self.register_load_state_dict_post_hook(_arrange_loaded)
 
     def _arrange(self) -> None:
-        """Takes down which columns each group has; groups come with a checkpoint, too."""
+        """Order the columns by group; the groups come with a checkpoint, too."""
         self.order.copy_(self.member.long().argmax(dim=0).argsort(stable=True))  # (C,)
         self._sizes = self.member.sum(dim=1).tolist()
 
     def _by_group(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """(R, C) logits with the columns of a group side by side, their (R, c) parts, which share
-        its memory, and (R, G + 1) log sum exp of each part."""
+        """Bring the columns of each group side by side.
+
+        Returns:
+            (R, C) logits, the groups as (R, c) views of them, and (R, G + 1) log sum exp.
+        """
         ordered = logits.index_select(1, self.order)
-        parts = ordered.split(self._sizes, dim=1)
-        return ordered, parts, torch.stack([part.logsumexp(dim=1) for part in parts], dim=1)
+        groups = ordered.split(self._sizes, dim=1)
+        return ordered, groups, torch.stack([group.logsumexp(dim=1) for group in groups], dim=1)
 
     def num_outputs(self, num_classes: int) -> int:
         return num_classes + self.num_groups + 2
 
+    def column_counts(self, num_classes: int) -> tuple[int, ...]:
+        return (self.num_outputs(num_classes),)
+
     def compute(self, samples: Samples) -> Tensor:
         target = group_targets(samples.labels, self.group, self.num_groups)
-        used = draw_rows(target[:, :-1] < samples.num_classes, self.beta)
+        used = sample_others(target[:, :-1] < samples.num_classes, self.beta)
         used = torch.cat([used, torch.ones_like(target[:, -1:], dtype=torch.bool)], dim=1)
         return with_grad(
             samples.logits, *self._value_and_grad(samples.logits.detach(), target, used)
         )
 
     @torch.no_grad()
-    def _value_and_grad(self, logits: Tensor, target: Tensor, used: Tensor) -> tuple:
-        """`group_softmax_loss` and its (R, C) derivative, in pieces that stay in the cache."""
+    def _value_and_grad(
+        self, logits: Tensor, target: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`group_softmax_loss` and its (R, C) derivative, chunk by chunk."""
         weight = used.to(logits.dtype) / used.sum(dim=0).clamp(min=1)  # (R, G + 1)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         back = self.order.argsort()
 
-        def work(rows: slice) -> Tensor:
-            ordered, groups, log_sum = self._by_group(logits[rows])
-            weights = weight[rows].split(1, dim=1)
+        def work(chunk: slice) -> Tensor:
+            ordered, groups, log_sum = self._by_group(logits[chunk])
+            weights = weight[chunk].split(1, dim=1)
             for group, total, factor in zip(groups, log_sum.split(1, dim=1), weights, strict=True):
                 group.sub_(total).exp_().mul_(factor)
-            torch.index_select(ordered, 1, back, out=grad[rows])
-            return ((log_sum - logits[rows].gather(1, target[rows])) * weight[rows]).sum()
+            torch.index_select(ordered, 1, back, out=grad[chunk])
+            return ((log_sum - logits[chunk].gather(1, target[chunk])) * weight[chunk]).sum()
 
         value = total_of(map_chunks(work, logits), logits.new_zeros(()))
         return value, grad.scatter_add_(1, target, -weight)

@@ -35,6 +35,11 @@ def balanced_l1_loss(
 
     Returns:
         (P, 4).
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> balanced_l1_loss(pred, target, alpha=0.5, gamma=1.5, beta=1.0)
+        tensor([[0.0314, 0.0000, 2.5786, 0.4006]])
     """
     b = math.expm1(gamma / alpha)
     x = (pred - target).abs() / beta
@@ -54,6 +59,11 @@ class BalancedL1Loss(BoxLoss):
 
     Raises:
         ValueError: an argument is not above 0.
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> BalancedL1Loss()(pred, target)
+        tensor([[0.0314, 0.0000, 2.5786, 0.4006]])
     """
 
     elementwise = True

@@ -24,7 +24,7 @@ Weight = float | Tensor | Callable[[slice], Tensor]
 
 
 def sigmoid_ce_loss(logits: Tensor, onehot: Tensor) -> Tensor:
-    """Binary cross-entropy of every class of every row.
+    """Binary cross-entropy of every class of every sample.
 
     Args:
         logits: (R, K).
@@ -32,6 +32,13 @@ def sigmoid_ce_loss(logits: Tensor, onehot: Tensor) -> Tensor:
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> sigmoid_ce_loss(logits, onehot)
+        tensor([[0.1269, 0.3133, 0.6931],
+                [0.6931, 0.9741, 0.1269]])
     """
     return F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
 
@@ -46,6 +53,13 @@ def balanced_ce_loss(logits: Tensor, onehot: Tensor, alpha: float) -> Tensor:
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> balanced_ce_loss(logits, onehot, alpha=0.75)
+        tensor([[0.0952, 0.0783, 0.1733],
+                [0.1733, 0.2435, 0.0317]])
     """
     return sigmoid_ce_loss(logits, onehot) * (onehot * (2 * alpha - 1) + (1 - alpha))
 
@@ -54,17 +68,17 @@ class NegativeCE:
     """Weighted cross-entropy of negatives, for `entry_losses`.
 
     Args:
-        weight: one number, (C,) per column, or a function of a slice of r rows that gives (r, C).
+        weight: one number, (C,) per column, or a function from a slice of r samples to (r, C).
     """
 
     def __init__(self, weight: Weight = 1.0) -> None:
         self.weight = weight
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
+    def write(self, logits: Tensor, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
         outputs = [softplus(logits, out=value)]
         if grad is not None:
             outputs.append(torch.sigmoid(logits, out=grad))
-        weight = self.weight(rows) if callable(self.weight) else self.weight
+        weight = self.weight(chunk) if callable(self.weight) else self.weight
         if isinstance(weight, Tensor) or weight != 1:
             for out in outputs:
                 out.mul_(weight)
@@ -91,7 +105,15 @@ def weighted_ce(samples: Samples, weight: Weight, own_weight: float | Tensor) ->
 
 @CLS_LOSSES.register("SigmoidCE")
 class SigmoidCELoss(ClassificationLoss):
-    """One binary cross-entropy per class: the baseline of all sigmoid losses."""
+    """One binary cross-entropy per class: the baseline of all sigmoid losses.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> SigmoidCELoss()(logits, labels)
+        tensor([[0.1269, 0.3133, 0.6931],
+                [0.6931, 0.9741, 0.1269]])
+    """
 
     elementwise = True
     activation = "sigmoid"
@@ -109,6 +131,13 @@ class BalancedCELoss(ClassificationLoss):
 
     Raises:
         ValueError: alpha out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> BalancedCELoss(alpha=0.75)(logits, labels)
+        tensor([[0.0952, 0.0783, 0.1733],
+                [0.1733, 0.2435, 0.0317]])
     """
 
     elementwise = True
@@ -130,7 +159,14 @@ class BalancedCELoss(ClassificationLoss):
 
 @CLS_LOSSES.register("SoftmaxCE")
 class SoftmaxCELoss(ClassificationLoss):
-    """Softmax cross-entropy over K classes and background: Fast R-CNN's stock loss."""
+    """Softmax cross-entropy over K classes and background: Fast R-CNN's stock loss.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 1])
+        >>> SoftmaxCELoss()(logits, labels)
+        tensor([0.1698, 0.5239])
+    """
 
     elementwise = True
     activation = "softmax"

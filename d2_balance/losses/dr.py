@@ -1,6 +1,6 @@
 """DR loss: distributional ranking.
 
-    P- = sum_j q-_j p_j,  q- = softmax(p / lambda_neg) over negative entries (row, class)
+    P- = sum_j q-_j p_j,  q- = softmax(p / lambda_neg) over negative entries (sample, class)
     P+ = sum_j q+_j p_j,  q+ = softmax(-p / lambda_pos) over positive entries;  no positive: P+ = 1
     L  = (tau / L) log(1 + exp(L (P- - P+ + margin))),   mean over images
 
@@ -14,7 +14,7 @@ arXiv:1907.10156v3, equations 7 to 11.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,12 +32,12 @@ NEGATIVE_H = 3.5  # the paper sets lambda by h: lambda_pos = 1 / ln e, lambda_ne
 def softmax_mean(
     values: Tensor, scores: Tensor, mask: Tensor, group: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean of values under the softmax of scores, within groups of rows.
+    """Mean of values under the softmax of scores, within groups of samples.
 
     Args:
         values: (R, C).
         scores: (R, C).
-        mask: (R, C) bool, True for entries that take part.
+        mask: (R, C) bool, True for entries that count.
         group: (R,) int64 in [0, groups).
         groups: G.
 
@@ -68,17 +68,29 @@ def dr_loss(
     lambda_pos: float,
     lambda_neg: float,
 ) -> Tensor:
-    """DR loss of each group of rows (an image, or the batch).
+    """DR loss of each group of samples (an image, or the batch).
 
     Args:
         logits: (R, K).
         onehot: (R, K) in {0, 1}.
         group: (R,) int64 in [0, groups).
         groups: G.
-        margin, L, tau, lambda_pos, lambda_neg: see `DR`.
+        margin: gap between positives and negatives.
+        L: sharpness of the logistic loss, above 0.
+        tau: weight of the loss, above 0.
+        lambda_pos: temperature of the positives' distribution, above 0.
+        lambda_neg: temperature of the negatives' distribution, above 0.
 
     Returns:
-        (G,); 0 for a group without rows.
+        (G,); 0 for a group without samples.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> group = torch.zeros(2, dtype=torch.int64)
+        >>> arguments = {"margin": 0.5, "L": 6.0, "tau": 4.0, "lambda_pos": 1.0, "lambda_neg": 0.1}
+        >>> dr_loss(logits, onehot, group, 1, **arguments)
+        tensor([0.9418])
     """
     prob = logits.sigmoid()
     positive = onehot > 0
@@ -100,7 +112,7 @@ def _ranked(
     lambda_pos: float,
 ) -> Tensor:
     """The loss (G,) from P- (G,) and the logits (R, 1) of the positives, those with fg (R, 1)."""
-    own = own.sigmoid()  # a row has one positive entry at most
+    own = own.sigmoid()  # a sample has one positive entry at most
     pos, has_pos = softmax_mean(own, -own / lambda_pos, fg, group, len(neg))
     pos = torch.where(has_pos, pos, torch.ones_like(pos))
     loss = tau / L * F.softplus(L * (neg - pos + margin))
@@ -118,7 +130,7 @@ def fast_dr_loss(
     lambda_pos: float,
     lambda_neg: float,
 ) -> Tensor:
-    """`dr_loss` with the sums over negatives in pieces and their gradient in closed form."""
+    """`dr_loss` with the sums over negatives in chunks and their gradient in closed form."""
     neg, has_neg, own = _NegativeMean.apply(
         samples.logits, samples.column, samples.hit, group, groups, lambda_neg
     )
@@ -137,18 +149,26 @@ class _NegativeMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, column, hit, group, groups, temperature):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        column: Tensor,
+        hit: Tensor,
+        group: Tensor,
+        groups: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         own = logits.gather(1, column)
         own_weight = _weights(own.sigmoid(), temperature).mul_(1 - hit)  # (R, 1)
         derivative = torch.empty_like(logits, memory_format=torch.contiguous_format)
         sums = logits.new_empty(2, len(logits))
 
-        def work(rows: slice) -> None:
-            prob = logits[rows].sigmoid()
-            weight = _weights(prob, temperature).scatter_(1, column[rows], own_weight[rows])
-            torch.sum(weight, dim=1, out=sums[0, rows])
-            torch.sum(weight.mul_(prob), dim=1, out=sums[1, rows])
-            torch.addcmul(weight, weight, prob, value=-1, out=derivative[rows])
+        def work(chunk: slice) -> None:
+            prob = logits[chunk].sigmoid()
+            weight = _weights(prob, temperature).scatter_(1, column[chunk], own_weight[chunk])
+            torch.sum(weight, dim=1, out=sums[0, chunk])
+            torch.sum(weight.mul_(prob), dim=1, out=sums[1, chunk])
+            torch.addcmul(weight, weight, prob, value=-1, out=derivative[chunk])
 
         map_chunks(work, logits)
         total = sums.new_zeros(2, groups, dtype=torch.float64).index_add_(1, group, sums.double())
@@ -161,19 +181,19 @@ class _NegativeMean(torch.autograd.Function):
         return mean.to(logits.dtype), filled, own
 
     @staticmethod
-    def backward(ctx, grad_mean, _, grad_own):
+    def backward(ctx: Any, grad_mean: Tensor, _: Tensor, grad_own: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         logits, derivative, column, group, total, mean = ctx.saved_tensors
-        share = grad_mean.double() / total  # (G,)
-        factor, offset = share / ctx.temperature, share * (1 - mean / ctx.temperature)
+        upstream = grad_mean.double() / total  # (G,)
+        factor, offset = upstream / ctx.temperature, upstream * (1 - mean / ctx.temperature)
         factor, offset = (
             x.to(derivative.dtype)[group].unsqueeze(1) for x in (factor, offset)
         )  # (R, 1)
         grad = torch.empty_like(derivative)
 
-        def work(rows: slice) -> None:
-            prob = torch.sigmoid(logits[rows], out=grad[rows])
-            torch.addcmul(offset[rows], factor[rows], prob, out=prob).mul_(derivative[rows])
+        def work(chunk: slice) -> None:
+            prob = torch.sigmoid(logits[chunk], out=grad[chunk])
+            torch.addcmul(offset[chunk], factor[chunk], prob, out=prob).mul_(derivative[chunk])
 
         map_chunks(work, logits)
         return grad.scatter_add_(1, column, grad_own), None, None, None, None, None
@@ -197,11 +217,17 @@ class DRLoss(ClassificationLoss):
         tau: weight of the loss, above 0.
         lambda_pos: temperature of the positives' distribution, above 0 (paper: h = e).
         lambda_neg: temperature of the negatives' distribution, above 0 (paper: 0.1 / ln 3.5).
-        scope: "image" ranks within each image (the paper); "batch" ranks the rows of all images
+        scope: "image" ranks within each image (the paper); "batch" ranks the samples of all images
             together (the released code).
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> DRLoss()(logits, labels)
+        tensor(0.9803)
     """
 
     elementwise = False
@@ -229,9 +255,10 @@ class DRLoss(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         if not len(samples.labels):
             return samples.logits.sum() * 0
-        whole = self.scope == "batch" or samples.image_index is None
-        group = torch.zeros_like(samples.labels) if whole else samples.image_index
-        groups = 1 if whole else samples.images
+        group = samples.image_index if self.scope == "image" else None
+        groups = 1 if group is None else samples.images
+        if group is None:
+            group = torch.zeros_like(samples.labels)
         if 1 / self.arguments["lambda_neg"] > SHARPEST:
             loss = dr_loss(samples.logits, samples.onehot, group, groups, **self.arguments)
         else:

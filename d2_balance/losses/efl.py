@@ -38,11 +38,22 @@ def equalized_focal_loss(
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> gamma = torch.tensor([2.0, 2.0, 10.0])
+        >>> equalized_focal_loss(logits, onehot, gamma, alpha=0.25, base=2.0)
+        tensor([[4.5089e-04, 1.6994e-02, 2.5384e-03],
+                [1.2997e-01, 2.8306e-01, 2.7571e-10]])
     """
     margin = logits * (2 * onehot - 1)
     ce = -F.logsigmoid(margin)  # -log p_t, stable where p_t rounds to 0
     weight = (onehot * (2 * alpha - 1) + (1 - alpha)) * (gamma / base)
     return weight * torch.exp(-gamma * (margin + ce)) * ce
+
+
+Passed = tuple[Tensor, Tensor | None]  # losses and their gradients, see `entry_pass`
 
 
 @CLS_LOSSES.register("EFL")
@@ -60,11 +71,22 @@ class EFLLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> EFLLoss(num_classes=3)(logits, labels)
+        tensor([[0.0005, 0.0170, 0.1300],
+                [0.1300, 0.2831, 0.0014]])
     """
 
     elementwise = True
     activation = "sigmoid"
     update_after = True
+
+    pos_grad: Tensor
+    neg_grad: Tensor
+    ratio: Tensor
 
     def __init__(
         self, *, num_classes: int, gamma: float = 2.0, alpha: float = 0.25, scale: float = 8.0
@@ -75,6 +97,7 @@ class EFLLoss(ClassificationLoss):
         check(self, "alpha", alpha, 0 <= alpha <= 1, "a number in [0, 1]")
         check(self, "scale", scale, scale >= 0, "a number of at least 0")
         self.gamma, self.alpha, self.scale = gamma, alpha, scale
+        self.num_classes = num_classes
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("ratio", torch.ones(num_classes, dtype=torch.float64))
@@ -83,7 +106,7 @@ class EFLLoss(ClassificationLoss):
         """(K,) exponents gamma_j."""
         return self.gamma + self.scale * (1 - self.ratio)
 
-    def _pass(self, samples: Samples, grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _pass(self, samples: Samples, grad: bool = True) -> Passed:
         """Losses and derivatives, (R, K) each, with the exponents of the present state."""
         gamma = self.class_gamma().to(samples.logits.dtype)
         return entry_pass(
@@ -97,9 +120,10 @@ class EFLLoss(ClassificationLoss):
         )
 
     @torch.no_grad()
-    def batch_statistics(self, samples: Samples) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, Passed]:
         """(3, K) gradients of positives, of negatives and the positives; losses and gradients."""
         value, grad = self._pass(samples)
+        assert grad is not None
         count = samples.foreground.sum().expand(grad.shape[1])
         return torch.stack([*gradient_sums(grad, samples.column), count.double()]), (value, grad)
 
@@ -113,7 +137,7 @@ class EFLLoss(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         return with_grad(samples.logits, *self._pass(samples, needs_grad(samples.logits)))
 
-    def compute_from(self, intermediate: tuple[Tensor, Tensor], samples: Samples) -> Tensor:
+    def compute_from(self, intermediate: Passed, samples: Samples) -> Tensor:
         return with_grad(samples.logits, *intermediate)
 
     def log_values(self) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """EQL: equalization loss.
 
-    w_ij = 1 - E_i T(f_j) (1 - y_ij) (1 - listed_ij)        E_i = 1 for a foreground row i
-    L    = sum_j w_ij BCE(z_ij, y_ij),  mean over rows
+    w_ij = 1 - E_i T(f_j) (1 - y_ij) (1 - verified_ij)      E_i = 1 for a foreground sample i
+    L    = sum_j w_ij BCE(z_ij, y_ij),  mean over samples
 
-A foreground row of one class does not push down the logits of tail classes; background rows do.
-Classes that annotators verified in the row's image (present or absent) keep weight 1.
+A foreground sample of one class does not push down the logits of tail classes; background samples
+do. Classes that annotators verified in the image (present or absent) keep weight 1.
 
     step         T(f) = 1 if f < lambda else 0
     exponential  T(f) = max(0, 1 - (a f)^n),               a = 400, n = 2
@@ -34,7 +34,7 @@ def tail_weight(class_frequency: Tensor, lambda_: float, threshold: Threshold) -
     """T(f), how much a class belongs to the tail.
 
     Args:
-        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        class_frequency: (K,) fraction of training images that contain the class, in [0, 1].
         lambda_: threshold of the step function; the smooth functions do not use it.
         threshold: "step", "exponential" or "gompertz".
 
@@ -67,7 +67,7 @@ def lambda_for_tail_ratio(class_frequency: Tensor, image_count: Tensor, ratio: f
     """The largest step threshold whose tail ratio does not pass the wanted one.
 
     Args:
-        class_frequency: (K,) share of training images that contain the class.
+        class_frequency: (K,) fraction of training images that contain the class.
         image_count: (K,) training images of each class.
         ratio: wanted TR, in [0, 1].
 
@@ -76,15 +76,15 @@ def lambda_for_tail_ratio(class_frequency: Tensor, image_count: Tensor, ratio: f
         classes fit.
     """
     frequency, order = class_frequency.double().sort()
-    share = image_count[order].double().cumsum(0) / image_count.sum().clamp(min=1)
+    fraction = image_count[order].double().cumsum(0) / image_count.sum().clamp(min=1)
     last = torch.ones_like(frequency, dtype=torch.bool)  # classes of equal frequency go together
     last[:-1] = frequency[1:] > frequency[:-1]
-    fits = (last & (share <= ratio)).nonzero().flatten()
+    fits = (last & (fraction <= ratio)).nonzero().flatten()
     if not len(fits):
         return 0.0
-    place = int(fits[-1])
-    above = frequency[place + 1] if place + 1 < len(frequency) else torch.tensor(1.0)
-    return float((frequency[place] + above) / 2)
+    most = int(fits[-1])
+    above = frequency[most + 1] if most + 1 < len(frequency) else torch.tensor(1.0)
+    return float((frequency[most] + above) / 2)
 
 
 def eql_loss(
@@ -94,17 +94,25 @@ def eql_loss(
     tail: Tensor,
     verified: Tensor | None = None,
 ) -> Tensor:
-    """Equalization loss of every class of every row.
+    """Equalization loss of every class of every sample.
 
     Args:
         logits: (R, K).
         onehot: (R, K) in {0, 1}.
         foreground: (R,) bool.
         tail: (K,) T(f) in [0, 1].
-        verified: (R, K) bool, classes verified in the row's image; None: no rule.
+        verified: (R, K) bool, classes verified in the sample's image; None: no rule.
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> foreground, tail = torch.tensor([True, False]), torch.tensor([0.0, 0.0, 1.0])
+        >>> eql_loss(logits, onehot, foreground, tail)
+        tensor([[0.1269, 0.3133, 0.0000],
+                [0.6931, 0.9741, 0.1269]])
     """
     free = onehot > 0 if verified is None else (onehot > 0) | verified
     suppressed = foreground.unsqueeze(1) & ~free
@@ -148,7 +156,7 @@ class EQLLoss(ClassificationLoss):
     """Equalization loss (arXiv:2003.05176) for sigmoid heads, with LVIS image-level labels.
 
     Args:
-        class_frequency: (K,) share of training images that contain the class, in [0, 1].
+        class_frequency: (K,) fraction of training images that contain the class, in [0, 1].
         lambda_: classes below this frequency are tail classes (step threshold), in [0, 1]. The
             authors use 0.00177 on LVIS v0.5 and 0.0011 on v1.
         threshold: "step", "exponential" or "gompertz".
@@ -157,10 +165,19 @@ class EQLLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> EQLLoss(class_frequency=[0.5, 0.1, 0.0001])(logits, labels)
+        tensor([[0.1269, 0.3133, 0.0000],
+                [0.6931, 0.9741, 0.1269]])
     """
 
     elementwise = True
     activation = "sigmoid"
+
+    class_frequency: Tensor
 
     def __init__(
         self,
@@ -174,6 +191,7 @@ class EQLLoss(ClassificationLoss):
         frequency = checked_frequency(self, class_frequency, lambda_, threshold)
         self.lambda_, self.threshold = lambda_, threshold
         self.use_image_level_labels = uses_image_labels(self, use_image_level_labels)
+        self.num_classes = len(frequency)
         self.register_buffer("class_frequency", frequency)
 
     @property
@@ -183,17 +201,17 @@ class EQLLoss(ClassificationLoss):
 
     def compute(self, samples: Samples) -> Tensor:
         table, group = self._class_weights(samples)
-        return weighted_ce(samples, lambda rows: table.index_select(0, group[rows]), 1.0)
+        return weighted_ce(samples, lambda chunk: table.index_select(0, group[chunk]), 1.0)
 
     def _class_weights(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """(G, K) weights of negatives for G kinds of rows, and the kind (R,) of each row.
+        """(G, K) weights of negatives for G groups of samples, and (R,) the group of each.
 
-        Row 0 of the table is for background, the others for foreground rows, by image.
+        Group 0 is background; foreground samples are grouped by image.
         """
         kept = 1 - self.tail.to(samples.logits.dtype).unsqueeze(0)  # (1, K)
-        kind = samples.foreground.long()
+        group = samples.foreground.long()
         if self.use_image_level_labels and samples.verified is not None:
             kept = torch.where(samples.verified, torch.ones_like(kept), kept)  # (N, K)
             if samples.image_index is not None:
-                kind = kind * (samples.image_index + 1)
-        return torch.cat([torch.ones_like(kept[:1]), kept]), kind
+                group = group * (samples.image_index + 1)
+        return torch.cat([torch.ones_like(kept[:1]), kept]), group

@@ -8,7 +8,7 @@ G+ and G- add up the weighted gradients |p - 1| and p of all batches and ranks. 
 objectness task of weight 1 whose target is 1 for background; at test time p_j is multiplied by
 1 - p_background.
 
-Source: Tan et al., Equalization Loss v2, arXiv:2012.08548, equations 5 to 9. Mean over rows.
+Source: Tan et al., Equalization Loss v2, arXiv:2012.08548, equations 5 to 9. Mean over samples.
 """
 
 from __future__ import annotations
@@ -23,6 +23,33 @@ from ._samples import Samples
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 
 BALANCED = 100.0  # ratio g before the first batch: all weights are 1
+
+Passed = tuple[Tensor, Tensor | None]  # losses and their gradients, see `entry_pass`
+
+
+def eqlv2_loss(
+    logits: Tensor, target: Tensor, positive_weight: Tensor, negative_weight: Tensor
+) -> Tensor:
+    """Equalization loss v2 of every column of every sample, for given weights.
+
+    Args:
+        logits: (R, C).
+        target: (R, C) in {0, 1}.
+        positive_weight: (C,), or as the logits: weight of entries with target 1.
+        negative_weight: likewise for target 0.
+
+    Returns:
+        (R, C).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> eqlv2_loss(logits, onehot, torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 0.5, 0.0]))
+        tensor([[0.1269, 0.1566, 0.0000],
+                [0.6931, 0.4870, 0.0000]])
+    """
+    weight = torch.where(target > 0, positive_weight, negative_weight)
+    return sigmoid_ce_loss(logits, target) * weight
 
 
 @CLS_LOSSES.register("EQLv2")
@@ -40,11 +67,21 @@ class EQLv2Loss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 4), torch.tensor([0, 3])  # 3 classes and background
+        >>> EQLv2Loss(num_classes=3)(logits, labels)
+        tensor([[0.6931, 0.6931, 0.6931, 0.6931],
+                [0.6931, 0.6931, 0.6931, 0.6931]])
     """
 
     elementwise = True
     activation = "sigmoid"
     update_after = True
+
+    pos_grad: Tensor
+    neg_grad: Tensor
+    pos_neg: Tensor
 
     def __init__(
         self, *, num_classes: int, gamma: float = 12.0, mu: float = 0.8, alpha: float = 4.0
@@ -54,6 +91,7 @@ class EQLv2Loss(ClassificationLoss):
         check(self, "gamma", gamma, gamma > 0, "a number above 0")
         check(self, "alpha", alpha, alpha >= 0, "a number of at least 0")
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
+        self.num_classes = num_classes
         self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("pos_neg", torch.full((num_classes,), BALANCED, dtype=torch.float64))
@@ -66,24 +104,25 @@ class EQLv2Loss(ClassificationLoss):
         mapped = torch.sigmoid(self.gamma * (self.pos_neg - self.mu))
         return 1 + self.alpha * (1 - mapped), mapped
 
-    def _pass(self, samples: Samples, grad: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _pass(self, samples: Samples, grad: bool = True) -> Passed:
         """Losses and derivatives, (R, K + 1) each, with the weights of the present state."""
         positive, negative = (
             F.pad(w.to(samples.logits.dtype), (0, 1), value=1.0) for w in self.class_weights()
         )
-        label = samples.labels.unsqueeze(1)  # every row has a positive: background is column K
+        label = samples.labels.unsqueeze(1)  # every sample has a positive: background is column K
         return entry_pass(
             samples.logits.detach(),
             label,
             NegativeCE(negative),
-            lambda own: sigmoid_ce_loss(own, torch.ones_like(own)) * positive[label],
+            lambda own: eqlv2_loss(own, torch.ones_like(own), positive[label], negative[label]),
             grad,
         )
 
     @torch.no_grad()
-    def batch_statistics(self, samples: Samples) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, Passed]:
         """(2, K) gradients of positives and of negatives; losses and gradients (R, K + 1)."""
         value, grad = self._pass(samples)
+        assert grad is not None
         sums = gradient_sums(grad, samples.labels.unsqueeze(1))
         return torch.stack([total[:-1] for total in sums]), (value, grad)
 
@@ -95,7 +134,7 @@ class EQLv2Loss(ClassificationLoss):
     def compute(self, samples: Samples) -> Tensor:
         return with_grad(samples.logits, *self._pass(samples, needs_grad(samples.logits)))
 
-    def compute_from(self, intermediate: tuple[Tensor, Tensor], samples: Samples) -> Tensor:
+    def compute_from(self, intermediate: Passed, samples: Samples) -> Tensor:
         return with_grad(samples.logits, *intermediate)
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
     L = (1/R) sum_i sum_{j in S_n(i)} BCE(z_ij, y_ij)
 
 S_n holds the classes present in the batch and the classes that annotators verified in image n, and
-is filled up to `num_sampled` foreground classes by drawing without replacement with probability
-proportional to image_count^power. Background takes no place in it. More present classes than
-`num_sampled` are all kept; with fewer classes than `num_sampled` all take part. A class that is not
-annotated exhaustively in image n trains its positive rows there and no negatives, which may be
-objects that nobody marked.
+is filled up to `num_sampled` foreground classes by sampling without replacement with probability
+proportional to image_count^power. Background is not in it. More present classes than `num_sampled`
+are all kept. A class that is not annotated exhaustively in image n trains its positives there and
+no negatives, which may be objects without an annotation.
 
 Source: Zhou et al., Probabilistic Two-Stage Detection, arXiv:2103.07461, appendix D; image-level
-labels: Gupta et al., LVIS, arXiv:1908.03195, section 3. Mean over rows.
+labels: Gupta et al., LVIS, arXiv:1908.03195, section 3. Mean over samples.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from torch import Tensor
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
 from ._samples import Samples
-from .cross_entropy import weighted_ce
+from .cross_entropy import sigmoid_ce_loss, weighted_ce
 from .eql import uses_image_labels
 
 
 @torch.no_grad()
 def federated_classes(required: Tensor, weight: Tensor, num_sampled: int) -> Tensor:
-    """Draws the classes of each image.
+    """Sample the classes of each image.
 
     Args:
-        required: (N, K) bool, classes that take part in any case.
-        weight: (K,) at least 0, how likely a class is drawn; 0: never.
+        required: (N, K) bool, classes that are always chosen.
+        weight: (K,) at least 0, how likely a class is sampled; 0: never.
         num_sampled: classes per image, at least 1.
 
     Returns:
@@ -41,8 +40,29 @@ def federated_classes(required: Tensor, weight: Tensor, num_sampled: int) -> Ten
     noise = -torch.empty_like(required, dtype=torch.float32).exponential_().log()  # Gumbel
     score = (weight.log().float() + noise).masked_fill(required, torch.inf)
     chosen = score.topk(min(num_sampled, required.shape[1]), dim=1).indices
-    drawn = torch.zeros_like(required).scatter_(1, chosen, True)
-    return (drawn & (weight > 0)) | required
+    sampled = torch.zeros_like(required).scatter_(1, chosen, True)
+    return (sampled & (weight > 0)) | required
+
+
+def federated_loss(logits: Tensor, onehot: Tensor, chosen: Tensor) -> Tensor:
+    """Federated loss of every class of every sample, for the classes of `federated_classes`.
+
+    Args:
+        logits: (R, K).
+        onehot: (R, K) in {0, 1}.
+        chosen: (R, K) or (K,) bool, classes whose negatives train.
+
+    Returns:
+        (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> federated_loss(logits, onehot, chosen=torch.tensor([True, True, False]))
+        tensor([[0.1269, 0.3133, 0.0000],
+                [0.6931, 0.9741, 0.0000]])
+    """
+    return sigmoid_ce_loss(logits, onehot) * (chosen | (onehot > 0))
 
 
 @CLS_LOSSES.register("Federated")
@@ -51,7 +71,7 @@ class FederatedLoss(ClassificationLoss):
 
     Args:
         class_count: (K,) training images of each class.
-        num_sampled: foreground classes that take part per image, at least 1.
+        num_sampled: foreground classes per image, at least 1.
         power: exponent of the image count, at least 0.
         use_image_level_labels: "always" takes the classes verified in the image, and no negatives
             of those that are not annotated exhaustively there; "never" does not; "auto" does so if
@@ -59,11 +79,20 @@ class FederatedLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> FederatedLoss(class_count=[90, 9, 1])(logits, labels)
+        tensor([[0.1269, 0.3133, 0.6931],
+                [0.6931, 0.9741, 0.1269]])
     """
 
     elementwise = True
     activation = "sigmoid"
     all_reduced = False
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -78,7 +107,7 @@ class FederatedLoss(ClassificationLoss):
         check(self, "class_count", class_count, bool((count >= 0).all()), "K counts of at least 0")
         check(self, "num_sampled", num_sampled, num_sampled >= 1, "an integer of at least 1")
         check(self, "power", power, power >= 0, "a number of at least 0")
-        self.num_sampled = num_sampled
+        self.num_sampled, self.num_classes = num_sampled, len(count)
         self.use_image_level_labels = uses_image_labels(self, use_image_level_labels)
         self.register_buffer("weight", count.pow(power) * (count > 0))
 
@@ -90,9 +119,10 @@ class FederatedLoss(ClassificationLoss):
         if self.use_image_level_labels and samples.not_exhaustive is not None:
             chosen = chosen & ~samples.not_exhaustive
         chosen = chosen.to(samples.logits.dtype)  # whose negatives train
-        if len(chosen) == 1 or samples.image_index is None:
+        image = samples.image_index
+        if len(chosen) == 1 or image is None:
             own = chosen[0][samples.column]
             return weighted_ce(samples, chosen[0], torch.maximum(own, samples.hit))
-        own = chosen[samples.image_index, samples.column.squeeze(1)].unsqueeze(1)
+        own = chosen[image, samples.column.squeeze(1)].unsqueeze(1)
         weight = torch.maximum(own, samples.hit)  # positives always train
-        return weighted_ce(samples, lambda rows: chosen[samples.image_index[rows]], weight)
+        return weighted_ce(samples, lambda chunk: chosen[image[chunk]], weight)

@@ -22,7 +22,7 @@ from ._samples import Samples
 
 
 def focal_loss(logits: Tensor, onehot: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of every class of every row.
+    """Focal loss of every class of every sample.
 
     Args:
         logits: (R, K).
@@ -32,6 +32,13 @@ def focal_loss(logits: Tensor, onehot: Tensor, alpha: float, gamma: float) -> Te
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> focal_loss(logits, onehot, alpha=0.25, gamma=2.0)
+        tensor([[0.0005, 0.0170, 0.1300],
+                [0.1300, 0.2831, 0.0014]])
     """
     margin = logits * (2 * onehot - 1)
     ce = -F.logsigmoid(margin)
@@ -52,7 +59,7 @@ class NegativeFocal:
     def __init__(self, weight: float | Tensor, gamma: float | Tensor) -> None:
         self.weight, self.gamma = weight, gamma
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
+    def write(self, logits: Tensor, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
         ce, prob = softplus(logits, out=value), logits.sigmoid()
         factor = self._modulation(logits, ce, prob)
         if grad is not None:
@@ -86,6 +93,13 @@ class FocalLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> FocalLoss(gamma=2.0)(logits, labels)
+        tensor([[0.0005, 0.0170, 0.1300],
+                [0.1300, 0.2831, 0.0014]])
     """
 
     elementwise = True

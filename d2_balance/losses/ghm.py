@@ -48,10 +48,16 @@ def ghm_c_loss(
         logits: (R, K).
         onehot: (R, K) in {0, 1}.
         bin_density: (levels, M) n * S_b; an entry of bin b weighs one over it.
-        level: (R,) row of `bin_density`; None: there is one.
+        level: (R,) index into `bin_density`; None: there is one.
 
     Returns:
         0-d tensor.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> onehot = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> ghm_c_loss(logits, onehot, bin_density=torch.tensor([[4.0, 2.0]]))
+        tensor(1.3220)
     """
     norm = (logits.detach().sigmoid() - onehot).abs_()
     weight = _level_weight(norm, bin_density, level)
@@ -68,10 +74,15 @@ def ghm_r_loss(
         target: (P, 4).
         bin_density: (levels, M) n * S_b.
         mu: where the smooth part ends, above 0.
-        level: (P,) row of `bin_density`; None: there is one.
+        level: (P,) index into `bin_density`; None: there is one.
 
     Returns:
         0-d tensor.
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> ghm_r_loss(pred, target, bin_density=torch.tensor([[4.0, 2.0]]), mu=0.02)
+        tensor(1.2712)
     """
     weight = _level_weight(_asl1_norm(pred, target, mu), bin_density, level)
     return (asl1_loss(pred, target, mu) * weight).sum()
@@ -94,9 +105,9 @@ class _NegativeGHMC:
     def __init__(self, weight: Tensor, index: Tensor) -> None:
         self.weight, self.index = weight, index
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
+    def write(self, logits: Tensor, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
         # `index_select` takes half the time of `weight[index]`
-        weight = self.weight.index_select(0, self.index[rows].flatten().int()).view_as(value)
+        weight = self.weight.index_select(0, self.index[chunk].flatten().int()).view_as(value)
         softplus(logits, out=value).mul_(weight)
         if grad is not None:
             grad.mul_(weight)
@@ -108,13 +119,19 @@ class GHMCLoss(ClassificationLoss):
 
     Args:
         bins: number of bins M.
-        momentum: share of the old density, in [0, 1); 0 uses the batch alone.
+        momentum: fraction of the old density, in [0, 1); 0 uses the batch alone.
         ema_mode: "official" (the released code), "debiased" or "paper"; see `GradientDensity`.
         per_level: True calls the loss once per feature level with one shared density and adds the
             results, as the released code does; False takes one histogram of the batch.
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> GHMCLoss(bins=5)(logits, labels)
+        tensor(2.1074)
     """
 
     elementwise = False
@@ -180,13 +197,18 @@ class GHMRLoss(BoxLoss):
     Args:
         mu: width of the smooth part of the authentic smooth L1, above 0.
         bins: number of bins M.
-        momentum: share of the old density, in [0, 1).
+        momentum: fraction of the old density, in [0, 1).
         ema_mode: "official", "debiased" or "paper"; see `GradientDensity`.
         per_level: True calls the loss once per feature level with one shared density and adds the
             results, as the released code does; False takes one histogram of the batch.
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> GHMRLoss()(pred, target)
+        tensor(1.4125)
     """
 
     elementwise = False

@@ -29,15 +29,15 @@ def _sides(boxes: Tensor) -> Tensor:
 
 
 def _area(sides: Tensor) -> Tensor:
-    """(P,) width times height; the backward pass of `prod` waits for the device."""
+    """(P,) width times height; the backward pass of `prod` is a host-device sync."""
     return sides[:, 0] * sides[:, 1]
 
 
 def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(P,) IoU, (P,) union and (P, 2) sides of the hull.
 
-    As torchvision's losses have them, but those pick the boxes that overlap by a mask, and so wait
-    for the device to learn how many there are.
+    As torchvision's losses have them, but those pick the boxes that overlap by a mask, a
+    host-device sync to learn how many there are.
     """
     low = torch.maximum(pred[:, :2], target[:, :2])
     inter = _area((torch.minimum(pred[:, 2:], target[:, 2:]) - low).clamp(min=0))
@@ -48,14 +48,28 @@ def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def giou_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """GIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2]."""
+    """GIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2].
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> giou_loss(pred, target)
+        tensor([0.6667])
+    """
     iou, union, hull = _overlap(pred, target)
     area = _area(hull)
     return 1 - iou + (area - union) / (area + _EPS)
 
 
 def diou_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """DIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2]."""
+    """DIoU loss of P pairs of boxes (P, 4) x0 y0 x1 y1: (P,) in [0, 2].
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> diou_loss(pred, target)
+        tensor([0.7436])
+    """
     iou, _, hull = _overlap(pred, target)
     centers = (pred[:, :2] + pred[:, 2:] - target[:, :2] - target[:, 2:]) / 2  # (P, 2)
     return 1 - iou + centers.square().sum(dim=1) / (hull.square().sum(dim=1) + _EPS)
@@ -65,7 +79,8 @@ def ciou_loss(pred: Tensor, target: Tensor) -> Tensor:
     """CIoU loss, arXiv:1911.08287, equations 8 to 11; alpha has no gradient.
 
     torchvision's divides the width by a height of zero: a predicted box that has shrunk to a point
-    is NaN there. Here its aspect ratio is that of a flat box.
+    is NaN there. Here its aspect ratio is that of a flat box. mmdet's differs by up
+    to 3e-2: it sets alpha to 0 where the IoU is at most 0.5, and bounds the loss by 2.
 
     Args:
         pred: (P, 4) x0 y0 x1 y1.
@@ -73,6 +88,12 @@ def ciou_loss(pred: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         (P,), at least 0.
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> ciou_loss(pred, target)
+        tensor([0.7436])
     """
     difference = _angle(target) - _angle(pred)
     v = 4 / math.pi**2 * difference.square()
@@ -89,7 +110,14 @@ def _angle(boxes: Tensor) -> Tensor:
 
 @BOX_LOSSES.register("GIoU")
 class GIoULoss(BoxLoss):
-    """Generalised IoU loss (arXiv:1902.09630), in [0, 2] per box."""
+    """Generalised IoU loss (arXiv:1902.09630), in [0, 2] per box.
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> GIoULoss()(pred, target)
+        tensor([0.6667])
+    """
 
     elementwise = True
     space = "boxes"
@@ -100,7 +128,14 @@ class GIoULoss(BoxLoss):
 
 @BOX_LOSSES.register("DIoU")
 class DIoULoss(BoxLoss):
-    """Distance IoU loss (arXiv:1911.08287, equation 7), in [0, 2] per box."""
+    """Distance IoU loss (arXiv:1911.08287, equation 7), in [0, 2] per box.
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> DIoULoss()(pred, target)
+        tensor([0.7436])
+    """
 
     elementwise = True
     space = "boxes"
@@ -111,7 +146,14 @@ class DIoULoss(BoxLoss):
 
 @BOX_LOSSES.register("CIoU")
 class CIoULoss(BoxLoss):
-    """Complete IoU loss (arXiv:1911.08287, equation 10), at least 0 per box."""
+    """Complete IoU loss (arXiv:1911.08287, equation 10), at least 0 per box.
+
+    Example:
+        >>> pred = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+        >>> target = torch.tensor([[0.0, 5.0, 10.0, 15.0]])
+        >>> CIoULoss()(pred, target)
+        tensor([0.7436])
+    """
 
     elementwise = True
     space = "boxes"

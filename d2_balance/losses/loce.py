@@ -2,16 +2,16 @@
 
     L = -log( s_y e^{z_y} / sum_k s_k e^{z_k} ) = CE(z + log s, y)
 
-s_c is the mean probability softmax(z)_c that rows of class c get. A well recognised class pushes
+s_c is the mean probability softmax(z)_c that samples of class c get. A well recognised class pushes
 others down, a weak one is pushed less. With m objects of class c in a batch of all ranks,
 
-    s_c <- a^m s_c + (1 - a^m) * mean over these objects of the mean score of the object's rows
+    s_c <- a^m s_c + (1 - a^m) * mean over these objects of the mean score of the object's samples
 
 before the loss of the batch; s of background is fixed. Scores at test time are softmax(z).
 
 Source: Feng et al., Exploring Classification Equilibrium in Long-Tailed Object Detection,
-arXiv:2108.07507, section 3.3. Mean over rows. Its feature memory is
-`d2_balance.modeling.roi_heads.feature_memory`; the release also counts the rows of the memory in s.
+arXiv:2108.07507, section 3.3. Mean over samples. Its feature memory is
+`d2_balance.modeling.roi_heads.feature_memory`; the release also counts the memory's samples in s.
 """
 
 from __future__ import annotations
@@ -27,17 +27,22 @@ LEAST_SCORE = 1e-12  # a score that underflows to 0 has no logarithm
 
 
 def equilibrium_loss(logits: Tensor, labels: Tensor, mean_score: Tensor) -> Tensor:
-    """Softmax cross-entropy with the logits moved by the logarithm of the mean scores.
+    """Softmax cross-entropy with the logits shifted by the logarithm of the mean scores.
 
     Args:
-        logits: (R, K + 1), the last column background.
+        logits: (R, K + 1), the last column background, or (R, K).
         labels: (R,) int64 in [0, K].
         mean_score: (K + 1,) in (0, 1].
 
     Returns:
         (R,).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> equilibrium_loss(logits, torch.tensor([0, 1]), torch.tensor([0.9, 0.5, 0.1]))
+        tensor([0.0418, 0.7458])
     """
-    shift = mean_score.clamp(min=LEAST_SCORE).log().to(logits.dtype)
+    shift = mean_score[: logits.shape[1]].clamp(min=LEAST_SCORE).log().to(logits.dtype)
     return F.cross_entropy(logits + shift, labels, reduction="none")
 
 
@@ -49,21 +54,21 @@ def object_score_sums(
     Args:
         scores: (P,) probability of the own class.
         labels: (P,) int64 in [0, K).
-        gt_index: (P,) int64 id of the row's object; rows with a negative id are left out. None:
-            every row is an object of its own.
+        gt_index: (P,) int64 id of the sample's object; samples with a negative id are left out.
+            None: every sample is an object of its own.
         num_classes: K.
 
     Returns:
         (2, K) float64.
     """
-    share = torch.ones_like(scores, dtype=torch.float64)
-    if gt_index is not None:  # each row counts as one part of its object
+    weight = torch.ones_like(scores, dtype=torch.float64)
+    if gt_index is not None:  # the samples of an object count as one
         ids = gt_index.sort().values
         after = torch.searchsorted(ids, gt_index, right=True)
-        rows = after - torch.searchsorted(ids, gt_index)
-        share = (gt_index >= 0) / rows.double()
-    parts = torch.stack([share, share * scores.double()])  # (2, P)
-    return parts.new_zeros(2, num_classes).index_add_(1, labels, parts)
+        samples = after - torch.searchsorted(ids, gt_index)
+        weight = (gt_index >= 0) / samples.double()
+    values = torch.stack([weight, weight * scores.double()])  # (2, P)
+    return values.new_zeros(2, num_classes).index_add_(1, labels, values)
 
 
 @CLS_LOSSES.register("LOCE")
@@ -74,15 +79,23 @@ class LOCELoss(ClassificationLoss):
 
     Args:
         num_classes: K.
-        momentum: a, share of the old mean score per object, in [0, 1].
+        momentum: a, fraction of the old mean score per object, in [0, 1].
         background_score: fixed mean score of background, in (0, 1].
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 1])
+        >>> LOCELoss(num_classes=3)(logits, labels)
+        tensor([0.0496, 0.6110])
     """
 
     elementwise = True
     activation = "softmax"
+
+    mean_score: Tensor
 
     def __init__(
         self, *, num_classes: int, momentum: float = 0.9, background_score: float = 0.01
@@ -93,6 +106,7 @@ class LOCELoss(ClassificationLoss):
         rule = "a number in (0, 1]"
         check(self, "background_score", background_score, 0 < background_score <= 1, rule)
         self.momentum = momentum
+        self.num_classes = num_classes
         score = torch.full((num_classes + 1,), 0.01, dtype=torch.float64)
         score[-1] = background_score
         self.register_buffer("mean_score", score)

@@ -21,7 +21,7 @@ from .focal import NegativeFocal
 
 
 def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
-    """Quality focal loss of every class of every row.
+    """Quality focal loss of every class of every sample.
 
     Args:
         logits: (R, K).
@@ -30,13 +30,20 @@ def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float) -> Tensor:
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> quality = torch.tensor([[0.8, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> quality_focal_loss(logits, quality, beta=2.0)
+        tensor([[0.0034, 0.0227, 0.1733],
+                [0.1733, 0.3774, 0.0018]])
     """
     ce = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return ce * (quality - logits.sigmoid()).abs().pow(beta)
 
 
 def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Varifocal loss of every class of every row.
+    """Varifocal loss of every class of every sample.
 
     Args:
         logits: (R, K).
@@ -46,14 +53,21 @@ def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float, gamma: float) 
 
     Returns:
         (R, K).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> quality = torch.tensor([[0.8, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> varifocal_loss(logits, quality, alpha=0.75, gamma=2.0)
+        tensor([[0.4215, 0.0170, 0.1300],
+                [0.1300, 0.2831, 0.0014]])
     """
     ce = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     negative = alpha * torch.exp(gamma * F.logsigmoid(logits))  # p^gamma, stable at large logits
     return ce * torch.where(quality > 0, quality, negative)
 
 
-def row_quality(samples: Samples) -> Tensor:
-    """(R, 1) IoU of the decoded box with the object, 0 for background rows."""
+def sample_quality(samples: Samples) -> Tensor:
+    """(R, 1) IoU of the decoded box with the object, 0 for background."""
     quality = torch.zeros_like(samples.hit)
     return quality.index_copy_(0, samples.pos, samples.iou.to(quality.dtype).unsqueeze(1))
 
@@ -67,6 +81,13 @@ class QFLLoss(ClassificationLoss):
 
     Raises:
         ValueError: beta is negative.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> QFLLoss()(logits, labels)  # without boxes the quality is 1
+        tensor([[0.0018, 0.0227, 0.1733],
+                [0.1733, 0.3774, 0.0018]])
     """
 
     elementwise = True
@@ -78,7 +99,7 @@ class QFLLoss(ClassificationLoss):
         self.beta = beta
 
     def compute(self, samples: Samples) -> Tensor:
-        quality = row_quality(samples)
+        quality = sample_quality(samples)
         return entry_losses(
             samples.logits,
             samples.column,
@@ -97,6 +118,13 @@ class VFLLoss(ClassificationLoss):
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> VFLLoss()(logits, labels)  # without boxes the quality is 1
+        tensor([[0.1269, 0.0170, 0.1300],
+                [0.1300, 0.2831, 0.0014]])
     """
 
     elementwise = True
@@ -109,7 +137,7 @@ class VFLLoss(ClassificationLoss):
         self.alpha, self.gamma = alpha, gamma
 
     def compute(self, samples: Samples) -> Tensor:
-        quality = row_quality(samples)
+        quality = sample_quality(samples)
         return entry_losses(
             samples.logits,
             samples.column,

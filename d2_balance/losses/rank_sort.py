@@ -9,7 +9,7 @@ For a positive i with target y_i = IoU of its decoded box, H the step of `rankin
     L = mean_i l_R(i) + mean_i (l_S(i) - l_S*(i))
 
 The gradient is the paper's identity update: a positive moves up by its own error, negatives and
-worse positives above it move down by their share of that error.
+worse positives above it move down by their fraction of that error.
 
 Source: Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation,
 arXiv:2107.11669, equations 6 to 12. One ranking over all images of the process.
@@ -26,7 +26,7 @@ from ._kernels.ranking import StepBuckets, error_driven, positive_scores
 from ._samples import Samples
 
 MIN_TARGET = 1e-6  # an IoU of exactly 0 would turn the positive into background
-PIECE = 2**18  # pairs of the P x P sorting part at a time
+PAIRS = 2**18  # of the P x P sorting part at a time
 
 
 def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -44,23 +44,23 @@ def sorting(scores: Tensor, targets: Tensor, delta: float) -> tuple[Tensor, Tens
     scores, targets = scores[order], targets[order]
     error, pushed = torch.zeros_like(scores), torch.zeros_like(scores)
     miss = torch.stack([1 - targets, torch.ones_like(targets)])  # (2, P)
-    size = max(PIECE // max(len(scores), 1), 1)
+    size = max(PAIRS // max(len(scores), 1), 1)
     starts = range(0, len(scores), size)
-    firsts = [0] * len(starts)  # steps of lower scores are 0; a GPU would have to wait for them
+    firsts = [0] * len(starts)  # steps of lower scores are 0; a host-device sync on a GPU
     if not scores.is_cuda:
         firsts = torch.searchsorted(scores, scores[::size] - delta).tolist()
     for start, first in zip(starts, firsts, strict=True):  # buffers of P x size stay in the cache
-        rows, others = slice(start, start + size), slice(first, None)
-        step = (scores[others] - scores[rows, None]).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
+        chunk, others = slice(start, start + size), slice(first, None)
+        step = (scores[others] - scores[chunk, None]).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
         better = torch.empty_like(step)  # (C, P')
-        torch.ge(targets[others], targets[rows, None], out=better).mul_(step)
+        torch.ge(targets[others], targets[chunk, None], out=better).mul_(step)
         worse = step.sub_(better)
         best, rest = (F.linear(x, miss[:, others]) for x in (better, worse))  # (C, 2)
         current = (best[:, 0] + rest[:, 0]) / (best[:, 1] + rest[:, 1])
-        error[rows] = current - best[:, 0] / best[:, 1]
-        moved = torch.where(rest[:, 1] > 0, error[rows], torch.zeros_like(current))
+        error[chunk] = current - best[:, 0] / best[:, 1]
+        moved = torch.where(rest[:, 1] > 0, error[chunk], torch.zeros_like(current))
         pushed[others] += (moved / rest[:, 1].clamp(min=1e-12)) @ worse
-        pushed[rows] -= moved
+        pushed[chunk] -= moved
     back = order.argsort()
     return error[back], pushed[back]
 
@@ -71,7 +71,7 @@ def rank_sort_and_gradient(
     """Both parts and the gradient of their sum.
 
     Args:
-        scores: (n,) logits of all (row, class) entries.
+        scores: (n,) logits of all (sample, class) entries.
         positive: (P,) int64, indices of the positive entries.
         targets: (P,) IoU of the decoded boxes, in [0, 1].
         delta: half width of the step, above 0.
@@ -86,11 +86,33 @@ def rank_sort_and_gradient(
     ranked = own.sum_over_values()  # the entry itself counts one half, as in the release
     below = (buckets.sum_over_values() - ranked).clamp(min=0)
     ranking = below / (ranked + below)
-    share = torch.where(below > 0, ranking / below.clamp(min=1e-12), torch.zeros_like(below))
-    grad = buckets.sum_over_centers(share / count)
+    error = torch.where(below > 0, ranking / below.clamp(min=1e-12), torch.zeros_like(below))
+    grad = buckets.sum_over_centers(error / count)
     error, moved = sorting(buckets.centers, targets, delta)
     grad[positive] = ((moved - ranking) / count).to(grad.dtype)
     return ranking.sum() / count, error.sum() / count, grad
+
+
+def rank_sort_loss(logits: Tensor, positive: Tensor, targets: Tensor, delta: float = 0.5) -> Tensor:
+    """Rank & Sort loss, with the gradient of the identity update.
+
+    Args:
+        logits: (R, K).
+        positive: (P,) int64, indices of the positive entries in the flattened logits.
+        targets: (P,) IoU of the decoded boxes, in [0, 1].
+        delta: half width of the step, above 0.
+
+    Returns:
+        0-d tensor.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> rank_sort_loss(logits, torch.tensor([0, 4]), targets=torch.tensor([0.8, 0.5]))
+        tensor(0.)
+    """
+    scores = logits.detach().flatten()
+    ranking, sort, grad = rank_sort_and_gradient(scores, positive, targets, delta)
+    return error_driven(logits, ranking + sort, grad)
 
 
 @CLS_LOSSES.register("RankSort")
@@ -105,6 +127,12 @@ class RankSortLoss(ClassificationLoss):
 
     Raises:
         ValueError: delta is not above 0.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> labels = torch.tensor([0, 3])
+        >>> RankSortLoss()(logits, labels)
+        tensor(0.)
     """
 
     elementwise = False
@@ -118,11 +146,7 @@ class RankSortLoss(ClassificationLoss):
         self.delta = delta
 
     def compute(self, samples: Samples) -> Tensor:
-        scores = samples.logits.detach().flatten()
-        ranking, sort, grad = rank_sort_and_gradient(
-            scores, positive_scores(samples), samples.iou, self.delta
-        )
-        return error_driven(samples.logits, ranking + sort, grad)
+        return rank_sort_loss(samples.logits, positive_scores(samples), samples.iou, self.delta)
 
     def coupled_box_loss(
         self, samples: Samples, cls: Tensor, box: Tensor, intermediate: None = None

@@ -27,6 +27,11 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, beta: Tensor) -> Tensor:
 
     Returns:
         (P, 4).
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> smooth_l1_loss(pred, target, torch.tensor(1.0))
+        tensor([[0.0050, 0.0000, 1.5000, 0.1250]])
     """
     beta = beta.to(pred.dtype)
     beta = torch.where(beta < L1_BELOW, torch.zeros_like(beta), beta)
@@ -44,10 +49,17 @@ class SmoothL1Loss(BoxLoss):
 
     Raises:
         ValueError: beta is negative.
+
+    Example:
+        >>> pred, target = torch.tensor([[0.1, 0.0, -2.0, 0.5]]), torch.zeros(1, 4)
+        >>> SmoothL1Loss(beta=1.0)(pred, target)
+        tensor([[0.0050, 0.0000, 1.5000, 0.1250]])
     """
 
     elementwise = True
     space = "deltas"
+
+    beta: Tensor
 
     def __init__(self, *, beta: float = 0.11) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The one place that weights, sums and normalises the losses of a head.
 
-    loss_cls     = cls_weight * sum(row weight * elementwise loss) / normaliser
+    loss_cls     = cls_weight * sum(sample weight * elementwise loss) / normaliser
     loss_box_reg = box_weight * sum(positive weight * elementwise loss) / normaliser
 
 and with guided loss scaling, last of all, loss_cls = guided(loss_cls, loss_box_reg).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +24,21 @@ from d2_balance.reweight import GuidedScale, Reweighter
 from d2_balance.utils.distributed import sum_across_ranks, world_size
 
 Watcher = Callable[[Samples, tuple[Tensor, ...], Tensor, Tensor], None]
-_watchers: list[Watcher] = []
+_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers", default=())
 
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Shows every head's batch to `watcher(samples, box_inputs, cls, box)` inside of the block.
+    """Show every head's batch to `watcher(samples, box_inputs, cls, box)` inside of the block.
 
     It sees what `detection_losses` starts from: the prediction and the target of the positives in
     the space of the box loss, and both losses before they are weighted and summed.
     """
-    _watchers.append(watcher)
+    token = _watchers.set((*_watchers.get(), watcher))
     try:
         yield
     finally:
-        _watchers.remove(watcher)
+        _watchers.reset(token)
 
 
 class Normalizer(nn.Module):
@@ -61,20 +62,20 @@ class Normalizer(nn.Module):
 
 
 class SampleNormalizer(Normalizer):
-    """Number of rows R: Fast R-CNN's denominator (see Detectron2's `box_reg_loss` for why)."""
+    """Number of samples R: Fast R-CNN's denominator (see Detectron2's `box_reg_loss` for why)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.ones((), dtype=torch.float64), persistent=False)
+        self.register_buffer("samples", torch.ones((), dtype=torch.float64), persistent=False)
 
     def count(self, samples: Samples) -> Tensor:
-        return torch.full_like(self.rows, len(samples.labels))
+        return torch.full_like(self.samples, len(samples.labels))
 
     def update(self, total: Tensor) -> None:
-        self.rows.copy_(total.clamp(min=1))
+        self.samples.copy_(total.clamp(min=1))
 
     def value(self) -> Tensor:
-        return self.rows / world_size()
+        return self.samples / world_size()
 
 
 class PositiveNormalizer(SampleNormalizer):
@@ -92,7 +93,7 @@ class PositiveEMA(Normalizer):
 
     Args:
         initial: value before the first batch.
-        momentum: share of the old value, in [0, 1).
+        momentum: fraction of the old value, in [0, 1).
     """
 
     def __init__(self, initial: float = 100.0, momentum: float = 0.9) -> None:
@@ -139,7 +140,7 @@ def _unit(deltas: Tensor, weights: Sequence[float]) -> Tensor:
 def _total(loss: Tensor, weight: Tensor | None, elementwise: bool, denominator: Tensor) -> Tensor:
     if not elementwise:
         return loss
-    if weight is not None:  # rows first: no weighted copy of every entry
+    if weight is not None:  # by sample: no weighted copy of every entry
         loss = (loss.sum(dim=1) if loss.dim() > weight.dim() else loss) * weight
     return loss.sum() / denominator.to(loss.dtype)
 
@@ -161,7 +162,7 @@ def detection_losses(
     Guided scaling needs the losses themselves, and so a second one, of two numbers.
 
     Args:
-        samples: rows of the batch, with the box fields filled.
+        samples: the batch, with the box fields filled.
         cls_loss: classification loss.
         box_loss: box loss, given the positives only.
         reweighters: applied in order; their weights multiply.
@@ -171,7 +172,7 @@ def detection_losses(
         guided: scales the classification loss to the size of the box loss; None: leaves it.
 
     Returns:
-        "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any row.
+        "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any sample.
     """
     # autocast would bring matrix products inside of a loss back to half precision
     with torch.autocast(samples.logits.device.type, enabled=False):
@@ -211,7 +212,7 @@ def _detection_losses(
     else:
         intermediate = None
         cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
-    for watcher in _watchers:
+    for watcher in _watchers.get():
         watcher(samples, boxes, cls, box)
 
     cls_rows, box_rows = samples.sample_weight, None

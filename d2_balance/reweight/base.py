@@ -1,4 +1,4 @@
-"""Reweighters: which rows count, and how much."""
+"""Reweighters: how much each sample counts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reweighter(nn.Module, Named):
     def forward(
         self, samples: Samples, cls: Tensor, box: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Weights of a batch.
+        """Compute the weights of a batch.
 
         Args:
             samples: see `Samples`.
@@ -31,6 +31,6 @@ class Reweighter(nn.Module, Named):
             box: (P, 4) or (P,) elementwise box loss.
 
         Returns:
-            Weights for rows (R,) and for positives (P,); None leaves that part alone.
+            Weights (R,) of the classification loss and (P,) of the box loss; None: all 1.
         """
         raise NotImplementedError

@@ -19,7 +19,7 @@ from d2_balance.utils.distributed import sum_across_ranks
 
 
 def guided_ratio(box: Tensor, cls: Tensor, max_ratio: float) -> Tensor:
-    """r, without gradient.
+    """r, without a graph.
 
     Args:
         box: 0-d box loss, at least 0.
@@ -49,6 +49,8 @@ class GuidedScale(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    ratio: Tensor
+
     def __init__(self, scale: float = 1.0, max_ratio: float = 1e4) -> None:
         super().__init__()
         check(self, "scale", scale, scale >= 0, "a number of at least 0")
@@ -67,6 +69,7 @@ class GuidedScale(nn.Module):
             0-d, with the gradient of `cls` times w r.
         """
         cls_sum, box_sum = sum_across_ranks([cls, box])
+        assert cls_sum is not None and box_sum is not None
         ratio = guided_ratio(box_sum, cls_sum, self.max_ratio)
         self.ratio.copy_(ratio)
         return cls * (self.scale * ratio).to(cls.dtype)

@@ -51,7 +51,7 @@ def isr_weights(rank: Tensor, labels: Tensor, ce: Tensor, k: float, bias: float)
         bias: b, in [0, 1].
 
     Returns:
-        (P,), without gradient.
+        (P,), without a graph.
     """
     most = (rank + 1).amax() if len(rank) else 1  # the last rank of the largest class
     return rescaled(importance(rank, most, k, bias).to(ce.dtype), ce)
@@ -78,9 +78,9 @@ class ISR(Reweighter):
     def forward(self, samples: Samples, cls: Tensor, box: Tensor) -> tuple[Tensor, None]:
         pos = samples.pos
         labels = samples.labels[pos]
-        rows = cls.detach() if cls.dim() == 1 else cls.detach().sum(dim=1)  # (R,)
+        loss = cls.detach() if cls.dim() == 1 else cls.detach().sum(dim=1)  # (R,)
         ids = samples.gt_index if samples.gt_index is not None else torch.zeros_like(pos)
         rank = hierarchical_rank(samples.iou, ids, labels)
-        weights = torch.ones_like(rows)
-        weights[pos] = isr_weights(rank, labels, rows[pos], self.k, self.bias)
+        weights = torch.ones_like(loss)
+        weights[pos] = isr_weights(rank, labels, loss[pos], self.k, self.bias)
         return weights, None

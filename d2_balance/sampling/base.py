@@ -1,4 +1,4 @@
-"""Selectors: which proposals of an image train the RoI head."""
+"""Proposal samplers: which proposals of an image train the RoI head."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROPOSAL_SAMPLERS.__doc__ = (
 
 @dataclass(frozen=True)
 class Candidates:
-    """The labelled proposals of one image, before any is drawn; no ignored ones.
+    """The labelled proposals of one image, before sampling; no ignored ones.
 
     Args:
         boxes: (R, 4) proposals, x0 y0 x1 y1 in pixels.
         labels: (R,) int64 in [0, K]; K is background.
         num_classes: K.
         iou: (R,) IoU of each proposal with the object that it overlaps most, in [0, 1].
-        cls_loss: (R,) classification loss of a pass without gradient. None: no pass was made.
+        cls_loss: (R,) classification loss of a forward pass under `no_grad`. None: there was none.
         box_loss: (R,) box loss of that pass, 0 for background.
         scores: (R,) highest class probability of that pass, in [0, 1].
         pred_boxes: (R, 4) box that goes with `scores`, decoded.
@@ -65,10 +65,10 @@ class Selection:
 
 
 class ProposalSampler(nn.Module, Named):
-    """Base of all selectors. They take the place of Detectron2's random drawing."""
+    """Base of all proposal samplers, which replace Detectron2's random sampling."""
 
     needs_predictions: bool = False
-    """True: it reads losses and scores, from a pass over all candidates without gradient."""
+    """True: it reads losses and scores, from a forward pass under `no_grad` over all candidates."""
 
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
@@ -76,12 +76,12 @@ class ProposalSampler(nn.Module, Named):
     def forward(
         self, candidates: list[Candidates], batch_size: int, positive_fraction: float
     ) -> list[Selection]:
-        """Selects proposals of a batch.
+        """Sample proposals of a batch.
 
         Args:
             candidates: one for each of N images.
             batch_size: proposals per image, ROI_HEADS.BATCH_SIZE_PER_IMAGE.
-            positive_fraction: largest share of positives, ROI_HEADS.POSITIVE_FRACTION.
+            positive_fraction: largest fraction of positives, ROI_HEADS.POSITIVE_FRACTION.
 
         Returns:
             N selections.
@@ -89,15 +89,15 @@ class ProposalSampler(nn.Module, Named):
         return [self.select(c, batch_size, positive_fraction) for c in candidates]
 
     def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
-        """Selects proposals of one image; arguments as above."""
+        """Sample proposals of one image; arguments as for `forward`."""
         raise NotImplementedError
 
 
-def draw(indices: Tensor, count: int) -> Tensor:
-    """At most `count` of the indices (n,), drawn at random without replacement."""
+def random_subset(indices: Tensor, count: int) -> Tensor:
+    """At most `count` of the indices (n,), at random without replacement."""
     return indices[torch.randperm(len(indices), device=indices.device)[:count]]
 
 
-def draw_positives(candidates: Candidates, batch_size: int, positive_fraction: float) -> Tensor:
-    """Positives as Detectron2 draws them: at most a share of the batch, at random."""
-    return draw(candidates.positive, int(batch_size * positive_fraction))
+def sample_positives(candidates: Candidates, batch_size: int, positive_fraction: float) -> Tensor:
+    """Positives as Detectron2 samples them: at most a fraction of the batch, at random."""
+    return random_subset(candidates.positive, int(batch_size * positive_fraction))

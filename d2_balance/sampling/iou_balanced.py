@@ -1,9 +1,9 @@
-"""IoU-balanced sampling: background is drawn evenly over its overlap with the objects.
+"""IoU-balanced sampling: background is sampled evenly over its overlap with the objects.
 
-Random drawing finds mostly background far from any object; most hard negatives overlap one. The
+Random sampling finds mostly background far from any object; most hard negatives overlap one. The
 interval [floor, m] of the IoU with the nearest object, m the largest among the negatives, is cut
-into `bins` equal parts, and every part gives the same number of negatives; what a part cannot give
-is drawn from all others.
+into `bins` of equal width, and every bin gives the same number of negatives; what a bin cannot give
+is sampled uniformly from all that are left.
 
 Source: Pang et al., Libra R-CNN, arXiv:1904.02701, section 3.1, equations 1 and 2.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 from d2_balance.losses._base import check
 from d2_balance.losses._kernels.ranks import rank_within
 
-from .base import PROPOSAL_SAMPLERS, Candidates, ProposalSampler, Selection, draw_positives
+from .base import PROPOSAL_SAMPLERS, Candidates, ProposalSampler, Selection, sample_positives
 
 
-def draw_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
-    """Draws negatives evenly over bins of their IoU.
+def sample_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
+    """Sample negatives evenly over bins of their IoU.
 
     Args:
         iou: (n,) IoU with the nearest object, in [0, 1].
-        count: how many to draw, at least 0.
+        count: how many to sample, at least 0.
         bins: number of bins, at least 1.
         floor: IoU at which the first bin begins; negatives below only fill up.
 
@@ -34,11 +34,13 @@ def draw_evenly(iou: Tensor, count: int, bins: int, floor: float) -> Tensor:
     width = (iou.amax() - floor).clamp(min=1e-12) / bins if len(iou) else 1.0
     group = (1 + (iou - floor) / width).floor().long().clamp(0, bins)  # 0: below the floor
     shuffled = torch.randperm(len(iou), device=iou.device)
-    place = rank_within(group, shuffled)
-    # equal shares; a remainder goes to the bins of highest overlap
-    share = count // bins + (bins - group < count % bins).long()
-    last = (group == 0) | (place >= share)
-    return shuffled[last[shuffled].int().argsort(stable=True)][:count]
+    rank = rank_within(group, shuffled)
+    # equal numbers; a remainder goes to the bins of highest overlap
+    quota = count // bins + (bins - group < count % bins).long()
+    rest = (group == 0) | (rank >= quota)
+    # in an order of its own: in that of `shuffled` large bins would come before small ones
+    again = torch.randperm(len(iou), device=iou.device)
+    return again[rest[again].int().argsort(stable=True)][:count]
 
 
 @PROPOSAL_SAMPLERS.register()
@@ -61,7 +63,7 @@ class IoUBalanced(ProposalSampler):
         self.bins, self.floor = bins, floor
 
     def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
-        positive = draw_positives(c, batch_size, positive_fraction)
+        positive = sample_positives(c, batch_size, positive_fraction)
         count = batch_size - len(positive)
-        negative = c.negative[draw_evenly(c.iou[c.negative], count, self.bins, self.floor)]
+        negative = c.negative[sample_evenly(c.iou[c.negative], count, self.bins, self.floor)]
         return Selection(torch.cat([positive, negative]))

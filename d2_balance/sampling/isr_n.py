@@ -4,7 +4,7 @@ For the background proposals of an image, with s_i the highest class probability
 decoded for that class: those with s_i > 0.05 are grouped by suppression (IoU 0.5),
 
     local rank   of i in its group, by s_i,      r_i: rank by (local rank, s_i), n of them
-    u_i = (m - r_i) / m,   w_i = ((1 - b) u_i + b)^k,   m = max(n, negatives wanted)
+    u_i = (m - r_i) / m,   w_i = ((1 - b) u_i + b)^k,   m = max(n, negatives to be taken)
 
 the first are taken with these weights; random others fill up with the least weight; the sum of the
 loss stays, as for ISR-P.
@@ -21,7 +21,14 @@ from torchvision.ops import box_iou, nms
 from d2_balance.losses._base import check
 from d2_balance.losses._kernels.ranks import importance, rank_within, rescaled
 
-from .base import PROPOSAL_SAMPLERS, Candidates, ProposalSampler, Selection, draw_positives
+from .base import (
+    PROPOSAL_SAMPLERS,
+    Candidates,
+    ProposalSampler,
+    Selection,
+    random_subset,
+    sample_positives,
+)
 
 
 def nms_groups(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -38,7 +45,8 @@ def nms_groups(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     keep = nms(boxes, scores, iou_threshold)
     close = box_iou(boxes, boxes[keep]) > iou_threshold  # (n, kept)
     close[keep, torch.arange(len(keep), device=keep.device)] = True  # boxes without area, too
-    return close.int().argmax(dim=1) if len(keep) else keep
+    owner: Tensor = close.int().argmax(dim=1) if len(keep) else keep
+    return owner
 
 
 def score_order(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -52,7 +60,7 @@ def score_order(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 class ISRN(ProposalSampler):
     """Importance-based selection and weights of background proposals, ISR-N (arXiv:1904.04821).
 
-    Positives are drawn as Detectron2 draws them. RoI heads only: it needs proposals to draw from.
+    Positives are sampled as in Detectron2. RoI heads only: it needs proposals to sample from.
 
     Args:
         k: exponent, at least 0.
@@ -83,16 +91,17 @@ class ISRN(ProposalSampler):
         self.score_threshold, self.iou_threshold = score_threshold, iou_threshold
 
     def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
-        positive = draw_positives(c, batch_size, positive_fraction)
-        wanted = batch_size - len(positive)
+        assert c.scores is not None and c.pred_boxes is not None and c.cls_loss is not None
+        positive = sample_positives(c, batch_size, positive_fraction)
+        wanted = min(batch_size - len(positive), len(c.negative))
         high = c.scores[c.negative] > self.score_threshold
         ranked = c.negative[high]
         order = score_order(c.pred_boxes[ranked], c.scores[ranked], self.iou_threshold)[:wanted]
         others = c.negative[~high]
-        fill = others[torch.randperm(len(others), device=others.device)][: wanted - len(order)]
+        fill = random_subset(others, wanted - len(order))
         negative = torch.cat([ranked[order], fill])
         rank = torch.arange(len(negative), device=order.device)
-        rank = rank.clamp(max=max(len(order) - 1, 0))  # the random ones share the last rank
+        rank = rank.clamp(max=max(len(order) - 1, 0))  # the random ones have the last rank
         weight = importance(rank, max(len(ranked), wanted, 1), self.k, self.bias)
         loss = c.cls_loss[negative]
         weight = rescaled(weight.to(loss.dtype), loss)

@@ -1,11 +1,11 @@
 """OHEM: only the hardest proposals train the RoI head.
 
-A pass without gradient gives every proposal i of an image its loss
+A forward pass under `no_grad` gives every proposal i of an image its loss
 
     l_i = L_cls,i + [i is positive] L_box,i
 
-Non-maximum suppression with l_i as score and an IoU of 0.7 removes neighbours, which would share
-one loss; the B / N proposals of highest loss are kept, without a share for positives.
+Non-maximum suppression with l_i as score and an IoU of 0.7 removes neighbours, which would have
+one loss; the B / N proposals of highest loss are kept, whatever their labels.
 
 Source: Shrivastava et al., Training Region-based Object Detectors with Online Hard Example Mining,
 arXiv:1604.03540, section 4. The authors' code suppresses within each class and keeps the B hardest
@@ -50,7 +50,7 @@ class OHEM(ProposalSampler):
 
     Args:
         rois_per_image: B / N, proposals that are kept per image, at least 1; the paper's 128 in
-            2 images. It takes the place of ROI_HEADS.BATCH_SIZE_PER_IMAGE.
+            2 images. It replaces ROI_HEADS.BATCH_SIZE_PER_IMAGE.
         nms_threshold: IoU of the suppression, in [0, 1]; 1 suppresses nothing.
         scope: "image" keeps `rois_per_image` of every image (paper); "batch" keeps N times as
             many of all N images together (authors' code).
@@ -83,6 +83,7 @@ class OHEM(ProposalSampler):
         kept = []
         for c in candidates:
             group = c.labels if self.per_class_nms else torch.zeros_like(c.labels)
+            assert c.cls_loss is not None and c.box_loss is not None  # `needs_predictions`
             loss = c.cls_loss + c.box_loss
             kept.append(hardest_first(c.boxes, loss, group, self.nms_threshold))
         if self.scope == "image":
@@ -90,7 +91,7 @@ class OHEM(ProposalSampler):
         return self._of_the_batch(kept)
 
     def _of_the_batch(self, kept: list[tuple[Tensor, Tensor]]) -> list[Selection]:
-        indices, losses = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        indices, losses = (torch.cat(values) for values in zip(*kept, strict=True))
         image = torch.cat([i.new_full((len(i),), n) for n, (i, _) in enumerate(kept)])
         hardest = losses.argsort(descending=True, stable=True)[: self.rois_per_image * len(kept)]
         indices, image = indices[hardest], image[hardest]

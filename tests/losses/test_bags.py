@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2_balance.losses import BAGSLoss, Samples
-from d2_balance.losses.bags import draw_rows
+from d2_balance.losses.bags import sample_others
 
 COUNTS = [5000, 9, 10, 99, 100, 999, 1000, 0]  # groups 3, 0, 1, 1, 2, 2, 3, 0
 K, GROUPS = len(COUNTS), 4
@@ -120,29 +120,29 @@ def test_number_of_drawn_rows_is_beta_per_positive():
     inside = torch.zeros(100, 3, dtype=torch.bool)
     inside[:4, 0] = True  # 4 rows: 32 others
     inside[10:30, 1] = True  # 20 rows: 160 others, of 80 there are
-    used = draw_rows(inside, 8.0)  # group 2 has no row: no others
+    used = sample_others(inside, 8.0)  # group 2 has no row: no others
     assert used.sum(dim=0).tolist() == [36, 100, 0]
     assert (used >= inside).all()
-    assert draw_rows(inside, 0.6).sum(dim=0).tolist() == [4 + 2, 20 + 12, 0]  # rounded down
+    assert sample_others(inside, 0.6).sum(dim=0).tolist() == [4 + 2, 20 + 12, 0]  # rounded down
 
 
 def test_others_are_drawn_evenly_and_anew():
     inside = torch.zeros(11, 1, dtype=torch.bool)
     inside[3] = True
-    counts = sum(draw_rows(inside, 4.0).double() for _ in range(4000)).flatten()
+    counts = sum(sample_others(inside, 4.0).double() for _ in range(4000)).flatten()
     assert counts[3] == 4000
     share = torch.cat([counts[:3], counts[4:]]) / 4000
     # 4 of 10: mean .4, standard deviation sqrt(.24 / 4000) = .0077
     assert (share - 0.4).abs().max() < 5 * 0.0077
     # pairs are drawn independently of place: rows 0 and 1 together with probability 4/10 * 3/9
-    both = sum(bool(draw_rows(inside, 4.0)[:2].all()) for _ in range(4000)) / 4000
+    both = sum(bool(sample_others(inside, 4.0)[:2].all()) for _ in range(4000)) / 4000
     assert both == pytest.approx(2 / 15, abs=5 * math.sqrt(2 / 15 * 13 / 15 / 4000))
 
 
 def test_each_group_draws_its_own_rows():
     inside = torch.zeros(200, 2, dtype=torch.bool)
     inside[0] = True
-    used = draw_rows(inside, 50.0)
+    used = sample_others(inside, 50.0)
     assert used.sum(dim=0).tolist() == [51, 51]
     assert not torch.equal(used[:, 0], used[:, 1])
 

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -322,3 +324,46 @@ def test_state_belongs_to_buffers_only(cls_loss):
     gradient(cls_loss, make(cls_loss))
     assert set(vars(cls_loss)) == names
     assert all(vars(cls_loss)[n] is v for n, v in values.items())
+
+
+def test_plain_classification_needs_no_samples(cls_loss):
+    """Logits with the columns of a head, and labels, give what Samples give."""
+    full, other = make(cls_loss), copy.deepcopy(cls_loss)
+    logits, labels = full.logits.detach(), full.labels
+    torch.manual_seed(0)
+    expected = cls_loss(Samples(logits=logits, labels=labels, num_classes=K))
+    if cls_loss.activation == "softmax" and cls_loss.num_classes is None:
+        labels = labels.clamp(max=K)  # K + 1 classes and no background
+    torch.manual_seed(0)
+    torch.testing.assert_close(other(logits, labels), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in CLS if CLS_LOSSES.get(n).activation == "softmax"])
+def test_a_softmax_without_background_takes_k_columns(name):
+    loss = build(CLS_LOSSES, name)
+    if K not in loss.column_counts(K):
+        pytest.skip("its classifier has columns of its own")
+    logits, labels = torch.randn(20, K, requires_grad=True), torch.arange(20) % K
+    (grad,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
+    assert grad.abs().sum() > 0
+    torch.testing.assert_close(grad.sum(dim=1), torch.zeros(20), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["EQL", "Seesaw", "EQLv2", "BAGS"])
+def test_columns_that_do_not_fit_the_classes_are_refused(name):
+    loss = build(CLS_LOSSES, name)
+    with pytest.raises(ValueError, match=rf"{name}: logits of {K} classes must have .* columns"):
+        loss(torch.zeros(2, K + 9), torch.tensor([0, 1]))
+
+
+def test_logits_without_labels_are_refused():
+    with pytest.raises(ValueError, match="Focal: must be called with Samples, or with logits"):
+        CLS_LOSSES.get("Focal")()(torch.zeros(2, K))
+
+
+def test_importing_a_loss_loads_neither_detectron2_nor_torchvision():
+    code = "import sys; from d2_balance.losses import FocalLoss; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "d2_balance.losses" in modules
+    assert not {"detectron2", "torchvision"} & {name.split(".")[0] for name in modules}

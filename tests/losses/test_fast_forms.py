@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from d2_balance.losses import CLS_LOSSES, Samples
 from d2_balance.losses._kernels import chunks
 from d2_balance.losses._kernels.density import count_bins, histogram, level_bins
-from d2_balance.losses.bags import draw_rows, group_softmax_loss, group_targets
+from d2_balance.losses.bags import group_softmax_loss, group_targets, sample_others
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
 from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.efl import equalized_focal_loss
 from d2_balance.losses.eql import eql_loss, tail_weight
-from d2_balance.losses.federated import federated_classes
+from d2_balance.losses.eqlv2 import eqlv2_loss
+from d2_balance.losses.federated import federated_classes, federated_loss
 from d2_balance.losses.focal import focal_loss
 from d2_balance.losses.ghm import ghm_c_loss
 from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
@@ -41,19 +42,19 @@ def plain_drop(loss, s):
 def plain_federated(loss, s):
     required = (s.onehot > 0).any(dim=0, keepdim=True) | s.verified
     chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.not_exhaustive
-    return sigmoid_ce_loss(s.logits, s.onehot) * (chosen[s.image_index] | (s.onehot > 0))
+    return federated_loss(s.logits, s.onehot, chosen[s.image_index])
 
 
 def plain_eqlv2(loss, s):
     target = F.pad(s.onehot, (0, 1))
     target[:, -1] = (~s.foreground).to(target.dtype)
     positive, negative = (F.pad(w, (0, 1), value=1.0) for w in loss.class_weights())
-    return sigmoid_ce_loss(s.logits, target) * torch.where(target > 0, positive, negative)
+    return eqlv2_loss(s.logits, target, positive, negative)
 
 
 def plain_bags(loss, s):
     target = group_targets(s.labels, loss.group, loss.num_groups)
-    used = draw_rows(target[:, :-1] < s.num_classes, loss.beta)
+    used = sample_others(target[:, :-1] < s.num_classes, loss.beta)
     used = torch.cat([used, torch.ones_like(used[:, :1])], dim=1)
     return group_softmax_loss(s.logits, target, loss.member, used)
 

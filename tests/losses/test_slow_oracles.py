@@ -11,7 +11,7 @@ from d2_balance.losses.balanced_l1 import balanced_l1_loss
 from d2_balance.losses.drop_loss import drop_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
 from d2_balance.modeling.postprocess.norcal import norcal
-from d2_balance.sampling.iou_balanced import draw_evenly
+from d2_balance.sampling.iou_balanced import sample_evenly
 
 R, K = 24, 5
 
@@ -143,7 +143,7 @@ def test_iou_balanced_takes_from_each_bin_what_a_loop_takes(seed):
         members[min(place, bins)].append(i)
     quota = {b: count // bins + (b > bins - count % bins) for b in range(1, bins + 1)}
     least = {b: min(quota[b], len(members[b])) for b in quota}
-    drawn = draw_evenly(iou, count, bins, floor).tolist()
+    drawn = sample_evenly(iou, count, bins, floor).tolist()
     assert len(drawn) == len(set(drawn)) == count
     found = {b: len(set(drawn) & set(members[b])) for b in members}
     assert all(found[b] >= least[b] for b in least)

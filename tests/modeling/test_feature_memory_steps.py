@@ -58,7 +58,7 @@ def test_a_step_fills_the_memory_and_later_steps_draw_from_it(kind):
         assert (ids[-DRAWN:] < 0).all() and len(ids[-DRAWN:].unique()) == DRAWN
         assert (ids[:-DRAWN] >= 0).all()
         # rows of empty queues are no rows
-        assert layer.normalizer.rows == real + used.sum()
+        assert layer.normalizer.samples == real + used.sum()
         assert layer.memory.batch is None
     assert all(loss.isfinite() for loss in losses.values())
 

@@ -40,7 +40,7 @@ def map_chunks(work: Callable[[slice], T], samples: Tensor, chunk: int | None = 
         slices = chunk_slices(samples, chunk or CHUNK)
         threads = min(torch.get_num_threads(), MAX_THREADS, len(slices))
         if threads < 2 or samples.device.type != "cpu" or torch.compiler.is_compiling():
-            return [work(rows) for rows in slices]
+            return [work(chunk) for chunk in slices]
     inference, waiting = torch.is_inference_mode_enabled(), deque(enumerate(slices))
     results: dict[int, T] = {}
 
@@ -48,10 +48,10 @@ def map_chunks(work: Callable[[slice], T], samples: Tensor, chunk: int | None = 
         with torch.inference_mode(inference), torch.no_grad():  # modes belong to a thread
             while True:
                 try:
-                    index, rows = waiting.popleft()
+                    index, item = waiting.popleft()
                 except IndexError:
                     return
-                results[index] = work(rows)
+                results[index] = work(item)
 
     pool = _pool(torch.get_num_threads(), os.getpid())
     for future in [pool.submit(take_slices) for _ in range(threads)]:

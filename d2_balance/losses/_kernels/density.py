@@ -78,16 +78,16 @@ def entry_bins(
     own = (logits.gather(1, column).sigmoid() - samples.hit).abs_()
     own = gradient_bins(own, bins).to(small)  # (R, 1)
 
-    def work(rows: slice) -> Tensor:
-        chunk = index[rows]
-        norm = torch.sigmoid(logits[rows], out=prob[rows])  # of a negative
-        chunk.copy_((norm * bins).clamp_(max=bins - 1))
+    def work(chunk: slice) -> Tensor:
+        placed = index[chunk]  # a view, written
+        norm = torch.sigmoid(logits[chunk], out=prob[chunk])  # of a negative
+        placed.copy_((norm * bins).clamp_(max=bins - 1))
         if small == torch.int32:  # NaN becomes the least integer, which is no bin
-            chunk.clamp_(min=0)
-        chunk.scatter_(1, column[rows], own[rows])
+            placed.clamp_(min=0)
+        placed.scatter_(1, column[chunk], own[chunk])
         if level is not None:
-            chunk.add_((level[rows] * bins).to(small).unsqueeze(1))
-        return count_bins(chunk, size)
+            placed.add_((level[chunk] * bins).to(small).unsqueeze(1))
+        return count_bins(placed, size)
 
     counts = torch.stack([own.new_zeros(size, dtype=torch.int64), *map_chunks(work, logits)])
     return counts.sum(dim=0).view(levels, bins), index, prob

@@ -26,12 +26,12 @@ from .chunks import map_chunks
 class Negative(Protocol):
     """Loss of the entries that are not the class of the object."""
 
-    def write(self, logits: Tensor, rows: slice, value: Tensor, grad: Tensor | None) -> None:
+    def write(self, logits: Tensor, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
         """Write the losses of a chunk and their derivatives by the logits.
 
         Args:
             logits: (r, C), the chunk.
-            rows: its r samples in the batch.
+            chunk: its r samples in the batch.
             value: (r, C), written.
             grad: (r, C), written; None: not needed.
         """
@@ -42,7 +42,7 @@ Formula = Callable[[Tensor], Tensor]
 
 def softplus(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """log(1 + e^z), the cross-entropy of a negative; above 40 it is z in float64 as well."""
-    return F.softplus(logits, 1, 40, out=out)  # type: ignore[call-arg]  # the stubs have no out
+    return F.softplus(logits, 1, 40, out=out)  # type: ignore[call-arg]  # the stubs lack `out`
 
 
 def needs_grad(logits: Tensor) -> bool:
@@ -76,8 +76,8 @@ def entry_pass(
     value = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad = torch.empty_like(value) if with_grad else None
     map_chunks(
-        lambda rows: negative.write(
-            logits[rows], rows, value[rows], None if grad is None else grad[rows]
+        lambda chunk: negative.write(
+            logits[chunk], chunk, value[chunk], None if grad is None else grad[chunk]
         ),
         logits,
     )
@@ -112,10 +112,10 @@ def entry_total(
     with torch.no_grad():
         own_value, own_grad = _positives(logits, column, own, wanted)
 
-        def work(rows: slice) -> Tensor:
-            value = torch.empty_like(grad[rows])
-            negative.write(logits[rows], rows, value, grad[rows])
-            return value.scatter_(1, column[rows], own_value[rows]).sum()
+        def work(chunk: slice) -> Tensor:
+            value = torch.empty_like(grad[chunk])
+            negative.write(logits[chunk], chunk, value, grad[chunk])
+            return value.scatter_(1, column[chunk], own_value[chunk]).sum()
 
         total = total_of(map_chunks(work, logits), logits.new_zeros(()))
         if own_grad is None:
@@ -140,7 +140,10 @@ def with_grad(logits: Tensor, value: Tensor, grad: Tensor | None) -> Tensor:
     Returns:
         The value, with the gradient.
     """
-    return value if grad is None else _WithGrad.apply(logits, value, grad)  # type: ignore[no-any-return]
+    if grad is None:
+        return value
+    loss: Tensor = _WithGrad.apply(logits, value, grad)
+    return loss
 
 
 def refuse_double_backward() -> None:
@@ -184,7 +187,7 @@ def gradient_sums(grad: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """
     zero = grad.new_zeros(grad.shape[1], dtype=torch.float64)
     # never the difference of two sums, which would cancel
-    sums = map_chunks(lambda rows: grad[rows].clamp(min=0).sum(dim=0), grad)
+    sums = map_chunks(lambda chunk: grad[chunk].clamp(min=0).sum(dim=0), grad)
     own = grad.gather(1, column).squeeze(1).clamp(max=0).neg_()
     positive = torch.zeros_like(zero).scatter_add_(0, column.squeeze(1), own.double())
     return positive, total_of(sums, zero)

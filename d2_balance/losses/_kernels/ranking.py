@@ -25,7 +25,7 @@ TABLES = 4  # of neighbours, see `spread_index`
 class StepBuckets:
     """The break points of P centres, and the bucket of each of n values.
 
-    Sums are float64; the n values are read in pieces, and per value only the bucket is kept.
+    Sums are float64; the n values are read chunk by chunk, and per value only the bucket is kept.
 
     Attributes:
         centers: (P,) float64.
@@ -43,7 +43,7 @@ class StepBuckets:
 
     @classmethod
     def build(cls, values: Tensor, centers: Tensor, delta: float) -> StepBuckets:
-        """Sorts the break points of (P,) centres and places (n,) values between them."""
+        """Sort the break points of (P,) centres and find the buckets of (n,) values."""
         centers = centers.double()
         edges = torch.cat([centers - delta, centers + delta]).sort().values
         return cls(centers, edges, values, find_buckets(edges, values), delta)
@@ -75,7 +75,8 @@ class StepBuckets:
         low, high = self._ends()
         inside, moment = count[low] - count[high], total[low] - total[high]
         ramp = (moment - self.centers * inside) / (2 * self.delta) + inside / 2
-        return ramp + count[high]
+        result: Tensor = ramp + count[high]
+        return result
 
     def sum_over_centers(self, weights: Tensor) -> Tensor:
         """(n,) sum_i w_i H(s_j - q_i) for every value, in the type of the values.
@@ -138,9 +139,9 @@ def find_buckets(edges: Tensor, values: Tensor) -> Tensor:
 
     def work(chunk: slice) -> None:
         index = table.index_select(0, cell(values[chunk]))
-        unsure = (index < 0).nonzero().squeeze(1)
-        wide = values[chunk][unsure].double()
-        index[unsure] = torch.searchsorted(edges, wide, right=True, out_int32=True)
+        mixed = (index < 0).nonzero().squeeze(1)
+        wide = values[chunk][mixed].double()
+        index[mixed] = torch.searchsorted(edges, wide, right=True, out_int32=True)
         bucket[chunk] = index
 
     map_chunks(work, values)

@@ -17,12 +17,12 @@ def rank_within(group: Tensor, order: Tensor) -> Tensor:
         (P,) int64, 0 for the first entry of a group.
     """
     order = order[group[order].argsort(stable=True)]  # groups together, order kept inside
-    place = torch.arange(len(order), device=order.device)
+    position = torch.arange(len(order), device=order.device)
     sorted_group = group[order]
     begins = torch.ones_like(sorted_group, dtype=torch.bool)
     begins[1:] = sorted_group[1:] != sorted_group[:-1]
-    start = torch.where(begins, place, torch.zeros_like(place)).cummax(0).values
-    return torch.empty_like(place).scatter_(0, order, place - start)
+    start = torch.where(begins, position, torch.zeros_like(position)).cummax(0).values
+    return torch.empty_like(position).scatter_(0, order, position - start)
 
 
 def importance(rank: Tensor, most: Tensor | int, k: float, bias: float) -> Tensor:

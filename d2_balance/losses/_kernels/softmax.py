@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of logits that a method has moved, in pieces that stay in the cache.
+"""Softmax cross-entropy of logits that a method has moved, chunk by chunk.
 
 Autograd would keep the moved logits, their softmax and what the method made on the way, each of the
 size of the logits. Here only the derivative is kept, softmax minus one-hot.
@@ -21,12 +21,12 @@ from .entries import needs_grad, with_grad
 def softmax_losses(
     logits: Tensor, labels: Tensor, moved: Callable[[Tensor, slice], Tensor]
 ) -> Tensor:
-    """-log softmax(moved logits) at the label of each row.
+    """-log softmax(moved logits) at the label of each sample.
 
     Args:
         logits: (R, C).
         labels: (R,) int64 in [0, C).
-        moved: what a method makes of (r, C) logits, given the slice of their rows: the logits plus
+        moved: what a method makes of (r, C) logits, given their slice of the batch: the logits plus
             what counts as a constant.
 
     Returns:
@@ -47,10 +47,10 @@ def _value_and_grad(
     value = logits.new_empty(len(logits), 1)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def work(rows: slice) -> None:
-        log_p = F.log_softmax(moved(logits[rows], rows), dim=1)
-        torch.neg(log_p.gather(1, own[rows]), out=value[rows])
-        torch.exp(log_p, out=grad[rows])
+    def work(chunk: slice) -> None:
+        log_p = F.log_softmax(moved(logits[chunk], chunk), dim=1)
+        torch.neg(log_p.gather(1, own[chunk]), out=value[chunk])
+        torch.exp(log_p, out=grad[chunk])
 
     map_chunks(work, logits)
     return value, grad.scatter_add_(1, own, -torch.ones_like(value))

@@ -5,7 +5,7 @@ import torch
 from torchvision.ops import box_iou
 
 from d2_balance.sampling import ISRN, OHEM, Candidates, IoUBalanced
-from d2_balance.sampling.iou_balanced import draw_evenly
+from d2_balance.sampling.iou_balanced import sample_evenly
 
 K = 3
 
@@ -104,9 +104,7 @@ def test_ohem_takes_a_loss_that_is_no_number_last():
     assert len(chosen.keep) == 9 and 4 not in chosen.keep
 
 
-@pytest.mark.parametrize(
-    "proposal_sampler", [OHEM(), ISRN(), IoUBalanced()], ids=lambda s: type(s).__name__
-)
+@pytest.mark.parametrize("proposal_sampler", [OHEM(), ISRN(), IoUBalanced()], ids=lambda s: s.name)
 @pytest.mark.parametrize(("count", "positives"), [(0, 0), (1, 0), (1, 1), (5, 0), (5, 5)])
 def test_few_proposals_are_all_kept(proposal_sampler, count, positives):
     spread = torch.arange(count).unsqueeze(1) * 100.0 + torch.tensor([0.0, 0.0, 9.0, 9.0])
@@ -130,10 +128,11 @@ def isr_n_oracle(c, wanted, k=0.5, bias=0.0):
         for rank, i in enumerate(sorted(members, key=lambda i: -scores[i])):
             local[i] = rank
     order = sorted(high, key=lambda i: -(len(high) - local[i] + scores[i]))
+    wanted = min(wanted, len(negative))  # as many as there are
     taken = order[:wanted]
     up = max(wanted, len(high))
     weights = [((1 - bias) * (up - rank) / up + bias) ** k for rank in range(len(taken))]
-    fill = min(wanted, len(negative)) - len(taken)
+    fill = wanted - len(taken)
     return taken, weights + [weights[-1] if weights else 1.0] * fill
 
 
@@ -164,7 +163,7 @@ def test_iou_balanced_draws_the_same_number_from_every_bin():
     # 900 negatives far from any object, 60 near, 30 nearest
     iou = torch.cat([torch.rand(900) * 0.09 + 1e-3, torch.rand(60) * 0.09 + 0.11])
     iou = torch.cat([iou, torch.rand(30) * 0.09 + 0.21, torch.tensor([0.3])])
-    drawn = draw_evenly(iou, 60, bins=3, floor=0.0)
+    drawn = sample_evenly(iou, 60, bins=3, floor=0.0)
     assert len(set(drawn.tolist())) == 60
     counts = torch.bincount((iou[drawn] / 0.1).ceil().long() - 1, minlength=3)
     assert counts.tolist() == [20, 20, 20]
@@ -172,26 +171,26 @@ def test_iou_balanced_draws_the_same_number_from_every_bin():
 
 def test_iou_balanced_fills_up_what_a_bin_lacks():
     iou = torch.cat([torch.rand(100) * 0.1, torch.full((2,), 0.3)])
-    drawn = draw_evenly(iou, 30, bins=3, floor=0.0)
+    drawn = sample_evenly(iou, 30, bins=3, floor=0.0)
     assert len(set(drawn.tolist())) == 30
     assert {100, 101} <= set(drawn.tolist())
 
 
 def test_iou_balanced_leaves_what_is_below_the_floor_for_last():
     iou = torch.cat([torch.full((50,), 0.05), torch.linspace(0.11, 0.4, 20)])
-    drawn = draw_evenly(iou, 20, bins=3, floor=0.1)
+    drawn = sample_evenly(iou, 20, bins=3, floor=0.1)
     assert sorted(drawn.tolist()) == list(range(50, 70))
 
 
 def test_without_a_floor_background_far_from_objects_is_in_the_first_bin():
     iou = torch.cat([torch.zeros(50), torch.full((50,), 0.25), torch.full((50,), 0.45)])
-    drawn = draw_evenly(iou, 30, bins=3, floor=0.0)
+    drawn = sample_evenly(iou, 30, bins=3, floor=0.0)
     assert [(drawn // 50 == n).sum() for n in range(3)] == [10, 10, 10]
 
 
 def test_iou_balanced_is_random():
     iou = torch.rand(300)
-    first, second = (set(draw_evenly(iou, 30, 3, 0.0).tolist()) for _ in range(2))
+    first, second = (set(sample_evenly(iou, 30, 3, 0.0).tolist()) for _ in range(2))
     assert first != second
 
 
@@ -217,3 +216,22 @@ def test_arguments_out_of_range_are_named(cls, wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{cls.__name__}: {name}"):
         cls(**wrong)
+
+
+def test_isr_n_with_fewer_negatives_than_wanted_weighs_by_those_there_are():
+    # u = (2 - 0) / 2 and (2 - 1) / 2, w = u^0.5 = 1 and 0.7071; equal losses: 2 w / 1.7071
+    apart = torch.tensor([[0.0, 0.0, 9.0, 9.0], [50.0, 50.0, 59.0, 59.0]])
+    c = candidates(2, 0, boxes=apart, pred_boxes=apart)
+    c = Candidates(**{**vars(c), "cls_loss": torch.ones(2), "scores": torch.tensor([0.9, 0.5])})
+    (chosen,) = ISRN()([c], 512, 0.25)
+    assert chosen.weight.tolist() == pytest.approx([1.1716, 0.8284], abs=1e-4)
+
+
+def test_the_fill_of_iou_balanced_is_uniform_over_what_is_left():
+    # 1000, 400 and 1 negatives, 100 wanted of each: 99 of 1200 others fill up, 300 of them in the
+    # middle bin, which so gives 100 + 99 * 300 / 1200 = 124.75 on average
+    iou = torch.cat([torch.full((1000,), 0.1), torch.full((400,), 0.4), torch.tensor([0.9])])
+    torch.manual_seed(0)
+    counts = [int((iou[sample_evenly(iou, 300, 3, 0.0)] == iou[1000]).sum()) for _ in range(400)]
+    # hypergeometric with a standard deviation of 4.1: 0.21 for the mean of 400
+    assert sum(counts) / 400 == pytest.approx(124.75, abs=0.9)
