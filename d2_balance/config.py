@@ -163,7 +163,7 @@ def add_balance_config(cfg: CfgNode) -> None:
     # JSON file of `d2-balance prior`: classifiers start at the counted share of foreground in place
     # of PRIOR_PROB; "" is off.
     _C.PRIOR_FILE = ""
-    # Whether a class's score threshold at test time is its share of the rows, by PRIOR_FILE, in place of
+    # Whether a class's score threshold is its fraction of the samples, by PRIOR_FILE, in place of
     # SCORE_THRESH_TEST (arXiv:1909.04868, equation 7).
     _C.CLASS_THRESHOLDS = False
 

@@ -274,7 +274,7 @@ def method_table(links: bool, root: str = "") -> str:
 
 
 def source_file(method: Method) -> str:
-    """Return the file of a method, relative to the project's directory; "" if it is Detectron2's."""
+    """Return the file of a method from the project's directory on; "" if it is Detectron2's."""
     from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
     from d2_balance.reweight import REWEIGHTERS
     from d2_balance.sampling import PROPOSAL_SAMPLERS
@@ -333,7 +333,7 @@ def pair_table() -> str:
 
 
 def blocks(root: str = "") -> dict[str, str]:
-    """Return the generated parts of a page by the name of their markers; `root` as in `method_table`."""
+    """Return the generated tables by the name of their markers; `root` as in `method_table`."""
     return {"methods": method_table(links=True, root=root), "pairs": pair_table()}
 
 

@@ -1,7 +1,6 @@
-"""What the anchors of a configuration make of a dataset: foreground by level, and objects that no
-anchor reaches.
+"""What anchors make of a dataset: foreground by level, and objects without a matching anchor.
 
-An object is reached when an anchor has the IoU with it from which anchors are positive; in the RPN,
+An object is matched if an anchor has the IoU with it from which anchors are positive; in the RPN,
 whose 0.7 few objects have, the IoU from which a proposal is foreground for the RoI heads. An object
 that is not reached still gets the anchors of its highest IoU where the model allows low-quality
 matches, but these few fit badly: the class trains little and loses at high IoU. It looks like an

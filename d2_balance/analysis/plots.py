@@ -103,7 +103,11 @@ def plot_sizes(found: Analysis) -> Figure:
     label = found.table.label[~found.table.crowd]
     group = np.array(found.groups)[label]
     report = found.anchors
-    lines = [] if report is None or report.sizes is None else sorted(sum(report.sizes, []))
+    lines = (
+        []
+        if report is None or report.sizes is None
+        else sorted(size for level in report.sizes for size in level)
+    )
     ends = np.quantile(sizes, (0.002, 0.998))  # single boxes would stretch the axis
     low = min([ends[0], *lines[:1]]) / 1.1
     high = max([ends[1], *lines[-1:]]) * 1.1

@@ -150,9 +150,9 @@ def _classes(found: Analysis) -> Iterator[Setting]:
     count = found.statistics.num_classes
     key = "MODEL.ROI_HEADS.NUM_CLASSES" if found.cfg is None else num_classes_key(found.cfg)
     yield Setting(key, count, f"The data have {count:,} classes.")
-    if found.table is not None and found.cfg is not None:
-        if found.cfg.MODEL.MASK_ON and not found.table.masks:
-            yield Setting("MODEL.MASK_ON", False, "No object has a mask.")
+    masks_wanted = found.cfg is not None and found.cfg.MODEL.MASK_ON
+    if masks_wanted and found.table is not None and not found.table.masks:
+        yield Setting("MODEL.MASK_ON", False, "No object has a mask.")
 
 
 def _anchors(found: Analysis) -> Iterator[Setting]:

@@ -1,6 +1,9 @@
-"""Show which imbalance a dataset has: classes and groups, foreground and background of the anchors
-of a configuration, objects that no anchor reaches, tail ratio and repeat factors, image-level
-labels and broken annotations; and print the YAML lines that fit, each with its reason."""
+"""Show which imbalance a dataset has, and print the YAML lines that fit.
+
+Shown are classes and groups, foreground and background of the anchors of a configuration, objects
+without a matching anchor, tail ratio and repeat factors, image-level labels and corrupt
+annotations; each line of YAML has its reason.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Run a recipe of stages: pre-training, training, experts, multi-scale predictions, ensemble and
-re-scoring, with a report of AP by frequency group for each.
+"""Run a recipe of stages, with a report of AP by frequency group for each.
 
-A stopped run goes on with --resume, between stages and inside a training."""
+Stages are pre-training, training, experts, predictions with test-time augmentation, ensemble and
+re-scoring. A stopped run goes on with --resume, between stages and inside a training.
+"""
 
 from __future__ import annotations
 

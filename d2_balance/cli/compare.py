@@ -1,5 +1,8 @@
-"""Put evaluations of one dataset side by side: AP, AP by frequency group, and AP of each class
-against its training images, as tables, a page and images."""
+"""Put evaluations of one dataset side by side.
+
+Written are AP, AP by frequency group, and AP of each class against its training images, as tables,
+a page and images.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="output directory of a training, or file of `d2-balance eval --json`; the first is the "
+        help="output directory of a run, or file of `d2-balance eval --json`; the first is the "
         "one that others are compared with",
     )
     parser.add_argument("--names", nargs="+", help="how to call the runs, one name each")

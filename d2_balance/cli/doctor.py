@@ -105,6 +105,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def check_python() -> Finding:
+    """Return the version of Python, and whether it is supported."""
     value = f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
     if sys.version_info[:2] >= MIN_PYTHON:
         return Finding("Python", value)
@@ -184,6 +185,7 @@ def check_package(module_name: str, usable: bool = True) -> Finding:
 
 
 def check_cuda() -> Finding:
+    """Return the CUDA devices that torch sees."""
     torch = _load("torch")
     if isinstance(torch, Exception):
         return Finding("CUDA", "unknown without torch")

@@ -1,5 +1,7 @@
-"""Evaluate a file of predictions: AP, AP by size, by frequency group of the classes and by class,
-with LVIS rules for LVIS-style files and COCO rules for others."""
+"""Evaluate a file of predictions: AP, AP by size, by frequency group and by class.
+
+LVIS-style files are evaluated with LVIS rules, others with COCO rules.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Count how rare foreground is in the training set of a configuration, print the prior and the bias
-that every classifier should start with (arXiv:1909.04868), and store them for
-MODEL.BALANCE.PRIOR_FILE."""
+"""Count how rare foreground is in the training set of a configuration.
+
+Prints the prior and the initial bias of every classifier (arXiv:1909.04868), and stores them for
+MODEL.BALANCE.PRIOR_FILE.
+"""
 
 from __future__ import annotations
 

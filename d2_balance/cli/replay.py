@@ -24,6 +24,7 @@ from d2_balance.engine.trainer import BalancedTrainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `d2-balance replay`."""
     parser.add_argument("file", help="replay_*.pt of a run's OUTPUT_DIR")
     parser.add_argument("--device", help="cpu or cuda; default: as in the run, where it is there")
     parser.add_argument(
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the batch again and print what is not finite."""
     saved = load_saved_batch(args.file)
     cfg = saved_config(saved["config"], args.device)
     model = BalancedTrainer.build_model(cfg)

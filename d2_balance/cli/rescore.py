@@ -1,7 +1,8 @@
 """Raise the scores of rare classes before the cap on detections of an image.
 
 `fit` chooses factors by frequency group, or NorCal's gamma, on held-out training images; `apply`
-writes the predictions of other images with them."""
+writes the predictions of other images with them.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Draw the images of a dataset with their objects, and with detections if a file of them is
-given: rare classes first, coloured by frequency group, as PNG files in a directory."""
+"""Draw the images of a dataset with their objects, and with detections if a file is given.
+
+Rare classes come first, coloured by frequency group; the output is a directory of PNG files.
+"""
 
 from __future__ import annotations
 

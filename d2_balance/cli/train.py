@@ -1,9 +1,9 @@
-"""Train a detector, or evaluate one with --eval-only, with the losses, datasets and evaluators of
-d2_balance.
+"""Train a detector, or evaluate one with --eval-only.
 
 Everything goes to OUTPUT_DIR: log.txt, metrics.json, checkpoints, TensorBoard, and summary.md with
 the results and plots. A stopped run continues with --resume. Under torchrun the processes of
-torchrun are joined."""
+torchrun are joined.
+"""
 
 from __future__ import annotations
 

@@ -404,11 +404,11 @@ class _Results:
 @contextmanager
 def _results(output: str, predictor: Predictor, report: PredictionReport) -> Iterator[_Results]:
     """The two JSON files of an output; they are whole or not there."""
-    with atomic_path(os.path.join(output, PREDICTIONS)) as temporary:
-        with open(temporary, "wb") as file:
-            results = _Results(file, report)
-            yield results
-            results.close()
+    path = os.path.join(output, PREDICTIONS)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        results = _Results(file, report)
+        yield results
+        results.close()
     pairs = zip(predictor.category_ids, predictor.names, strict=True)
     dataset = {
         "info": {"description": f"images predicted with {predictor.checkpoint}"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 
-class RunStopped(Exception):
+class RunStopped(Exception):  # noqa: N818  not always an error
     """A run cannot go on; the message says why and what to do, and needs no traceback.
 
     Args:

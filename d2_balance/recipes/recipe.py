@@ -137,6 +137,27 @@ def datasets_in(stage: Stage) -> list[str]:
 def _stage(
     entry: Any, where: str, before: list[Stage], made: Mapping[str, str], directory: str
 ) -> Stage:
+    name, kind, settings = _checked(entry, where, before)
+    where = f"{where} ({name})"
+    kinds = {stage.name: stage.kind for stage in before}
+    form = KINDS[kind]
+    needs = [
+        _reference(settings[key], kinds, form.stages[key], f"{where}: {key}") for key in form.stages
+    ]
+    if kind == "train" and settings.get("weights") in kinds:
+        needs.append(_reference(settings["weights"], kinds, ("train",), f"{where}: weights"))
+    needs += [n for n in _inputs(settings, kinds, where)]
+    for key in ("config", "map"):
+        for holder in (settings, *(settings.get("inputs") or [])):
+            if holder.get(key) and not os.path.isfile(os.path.join(directory, holder[key])):
+                raise ValueError(f"{where}: {key} {holder[key]!r} does not exist in {directory}")
+    stage = Stage(name, kind, settings, ())
+    needs += [made[d] for d in datasets_in(stage) if d in made]
+    return Stage(name, kind, settings, tuple(dict.fromkeys(needs)))
+
+
+def _checked(entry: Any, where: str, before: list[Stage]) -> tuple[str, str, dict[str, Any]]:
+    """Return name, kind and settings of a stage whose own fields are right."""
     if not isinstance(entry, dict) or "name" not in entry or "kind" not in entry:
         raise ValueError(f"{where} needs 'name' and 'kind'")
     settings = dict(entry)
@@ -156,25 +177,12 @@ def _stage(
     check_fields(settings, kind, where)
     if kind == "fit" and settings["dataset"] in settings["test"]:
         raise ValueError(
-            f"{where}: dataset {settings['dataset']!r} is one of test; allowed are images that "
-            "nothing is evaluated on, as of a stage of kind split"
+            f"{where}: dataset {settings['dataset']!r} is one of test; it must have images "
+            "that nothing is evaluated on, as of a stage of kind split"
         )
     if kind == "classes" and bool(settings.get("keep")) == bool(settings.get("every")):
         raise ValueError(f"{where}: classes needs one of keep and every")
-    kinds = {stage.name: stage.kind for stage in before}
-    needs = [
-        _reference(settings[key], kinds, form.stages[key], f"{where}: {key}") for key in form.stages
-    ]
-    if kind == "train" and settings.get("weights") in kinds:
-        needs.append(_reference(settings["weights"], kinds, ("train",), f"{where}: weights"))
-    needs += [n for n in _inputs(settings, kinds, where)]
-    for key in ("config", "map"):
-        for holder in (settings, *(settings.get("inputs") or [])):
-            if holder.get(key) and not os.path.isfile(os.path.join(directory, holder[key])):
-                raise ValueError(f"{where}: {key} {holder[key]!r} does not exist in {directory}")
-    stage = Stage(name, kind, settings, ())
-    needs += [made[d] for d in datasets_in(stage) if d in made]
-    return Stage(name, kind, settings, tuple(dict.fromkeys(needs)))
+    return name, kind, settings
 
 
 def _inputs(settings: Mapping[str, Any], kinds: Mapping[str, str], where: str) -> list[str]:

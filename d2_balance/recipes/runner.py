@@ -1,8 +1,8 @@
 """Runs the stages of a recipe one after another, and goes on where a stopped run was.
 
-A stage that is done has a directory with `done.json` in the output. Others work in a directory of another
-name, which becomes theirs when they are done, so that a failure touches no finished output. A
-training works in its own directory, whose checkpoints `train_net.py --resume` goes on from; there
+A stage that is done has a directory with `done.json` in the output. Others work in a directory of
+another name, which becomes theirs when they are done, so that a failure touches no finished output.
+A training works in its own directory, whose checkpoints `train_net.py --resume` goes on from; there
 `started.json` says with what settings, and its `done.json` is written last.
 """
 
@@ -219,7 +219,7 @@ class Runner:
             )
 
     def _check_free(self) -> None:
-        """A stage's work would end at a directory that is there, and only trainings go on in one."""
+        """Refuse a directory that is there, unless it is of a training, which goes on in it."""
         for stage in self.recipe.stages:
             directory = self._directory(stage)
             if stage.kind != "train" and stage.name not in self.done and os.path.lexists(directory):
@@ -255,9 +255,8 @@ class Runner:
 
     @staticmethod
     def _write(path: str, content: Any) -> None:
-        with atomic_path(path, sync=True) as temporary:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
+        with atomic_path(path, sync=True) as temporary, open(temporary, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=1)
 
 
 def _difference(before: dict, now: dict) -> str:

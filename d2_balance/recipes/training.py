@@ -75,7 +75,8 @@ def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -
     """Names of the external datasets of a train stage, which it may train on.
 
     Args:
-        stage, recipe: the stage.
+        stage: the stage.
+        recipe: its recipe.
         known: whether a dataset is registered, in the recipe, or made by a stage.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Files: output that is whole or not there at all, and JSON with messages that say what is wrong."""
+"""Files: output that is whole or not there at all, and JSON whose errors say what is wrong."""
 
 import codecs
 import gc

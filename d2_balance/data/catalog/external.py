@@ -80,7 +80,7 @@ def register_external_from_config(cfg: CfgNode) -> list[str]:
         The names, in the order of the list.
 
     Raises:
-        ValueError: naming the entry, if it has another form, if a file or directory does not exist, if
+        ValueError: naming the entry, if it has another form, if a file or directory is missing, if
             the target is unknown, or if the name belongs to another dataset.
     """
     names = []
@@ -105,7 +105,8 @@ def register_external(
 
     Args:
         name: for DATASETS.TRAIN.
-        json_file, image_root: as `register_json`.
+        json_file: as `register_json`.
+        image_root: as `register_json`.
         target: registered training set whose classes and ids the records get.
         class_map: file, see `class_map.py`; "" goes by name and synset.
         exhaustive: whether all objects of the shared classes are annotated in every image, as in
@@ -142,7 +143,7 @@ def _find(json_file: str, image_root: str, class_map: str, key: str) -> tuple[st
 
 def is_external(name: str) -> bool:
     """Whether `register_external` registered a dataset."""
-    loader = DatasetCatalog[name] if name in DatasetCatalog else None
+    loader = DatasetCatalog[name] if name in DatasetCatalog else None  # noqa: SIM401  get() loads
     return isinstance(loader, functools.partial) and loader.func is load_external
 
 

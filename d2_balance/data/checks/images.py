@@ -53,7 +53,7 @@ def image_head(path: str) -> tuple[tuple[int, int], str, int]:
 
 
 def is_deep(mode: str) -> bool:
-    """Whether a mode of Pillow has more than 8 bits, of which Detectron2's reader makes one colour."""
+    """Whether a mode of Pillow has more than 8 bits, which Detectron2 reads as one colour."""
     return mode.startswith(_DEEP)
 
 

@@ -144,8 +144,11 @@ def draw_object(cls: MiniClass, diameter: float, rng: np.random.Generator) -> Pa
 
 
 def _draw_detail(name: str, corners: list, place, wide: int, radius: float) -> Image.Image:
-    """A mask of the detail, still unclipped. A plain object gets the mask of a dot: hiding its
-    middle would make it look like any of its family."""
+    """Return a mask of the detail, still unclipped.
+
+    A plain object gets the mask of a dot: hiding its middle would make it look like any of its
+    family.
+    """
     mask = Image.new("L", (wide, wide))
     pen = ImageDraw.Draw(mask)
     if name in ("dotted", ""):

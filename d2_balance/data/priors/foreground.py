@@ -2,9 +2,9 @@
 
 With N_f positive of N rows and C outputs per row, a classifier that says pi everywhere loses
 
-    L(pi) = -log pi - (N C / N_f - 1) log(1 - pi)        per positive row,
+    L(pi) = -log pi - (N C / N_f - 1) log(1 - pi)        per positive sample,
 
-least at pi* = N_f / (N C), which is the sigmoid of b = -log(N C / N_f - 1). Thresholds at test time:
+least at pi* = N_f / (N C), which is the sigmoid of b = -log(N C / N_f - 1). Test-time thresholds:
 theta_j = (N_f / N) N_j / sum_k N_k with N_j objects of class j.
 
 Source: Chen et al., Is Heuristic Sampling Necessary in Training Deep Object Detectors?,

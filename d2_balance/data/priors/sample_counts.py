@@ -17,10 +17,10 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.meta_arch.fcos import FCOS as PointDetector
+from detectron2.modeling.meta_arch import fcos
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN, ProposalNetwork
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.modeling.proposal_generator import RPN as RegionProposals
+from detectron2.modeling.proposal_generator import rpn
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -47,16 +47,16 @@ def row_counters(cfg: CfgNode) -> dict[str, RowCounter]:
         with torch.device("meta"):
             parts = RetinaNet.from_config(cfg)
         return {RETINANET: AnchorCounter(cfg, backbone, cfg.MODEL.RETINANET.IN_FEATURES, parts)}
-    if issubclass(arch, PointDetector):
+    if issubclass(arch, fcos.FCOS):
         return {FCOS: PointCounter(cfg, backbone)}
     counters: dict[str, RowCounter] = {}
     if issubclass(arch, GeneralizedRCNN | ProposalNetwork):
         generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
         if generator in PROPOSAL_GENERATOR_REGISTRY and issubclass(
-            PROPOSAL_GENERATOR_REGISTRY.get(generator), RegionProposals
+            PROPOSAL_GENERATOR_REGISTRY.get(generator), rpn.RPN
         ):
             with torch.device("meta"):
-                parts = RegionProposals.from_config(cfg, shapes)
+                parts = rpn.RPN.from_config(cfg, shapes)
             counters[RPN] = AnchorCounter(cfg, backbone, cfg.MODEL.RPN.IN_FEATURES, parts)
         if issubclass(arch, GeneralizedRCNN):
             counters[ROI_HEADS] = ProposalCounter(cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN)
@@ -150,7 +150,7 @@ class PointCounter:
 
     def __init__(self, cfg: CfgNode, backbone: Backbone) -> None:
         node, shapes = cfg.MODEL.FCOS, backbone.output_shape()
-        self._model = PointDetector(
+        self._model = fcos.FCOS(
             backbone=backbone,
             head=nn.Identity(),
             head_in_features=node.IN_FEATURES,

@@ -1,4 +1,4 @@
-"""Detections on a few test images, drawn after every evaluation for TensorBoard and the trackers."""
+"""Detections on a few test images, drawn after each evaluation for TensorBoard and the trackers."""
 
 from __future__ import annotations
 

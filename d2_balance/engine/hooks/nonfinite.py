@@ -95,7 +95,7 @@ class Report:
 class FiniteLosses(HookBase):
     """Raises `NonFiniteLossError` on all ranks, before the step, where a rank's loss is not finite.
 
-    Belongs to the trainer that calls the optimizer: DefaultTrainer's `_trainer`. The ranks' all-reduce
+    Belongs to the trainer that calls the optimizer: DefaultTrainer's `_trainer`. The all-reduce
     also tells whether one of them has been asked to stop.
 
     Args:

@@ -84,7 +84,7 @@ class CSVWriter(_NewScalars):
     def __init__(self, path: str) -> None:
         super().__init__()
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # until close()
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  until close()
 
     def write(self) -> None:
         lines = csv.writer(self._file)

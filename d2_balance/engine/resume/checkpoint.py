@@ -90,10 +90,9 @@ class BalancedCheckpointer(DetectionCheckpointer):
         data |= {} if self._classes is None else {CHECKPOINT_KEY: self._classes.as_dict()}
         logger.info(f"Saving checkpoint to {path}")
         try:
-            with atomic_path(path, sync=True) as temporary:
-                # a file of Python's, whose error says what was wrong; PyTorch's own hides it
-                with open(temporary, "wb") as file:
-                    torch.save(data | kwargs, file)
+            # a file of Python's, whose error says what was wrong; PyTorch's own hides it
+            with atomic_path(path, sync=True) as temporary, open(temporary, "wb") as file:
+                torch.save(data | kwargs, file)
             self.save_classes()
             if _NUMBERED.fullmatch(file_name) or file_name == _FINAL:
                 self.tag_last_checkpoint(file_name)

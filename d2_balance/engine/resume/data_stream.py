@@ -278,7 +278,7 @@ def _wide(records: Sequence[dict[str, Any]]) -> list[bool]:
 
 
 def _loader_parts(cfg: CfgNode) -> dict:
-    """Return the arguments of Detectron2's loader, with a sampler of ours if the config names it."""
+    """Return the arguments of Detectron2's loader, with our sampler if the config names one."""
     name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
     records = training_records(cfg)
     if name == "RepeatFactorTrainingSampler" and isinstance(records, Records):

@@ -99,8 +99,8 @@ class BrokenImages:
                 self._add(name, reason)
             if skipped and not record:
                 raise RunStopped(
-                    f"{len(skipped)} images in a row cannot be read: {listed_images(skipped)}. Is the "
-                    "disk of the training set there? --resume continues."
+                    f"{len(skipped)} images in a row cannot be read: {listed_images(skipped)}. Is "
+                    "the disk of the training set there? --resume continues."
                 )
 
     def _add(self, name: str, reason: str) -> None:

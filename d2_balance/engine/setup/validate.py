@@ -317,7 +317,7 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
 
 
 def check_image_labels(cfg: CfgNode, records: Sequence[dict[str, Any]], name: str) -> None:
-    """Check that a training set has image-level labels if the loss needs them; log what "auto" means.
+    """Check that a training set has the image-level labels it needs; log what "auto" means.
 
     Raises:
         ValueError: USE_IMAGE_LEVEL_LABELS is "always" and there are none.
