@@ -28,11 +28,12 @@ CHECK_VERSION := import sys; v = sys.version_info[:2]; \
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test test-faults coverage lint type words docs bench bench-long clean
+.PHONY: help setup demo test test-slow test-faults coverage lint type words docs bench bench-long clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
-	@echo "make test    set up, run the tests"
+	@echo "make test    set up, run the tests but the slow ones"
+	@echo "make test-slow     the others: whole trainings, every config of Detectron2's zoo"
 	@echo "make test-faults   only the faults: full disk, corrupt files, killed processes"
 	@echo "make coverage      the tests, with the lines that none of them runs"
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
@@ -69,7 +70,10 @@ demo: $(STAMP)
 		OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: $(STAMP)
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
 	$(PYTEST) -m faults $(PYTEST_ARGS)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from d2_balance.data.class_counts import ClassCounts
 from d2_balance.engine import BalancedTrainer, balance_model, find_config, read_config
 from d2_balance.engine.setup.config_file import ZOO
+from d2_balance.engine.setup.lazy_model import output_layers
 from d2_balance.engine.setup.validate import check_losses_are_used, check_registered_names
 from d2_balance.losses import EQLLoss, GHMCLoss
 from d2_balance.modeling import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers
@@ -205,6 +206,32 @@ def test_a_lazy_config_of_the_zoo_trains_with_other_losses(name):
     masks = "" if dense or "mask_head" not in model.roi_heads else "polygon"
     points = 17 if keypoints else 0
     step(built, make_batch(masks=masks, keypoints=points, semantic="sem_seg_head" in model))
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("coco_mask_rcnn_vitdet_b", 0.7), ("lvis_cascade_mask_rcnn_vitdet_l", 0.8)]
+)
+def test_vitdet_trains_with_a_rate_for_every_layer(name, decay):
+    pytest.importorskip("timm")
+    lazy = LazyConfig.load(find_config(f"lazy/ViTDet/{name}.py"))
+    assert len(lazy.model.backbone.net.window_block_indexes) == lazy.model.backbone.net.depth - 4
+    narrow_lazy(lazy.model)
+    lazy.model.image_labels = None
+    for stage in output_layers(lazy.model):
+        assert stage.get("test_topk_per_image", 100) == (300 if "lvis" in name else 100)
+        if "lvis" in name:
+            stage.cls_loss.class_count = [5] * 1203  # counted on LVIS
+    model = instantiate(lazy.model)
+    step(model, make_batch(masks="polygon"))
+    lazy.optimizer.params.lr_factor_func.keywords["num_layers"] = 2  # of the narrow model
+    lazy.optimizer.params.model = model
+    groups = instantiate(lazy.optimizer).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in groups for p in g["params"]}
+    heads = rates["roi_heads.mask_head.predictor.weight"]
+    first, last = (rates[f"backbone.net.blocks.{i}.attn.qkv.weight"] for i in (0, 1))
+    assert heads == lazy.optimizer.lr
+    assert last == pytest.approx(heads * decay) and first == pytest.approx(heads * decay**2)
 
 
 def narrow_lazy(model):
