@@ -124,7 +124,7 @@ def test_a_corrupt_image_is_skipped_named_and_counted(own_data, tmp_path, log, w
     path = corrupt(own_data)
     longer = ["SOLVER.MAX_ITER", "12", "DATALOADER.NUM_WORKERS", str(workers)]
     trainer = trained(run_cfg(tmp_path / "out", *STATE, *longer))
-    assert trainer.iter == 12 and list(trainer.data_loader.broken) == [path]
+    assert trainer.iter == 12 and list(trainer.data_loader.unreadable) == [path]
     named = [text for text in log if path in text]
     assert len(named) == 1 and "1 so far, DATALOADER.MAX_UNREADABLE_IMAGES is 10" in named[0]
 
@@ -137,7 +137,7 @@ def test_a_run_with_a_corrupt_image_resumes_exactly(own_data, tmp_path):
     trained(cfg, kill_at=11)
     resumed = trained(cfg, resume=True)
     assert different(whole, resumed) == []
-    assert list(resumed.data_loader.broken) == [path]  # the count goes on
+    assert list(resumed.data_loader.unreadable) == [path]  # the count goes on
 
 
 def test_more_corrupt_images_than_the_limit_end_the_run(own_data, tmp_path):

@@ -127,6 +127,21 @@ def test_scores_made_in_another_way_are_refused(run):
     assert all(torch.equal(saved[name], value) for name, value in same.state_dict().items())
 
 
+@pytest.mark.usefixtures("run")
+def test_a_classifier_that_goes_on_with_other_scores_is_mentioned(tmp_path, log):
+    start = run_cfg(tmp_path / "a", "SOLVER.MAX_ITER", "1", kind="faster")  # softmax
+    trainer = BalancedTrainer(start)
+    trainer.test = lambda cfg, model: {}
+    trainer.train()
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "a/model_final.pth")]
+    for more, warns in ((["MODEL.BALANCE.REINITIALIZE", "['cls_score']"], False), ([], True)):
+        log.clear()
+        loss = ["MODEL.BALANCE.CLS_LOSS", "SigmoidCE"]
+        own = run_cfg(tmp_path / "b", *weights, *more, *loss, kind="faster")
+        BalancedTrainer(own).resume_or_load(resume=False)
+        assert warns == any("trained with softmax scores" in text for text in log), more
+
+
 def test_weights_under_state_dict_are_loaded_and_other_content_is_named(run, tmp_path):
     cfg, _, out = run
     saved = torch.load(out / "model_final.pth", weights_only=True)["model"]

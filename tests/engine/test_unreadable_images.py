@@ -3,7 +3,7 @@
 import pytest
 
 from d2_balance.engine.errors import RunStopped
-from d2_balance.engine.resume.unreadable_images import SKIPPED, BrokenImages, SeededImages
+from d2_balance.engine.resume.unreadable_images import SKIPPED, SeededImages, UnreadableImages
 
 RECORDS = [{"file_name": f"{i}.png", "index": i} for i in range(8)]
 WIDE = [i % 2 == 0 for i in range(8)]
@@ -12,9 +12,9 @@ WIDE = [i % 2 == 0 for i in range(8)]
 CUT_OFF = OSError("cut off")
 
 
-def images(broken=(), error=CUT_OFF, seed=3):
+def images(unreadable=(), error=CUT_OFF, seed=3):
     def mapper(record):
-        if record["index"] in broken:
+        if record["index"] in unreadable:
             raise error
         return dict(record)
 
@@ -22,7 +22,7 @@ def images(broken=(), error=CUT_OFF, seed=3):
 
 
 def test_another_image_of_the_same_aspect_takes_its_place():
-    data = images(broken={4})
+    data = images(unreadable={4})
     found = [data[position, 4] for position in range(20)]
     assert all(WIDE[record["index"]] and record["index"] != 4 for record in found)
     assert len({record["index"] for record in found}) > 1  # not always the same one
@@ -30,34 +30,34 @@ def test_another_image_of_the_same_aspect_takes_its_place():
 
 
 def test_the_choice_is_a_function_of_seed_and_position():
-    first = [images(broken={4})[position, 4]["index"] for position in range(20)]
-    assert [images(broken={4})[position, 4]["index"] for position in range(20)] == first
-    assert [images(broken={4}, seed=9)[p, 4]["index"] for p in range(20)] != first
+    first = [images(unreadable={4})[position, 4]["index"] for position in range(20)]
+    assert [images(unreadable={4})[position, 4]["index"] for position in range(20)] == first
+    assert [images(unreadable={4}, seed=9)[p, 4]["index"] for p in range(20)] != first
 
 
 def test_sound_images_are_what_they_were():
-    assert images(broken={4})[5, 2] == images()[5, 2] == RECORDS[2]
+    assert images(unreadable={4})[5, 2] == images()[5, 2] == RECORDS[2]
 
 
 @pytest.mark.parametrize("error", [KeyError("bbox"), ValueError("shape"), TypeError("none")])
 def test_mistakes_of_the_code_are_not_taken_for_broken_images(error):
     with pytest.raises(type(error)):
-        images(broken={4}, error=error)[0, 4]
+        images(unreadable={4}, error=error)[0, 4]
 
 
 def test_where_none_can_be_read_the_run_stops():
-    record = images(broken=range(8))[0, 4]
+    record = images(unreadable=range(8))[0, 4]
     assert set(record) == {SKIPPED}
     with pytest.raises(RunStopped, match="images in a row cannot be read: 4.png"):
-        BrokenImages(100).take_note([record])
+        UnreadableImages(100).record([record])
 
 
 def test_a_image_counts_once_and_the_limit_is_what_is_allowed():
-    counter = BrokenImages(2)
+    counter = UnreadableImages(2)
     for name in ("a", "a", "b"):
         batch = [{"image": 0, SKIPPED: {name: "bad"}}]
-        counter.take_note(batch)
+        counter.record(batch)
         assert batch == [{"image": 0}]
     assert list(counter.found) == ["a", "b"]
     with pytest.raises(RunStopped, match=r"3 training images .* is 2: a \(bad\), b .*, c "):
-        counter.take_note([{"image": 0, SKIPPED: {"c": "bad"}}])
+        counter.record([{"image": 0, SKIPPED: {"c": "bad"}}])

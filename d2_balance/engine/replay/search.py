@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Found:
+class Suspects:
     """What is known about a batch, by index of the image.
 
     Args:
@@ -69,12 +69,12 @@ class Replay:
         self._key, self._iteration, self._precision = key, iteration, precision
         self.losses: dict[str, float] = {}  # of the whole batch, once it was run
 
-    def run(self) -> Found:
+    def run(self) -> Suspects:
         """Look at the inputs, then at the samples of all heads, then at each image alone."""
         found = bad_inputs(self._batch)
         if found.bad_input:
             return found
-        rows = Found()
+        rows = Suspects()
         with self._untouched():
             finite = self._forward(self._batch, rows)
             alone = [i for i, x in enumerate(self._batch) if self._forward([x]) is False]
@@ -95,11 +95,11 @@ class Replay:
     def is_finite(self) -> bool:
         """Return whether the losses of the whole batch are finite."""
         with self._untouched():
-            return self._forward(self._batch, Found()) is True
+            return self._forward(self._batch, Suspects()) is True
 
-    def _forward(self, batch: list[dict[str, Any]], rows: Found | None = None) -> bool | None:
+    def _forward(self, batch: list[dict[str, Any]], rows: Suspects | None = None) -> bool | None:
         """Return whether the losses of a batch are finite; None where the model cannot run it."""
-        found = Found() if rows is None else rows
+        found = Suspects() if rows is None else rows
         if self._key is not None:
             seed_everything(*self._key)
         try:
@@ -162,9 +162,9 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return named[bad[0]][0] if bad else ""
 
 
-def bad_inputs(batch: list[dict[str, Any]]) -> Found:
+def bad_inputs(batch: list[dict[str, Any]]) -> Suspects:
     """Images with pixels or ground truth boxes that are not finite."""
-    found = Found()
+    found = Suspects()
     for index, record in enumerate(batch):
         if not record["image"].isfinite().all():
             found.add(index, "pixels are not finite")
@@ -179,7 +179,7 @@ def bad_inputs(batch: list[dict[str, Any]]) -> Found:
 
 
 def _bad_rows(
-    found: Found, samples: Samples, boxes: tuple[Tensor, ...], cls: Tensor, box: Tensor
+    found: Suspects, samples: Samples, boxes: tuple[Tensor, ...], cls: Tensor, box: Tensor
 ) -> None:
     """Note the images and classes of what is not finite in one head; the first cause counts."""
     pred, target = boxes[:2]

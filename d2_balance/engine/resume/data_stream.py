@@ -35,8 +35,8 @@ from d2_balance.data.training_set import sources, training_records
 
 from ..errors import RunStopped
 from .random_state import seeded
-from .unreadable_images import KEY as BROKEN_KEY
-from .unreadable_images import BrokenImages, SeededImages
+from .unreadable_images import KEY as UNREADABLE_KEY
+from .unreadable_images import SeededImages, UnreadableImages
 
 # Samplers of this package, besides those that Detectron2 builds by name.
 WEIGHTED = "WeightedRepeatFactorTrainingSampler"
@@ -71,7 +71,7 @@ class TrainStream:
         group_by_aspect: whether a batch holds either wide or high images only.
         num_workers: workers; 0 loads in this one.
         seed: seeds the augmentations, at least 0.
-        max_broken: different images that may be unreadable before the run ends, at least 0.
+        max_unreadable: different images that may be unreadable before the run ends, at least 0.
 
     Attributes:
         start: batch at which the next iteration over the stream begins.
@@ -87,19 +87,19 @@ class TrainStream:
         group_by_aspect: bool,
         num_workers: int,
         seed: int,
-        max_broken: int = 0,
+        max_unreadable: int = 0,
     ) -> None:
         self._wide = _wide(dataset_dicts) if group_by_aspect else [False] * len(dataset_dicts)
         self._images = SeededImages(dataset_dicts, mapper, self._wide, seed)
         self._sampler, self._batch_size = sampler, batch_size
         self._num_workers, self._seed = num_workers, seed
-        self._broken = BrokenImages(max_broken)
+        self._unreadable = UnreadableImages(max_unreadable)
         self.start = 0
 
     @property
-    def broken(self) -> dict[str, str]:
+    def unreadable(self) -> dict[str, str]:
         """Images that were skipped on this rank, and what was wrong with them."""
-        return self._broken.found
+        return self._unreadable.found
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Batches from `start` on.
@@ -111,7 +111,7 @@ class TrainStream:
         while True:
             try:
                 for batch in self._loaded(place):
-                    self._broken.take_note(batch)
+                    self._unreadable.record(batch)
                     yield batch
                     place, deaths = place + 1, 0
                 return
@@ -126,10 +126,10 @@ class TrainStream:
                 logger.warning(f"{text} The workers start again at batch {place}.")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"broken": self.broken}
+        return {"unreadable": self.unreadable}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._broken.found = dict(state["broken"])
+        self._unreadable.found = dict(state["unreadable"])
 
     def _loaded(self, start: int) -> Iterator[list[dict]]:
         loader = DataLoader(
@@ -180,7 +180,7 @@ def _deaths_found_when_waiting() -> Iterator[None]:
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Check the training sampler, repeat factors, and the limit of broken images.
+    """Check the training sampler, repeat factors, and the limit of unreadable images.
 
     Raises:
         ValueError: naming the key.
@@ -199,7 +199,7 @@ def check_sampler(cfg: CfgNode) -> None:
     check_weights_of_sets(cfg)
     if cfg.DATALOADER.MAX_UNREADABLE_IMAGES < 0:
         raise ValueError(
-            f"{BROKEN_KEY} is {cfg.DATALOADER.MAX_UNREADABLE_IMAGES}; must be an integer of "
+            f"{UNREADABLE_KEY} is {cfg.DATALOADER.MAX_UNREADABLE_IMAGES}; must be an integer of "
             "at least 0."
         )
 
@@ -239,7 +239,7 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
         group_by_aspect=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
         seed=seed,
-        max_broken=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
+        max_unreadable=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
     )
 
 

@@ -76,22 +76,22 @@ class SeededImages(Dataset):
         return record | {SKIPPED: skipped} if skipped else record
 
 
-class BrokenImages:
+class UnreadableImages:
     """Counts the images that could not be read, on one rank.
 
     Args:
-        limit: different images that may be broken, at least 0.
+        limit: different images that may be unreadable, at least 0.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.found: dict[str, str] = {}
 
-    def take_note(self, batch: list[dict[str, Any]]) -> None:
+    def record(self, batch: list[dict[str, Any]]) -> None:
         """Log and count what was skipped for a batch, and take the notes off its records.
 
         Raises:
-            RunStopped: more images than the limit are broken, or none could be read.
+            RunStopped: more images than the limit are unreadable, or none could be read.
         """
         for record in batch:
             skipped = record.pop(SKIPPED, {})

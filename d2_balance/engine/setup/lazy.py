@@ -301,7 +301,7 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
         group_by_aspect=node.get("aspect_ratio_grouping", True),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=seed,
-        max_broken=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
+        max_unreadable=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
     )
 
 

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
+from d2_balance.data.model_classes import ModelClasses, class_activation
 from d2_balance.utils.names import closest
 
 from ..resume.checkpoint import BalancedCheckpointer
@@ -68,7 +69,23 @@ def load_pretrained(
         return []
     loader.load(cfg.MODEL.WEIGHTS, checkpointables=[])
     logger.info(f"Weights from {cfg.MODEL.WEIGHTS}:\n{weights_table(loader.rows)}")
+    _warn_of_another_activation(loader.model, cfg.MODEL.WEIGHTS, loader.rows)
     return loader.rows
+
+
+def _warn_of_another_activation(model: nn.Module, weights: str, rows: Sequence[WeightRow]) -> None:
+    """Say so if a classifier of softmax scores goes on with sigmoid scores, or the other way."""
+    saved = ModelClasses.of_weights(weights)
+    trained, own = None if saved is None else saved.activation, class_activation(model)
+    taken = any(
+        row.status == LOADED and "cls_score" in row.name and "proposal" not in row.name
+        for row in rows
+    )
+    if trained and own and trained != own and taken:
+        logger.warning(
+            f"{weights} was trained with {trained} scores, and the config makes {own} scores; "
+            f"{KEY} \"['cls_score']\" starts the classifier anew."
+        )
 
 
 def check_reinitialize(names: Sequence[str], parameters: Sequence[str]) -> None:
