@@ -101,3 +101,33 @@ def test_a_step_that_does_not_end_is_left_when_the_time_is_up(config, tmp_path):
     assert "SOLVER.INTERRUPT_TIMEOUT" in done.stderr.splitlines()[-1]
     assert "There is no checkpoint of this run yet." in done.stderr
     assert "Traceback" not in done.stderr and time.monotonic() - start < 55
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_reaches_the_processes_that_it_has_started(
+    config,  # noqa: F811
+    tmp_path,
+    number,
+):
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "d2_balance", "train", "--num-gpus", "2", "--config-file",
+         str(config), "OUTPUT_DIR", str(out), "SOLVER.MAX_ITER", "100000", "TEST.EVAL_PERIOD", "0",
+         "SOLVER.CHECKPOINT_PERIOD", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        for line in started.stdout:
+            if " iter: " in line:  # the first steps are done
+                break
+        started.send_signal(number)
+        rest, _ = started.communicate(timeout=100)
+    finally:
+        started.kill()
+    assert started.returncode == 128 + number, rest[-2000:]
+    assert "the same command with --resume goes on from there" in rest
+    assert "Traceback" not in rest, rest[-2000:]
+    named = (out / "last_checkpoint").read_text()
+    assert (out / named).exists() and not (out / "model_final.pth").exists()
