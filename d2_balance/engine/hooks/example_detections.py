@@ -98,19 +98,24 @@ class ExampleDetections(HookBase):
             with self._weights():
                 for record in self._inputs:
                     if SKIPPED not in record:
-                        image = self._drawn(record)
-                        name = f"detections/{image_name(record).replace('/', '_')}"
-                        for writer in self._writers:
-                            writer.add_image(name, image, self.trainer.iter)
+                        self._draw_one(record)
+        except Exception:  # drawing must not cost a training
+            logger.exception("LOG.IMAGES: the detections cannot be drawn.")
         finally:
             self._model.train(mode)
 
-    def _drawn(self, record: dict[str, Any]) -> np.ndarray:
-        """Return (H, W, 3) uint8 RGB, the image as the model sees it with its detections."""
+    def _draw_one(self, record: dict[str, Any]) -> None:
+        """Draw an image as the model sees it, at its size after the augmentations."""
         pixels = record["image"].permute(1, 2, 0).numpy()
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        instances = self._model([record | size])[0]["instances"].to("cpu")
+        output = self._model([record | size])[0]
+        if "instances" not in output:
+            return  # of a model without detections
+        instances = output["instances"].to("cpu")
         instances = instances[instances.scores >= self._min_score]
         rgb = np.ascontiguousarray(convert_image_to_rgb(pixels, self._format))
         canvas = Visualizer(rgb, MetadataCatalog.get(self._dataset))
-        return canvas.draw_instance_predictions(instances).get_image()
+        image = canvas.draw_instance_predictions(instances).get_image()
+        name = f"detections/{image_name(record).replace('/', '_')}"
+        for writer in self._writers:
+            writer.add_image(name, image, self.trainer.iter)
