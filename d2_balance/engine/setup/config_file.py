@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,18 @@ def find_config(name: str, beside: str = "") -> str:
         ValueError: there is no such file; with the names that look alike.
     """
     path = os.path.expanduser(name)
-    own = str(config_directory())
-    places = [path if "://" in path else os.path.join(beside, path)]
-    for place in (*places, os.path.join(own, name), os.path.join(ZOO, name)):
-        if PathManager.isfile(place):
+    place = path if "://" in path else os.path.join(beside, path)
+    if PathManager.isfile(place):
+        return place
+    directories = [ZOO]
+    with suppress(ValueError):  # installed without them
+        directories.insert(0, str(config_directory()))
+    for directory in directories:
+        if os.path.isfile(place := os.path.join(directory, name)):
             return place
     known = [
         file.relative_to(directory).as_posix()
-        for directory in (own, ZOO)
+        for directory in directories
         for file in Path(directory).rglob(f"*{Path(name).suffix}")
     ]
     raise ValueError(
