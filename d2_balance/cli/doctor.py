@@ -24,7 +24,6 @@ UPSTREAM = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 PIP_NAMES = {
     "PIL": "pillow",
     "cv2": "opencv-python",
-    "faster_coco_eval": "faster-coco-eval",
     "hydra": "hydra-core",
     "pkg_resources": "setuptools",
     "yaml": "pyyaml",
@@ -84,7 +83,7 @@ def examine() -> list[Finding]:
             ),
             *torch,
             *check_detectron2(usable=not any(f.blocking for f in (*torch, opencv))),
-            *(check_package(name) for name in ("numpy", "pycocotools.mask", "faster_coco_eval")),
+            *(check_package(name) for name in ("numpy", "pycocotools.mask", "hotcoco")),
             check_package("lvis", usable=not opencv.blocking),
             opencv,
             check_cuda(),

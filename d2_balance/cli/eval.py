@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes the files; 2 where the user has to change something."""
     from d2_balance.data.annotations import load_annotations
-    from d2_balance.evaluation.evaluate import evaluate_predictions
+    from d2_balance.evaluation.evaluate import measure
     from d2_balance.evaluation.per_class import write_csv
     from d2_balance.evaluation.predictions import read_predictions
     from d2_balance.evaluation.report import text_report, write_report
@@ -58,15 +58,15 @@ def run(args: argparse.Namespace) -> int:
     check_new([args.json, args.csv, page], args.overwrite)  # before the work
     train = load_annotations(args.train, "--train") if args.train else None
     truth = load_annotations(args.dataset, "--dataset", args.style)
-    detections = read_predictions(args.predictions, truth.data, truth.path)
-    evaluation = evaluate_predictions(
+    measured = measure(
         truth,
-        detections,
+        read_predictions(args.predictions, truth),
         train=train,
         max_dets=args.max_dets,
         tasks=args.tasks,
         cuts=args.cuts and tuple(args.cuts),
     )
+    evaluation = measured.evaluation
     print(text_report(evaluation, args.classes))
     if args.json:
         evaluation.write(args.json)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         from d2_balance.evaluation.diagnosis import diagnose
 
-        parts = [diagnose(truth, detections, evaluation, task) for task in evaluation.results]
+        parts = [diagnose(matcher, evaluation) for matcher in measured.matchers.values()]
         name = os.path.basename(args.predictions)
         print("\n" + write_report(args.report, evaluation, parts, name)[0])
     return 0

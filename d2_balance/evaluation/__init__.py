@@ -1,19 +1,23 @@
 """AP by frequency group and by class, with LVIS and COCO rules."""
 
-from d2_balance.data.groups import groups_from_counts
+from importlib import import_module
 
-from .average_precision import APTable, GroundTruth, average_precision
-from .build import build_evaluator
-from .evaluators import COCOGroupEvaluator, LVISGroupEvaluator
-from .per_class import read_per_class
+_MODULES = {
+    "APTable": "matching",
+    "COCOGroupEvaluator": "evaluators",
+    "LVISGroupEvaluator": "evaluators",
+    "build_evaluator": "evaluators",
+    "evaluate_predictions": "evaluate",
+    "groups_from_counts": "groups",
+    "read_per_class": "per_class",
+    "read_predictions": "predictions",
+}
 
-__all__ = [
-    "APTable",
-    "COCOGroupEvaluator",
-    "GroundTruth",
-    "LVISGroupEvaluator",
-    "average_precision",
-    "build_evaluator",
-    "groups_from_counts",
-    "read_per_class",
-]
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    """Import a name when it is asked for: files are evaluated without torch and Detectron2."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,28 +1,31 @@
-"""What an AP hides: curves, calibration, confusion of classes, and the kinds of errors.
+"""What an AP hides: curves, calibration, confusion of classes, and the types of errors.
 
-Counted by hotcoco, under the same rules as the AP: with LVIS rules detections of classes that are
-neither annotated nor verified in their image do not count, nor unmatched ones of classes that are
-not marked completely. A detection is right at IoU 0.5.
+All of it is made from the matches of the AP (see `matching`), at IoU 0.5: of the same objects, and
+of the detections that are right or wrong in it. Detections that do not count (on crowds, on ignored
+objects, unmatched ones of classes that are not annotated exhaustively) appear nowhere.
 
     ECE = sum_b n_b / n |accuracy_b - confidence_b|        over ten bins b of confidence
+    MCE = max_b |accuracy_b - confidence_b|
 
-Sources: Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599 (ECE); Bolya et al.,
-TIDE, arXiv:2008.08115 (error types).
+A bin holds the scores above its lower end and up to its upper end, as in the paper; a score of 0 is
+in the first.
+
+Sources: Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599 (ECE, MCE); Bolya et
+al., TIDE, arXiv:2008.08115 (error types).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import hotcoco
 import numpy as np
+from hotcoco import primitives
 
-from d2_balance.data.annotations import Annotations
 from d2_balance.data.groups import GROUPS
-from d2_balance.utils.progress import progress
 
-from .average_precision import GroundTruth
-from .predictions import Detections
+from .matching import IGNORED, RECALLS, RIGHT, WRONG, GroundTruth, Matcher
 from .record import Evaluation
 
 IOU = 0.5
@@ -60,11 +63,13 @@ class Calibration:
 
     Attributes:
         ece: expected calibration error in [0, 1].
+        mce: largest calibration error of a bin.
         detections: how many were counted.
         bins: (10,) dicts with lower, upper, confidence, accuracy (means) and count.
     """
 
     ece: float
+    mce: float
     detections: int
     bins: list[dict[str, float]]
 
@@ -82,6 +87,11 @@ class Diagnosis:
         confusion: (K + 1, K + 1) counts; row: the object's class, column: the detection's; the last
             row are detections without object, the last column objects without detection.
         min_score: detections below it are not in `confusion`.
+        objects: "right", "taken by an error" (by a detection of another class, or badly placed) and
+            "missed"; together the objects of the AP.
+        best_thresholds: class name to the score of the largest F1, with precision, recall and F1
+            there; classes without a right detection have none.
+        notes: what could not be said, and why.
     """
 
     task: str
@@ -91,6 +101,9 @@ class Diagnosis:
     classes: list[str]
     confusion: np.ndarray
     min_score: float
+    objects: dict[str, int] = field(default_factory=dict)
+    best_thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def most_confused(self, count: int = 20) -> list[tuple[str, str, int, float]]:
         """Object's class, detected class, how often, and its share of the objects of the class."""
@@ -112,6 +125,9 @@ class Diagnosis:
             "curves": {k: asdict(v) for k, v in self.curves.items()},
             "calibration": {k: asdict(v) for k, v in self.calibration.items()},
             "errors": self.errors,
+            "objects": self.objects,
+            "best_thresholds": self.best_thresholds,
+            "notes": self.notes,
         }
         fields = ("object", "detected", "count", "share")
         result["most_confused"] = [
@@ -121,158 +137,192 @@ class Diagnosis:
 
 
 def diagnose(
-    truth: Annotations,
-    detections: Detections,
-    found: Evaluation,
-    task: str = "bbox",
+    matcher: Matcher,
+    evaluation: Evaluation,
     thresholds: Sequence[float] = (0.05, 0.3, 0.5),
     min_score: float = 0.3,
 ) -> Diagnosis:
-    """Diagnose predictions that `evaluate_predictions` has evaluated.
+    """Diagnose predictions that `measure` has evaluated.
 
     Args:
-        truth: the ground truth.
-        detections: by image id.
-        found: their evaluation, whose groups are taken.
-        task: "bbox" or "segm".
+        matcher: the matches of one task.
+        evaluation: its figures, whose groups are taken.
         thresholds: scores in [0, 1] to mark on the curves.
         min_score: detections below it do not count as confusions; in [0, 1].
 
     Raises:
-        ValueError: a threshold outside [0, 1], or a task that was not evaluated.
+        ValueError: a threshold outside [0, 1].
     """
-    if task not in found.results:
-        raise ValueError(f"task {task!r} was not evaluated; there are {', '.join(found.results)}")
     for value in (*thresholds, min_score):
         if not 0 <= value <= 1:
             raise ValueError(f"score thresholds must be in [0, 1], not {value}")
-    ids = sorted(c["id"] for c in truth.data["categories"])
-    groups = [record["group"] for record in found.classes.values()]
-    engine = _Engine(truth, detections, task, found.max_dets)
-    members = {"all": ids}
+    truth, detections = matcher.truth, matcher.detections
+    names = list(evaluation.classes)
+    groups = [r["group"] for r in evaluation.classes.values()]
+    members = {"all": np.ones(len(names), dtype=bool)}
     for letter, name in GROUPS.items():
-        own = [i for i, group in zip(ids, groups, strict=True) if group == letter]
-        if own and len(own) < len(ids):
+        own = np.array([group == letter for group in groups], dtype=bool)
+        if own.any() and not own.all():
             members[name] = own
+    status, match = matcher.matches(IOU)
+    notes = []
+    wrong = np.flatnonzero((detections.score < 0) | (detections.score > 1))
+    if len(wrong):
+        notes.append(
+            f"no calibration: the score of detection {detections.row[wrong[0]]} is "
+            f"{detections.score[wrong[0]]:g}, and scores must be in [0, 1] for it; score "
+            "thresholds say little here"
+        )
     curves, calibration = {}, {}
-    for name, own in progress(members.items(), f"diagnosing {task}", unit="classes"):
-        evaluator = engine.run(own)
-        curve = _curve(evaluator.eval, evaluator.params, thresholds)
-        if curve is not None:
+    for name, own in members.items():
+        if curve := _curve(matcher, own, thresholds):
             curves[name] = curve
-            calibration |= _calibration(evaluator, name)
-        if name == "all":
-            errors = _errors(evaluator)
+        counted = (status != IGNORED) & own[detections.category]
+        if counted.any() and not len(wrong):
+            calibration[name] = _calibrate(detections.score[counted], status[counted] == RIGHT)
+    errors, objects = _errors(truth, matcher, status)
     return Diagnosis(
-        task,
+        truth.task,
         curves,
         calibration,
         errors,
-        list(found.classes),
-        engine.confusion(ids, min_score),
+        names,
+        _confusion(matcher, status, match, min_score),
         min_score,
+        objects,
+        _best_thresholds(matcher, status, names),
+        notes,
     )
 
 
-class _Engine:
-    """The same ground truth and detections for every question.
-
-    Args:
-        truth: the ground truth.
-        detections: by image id.
-        task: "bbox" or "segm".
-        max_dets: per image (LVIS) or per image and class (COCO).
-    """
-
-    def __init__(self, truth: Annotations, detections: Detections, task: str, max_dets: int):
-        self.federated, self.task, self.max_dets = truth.federated, task, max_dets
-        ground = GroundTruth(truth.data, truth.path, truth.federated)
-        numbers = ground.image_index  # ids may be text
-        categories = [
-            {"id": c["id"], "name": str(c["id"]), "frequency": c.get("frequency", "f")}
-            for c in truth.data["categories"]
-        ]
-        annotations = [a for c in ground.class_ids for a in ground.annotations.get(c, ())]
-        self.truth = hotcoco.COCO(
-            {
-                "images": list(ground.images.values()),
-                "categories": categories,
-                "annotations": [
-                    ground.engine_annotation(a, n, task) for n, a in enumerate(annotations, 1)
-                ],
-            }
-        )
-        # the limit per image and the classes that count are those of the AP
-        kept = [
-            {**_fields(d, task), "image_id": numbers[image]}
-            for image, found in detections.items()
-            for d in ground.select(image, found, max_dets)
-        ]
-        self.found = self.truth.load_res(kept) if kept else None
-
-    def run(self, ids: Sequence[int]) -> Any:
-        """An evaluator of some classes that has matched and accumulated."""
-        found = self.found or self.truth.load_res([])
-        evaluator = hotcoco.COCOeval(self.truth, found, self.task, lvis_style=self.federated)
-        evaluator.params.cat_ids = list(ids)
-        evaluator.params.max_dets = [self.max_dets]
-        evaluator.evaluate()
-        evaluator.accumulate()
-        return evaluator
-
-    def confusion(self, ids: Sequence[int], min_score: float) -> np.ndarray:
-        """(K + 1, K + 1) counts, classes in the order of `ids`."""
-        found = self.found or self.truth.load_res([])
-        evaluator = hotcoco.COCOeval(self.truth, found, self.task, lvis_style=self.federated)
-        result = evaluator.confusion_matrix(iou_thr=IOU, max_det=self.max_dets, min_score=min_score)
-        order = [list(result["cat_ids"]).index(i) for i in ids] + [len(ids)]
-        return np.asarray(result["matrix"])[np.ix_(order, order)]
-
-
-def _fields(detection: dict, task: str) -> dict:
-    field = "bbox" if task == "bbox" else "segmentation"
-    return {k: detection[k] for k in ("category_id", "score", field)}
-
-
-def _curve(result: dict, params: Any, thresholds: Sequence[float]) -> Curve | None:
+def _curve(matcher: Matcher, own: np.ndarray, thresholds: Sequence[float]) -> Curve | None:
     """The mean curve over classes with ground truth; None where no class has any."""
-    at = int(np.argmin(np.abs(np.asarray(params.iou_thrs) - IOU)))
-    precision = np.asarray(result["precision"])[at, :, :, 0, -1]  # (101, K), -1: no ground truth
-    scores = np.asarray(result["scores"])[at, :, :, 0, -1]
+    at = int(np.argmin(np.abs(matcher.iou_thresholds - IOU)))
+    precision = matcher.accumulated["precision"][at][:, own, 0]  # (101, K), -1: no ground truth
+    scores = matcher.accumulated["scores"][at][:, own, 0]
     known = precision.max(axis=0) >= 0
     if not known.any():
         return None
     precision, scores = precision[:, known], scores[:, known]
-    recall, mean = np.asarray(params.rec_thrs), precision.mean(axis=1)
+    mean = precision.mean(axis=1)
     marks = {}
     for threshold in thresholds:
         above = ((scores >= threshold) & (precision > 0)).sum(axis=0)  # (K,) points reached
-        reached = float(np.where(above > 0, recall[(above - 1).clip(min=0)], 0.0).mean())
+        reached = float(np.where(above > 0, RECALLS[(above - 1).clip(min=0)], 0.0).mean())
         if above.any():
-            marks[float(threshold)] = (reached, float(np.interp(reached, recall, mean)))
-    return Curve(recall.tolist(), mean.tolist(), marks)
+            marks[float(threshold)] = (reached, float(np.interp(reached, RECALLS, mean)))
+    return Curve(RECALLS.tolist(), mean.tolist(), marks)
 
 
-def _calibration(evaluator: Any, name: str) -> dict[str, Calibration]:
-    found = evaluator.calibration(n_bins=10, iou_threshold=IOU)
-    if not found["num_detections"]:
-        return {}
-    bins = [
-        {
-            "lower": b["bin_lower"],
-            "upper": b["bin_upper"],
-            "confidence": b["avg_confidence"],
-            "accuracy": b["avg_accuracy"],
-            "count": b["count"],
-        }
-        for b in found["bins"]
-    ]
-    return {name: Calibration(found["ece"], found["num_detections"], bins)}
+def _calibrate(score: np.ndarray, right: np.ndarray, bins: int = 10) -> Calibration:
+    edges = np.linspace(0, 1, bins + 1)
+    place = (np.searchsorted(edges, score, side="left") - 1).clip(min=0)
+    count = np.bincount(place, minlength=bins)
+    divisor = count.clip(min=1)
+    confidence = np.bincount(place, score, bins) / divisor
+    accuracy = np.bincount(place, right, bins) / divisor
+    gap = np.abs(accuracy - confidence)
+    columns = (edges[:-1], edges[1:], confidence, accuracy, count)
+    keys = ("lower", "upper", "confidence", "accuracy", "count")
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return Calibration(
+        float((gap * count).sum() / len(score)),
+        float(gap.max()),
+        len(score),
+        [dict(zip(keys, row, strict=True)) for row in rows],
+    )
 
 
-def _errors(evaluator: Any) -> dict[str, dict[str, float]]:
-    found = evaluator.tide_errors(pos_thr=IOU, bg_thr=0.1)
-    return {
+def _errors(
+    truth: GroundTruth, matcher: Matcher, status: np.ndarray
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """TIDE's errors of the detections that count, and what became of the objects.
+
+    What does not count is taken out before, so that no rule is left for the engine to apply.
+    """
+    detections = matcher.detections.take(status != IGNORED)
+    plain = truth.without_rules()
+    found = Matcher(plain, detections, np.array([IOU])).tide_errors(bg_thr=0.1)
+    errors = {
         name: {"count": found["counts"][key], "AP50 lost": 100 * found["delta_ap"][key]}
         for key, name in ERRORS.items()
     }
+    total, right = len(plain.row), int((status == RIGHT).sum())
+    missed = found["counts"]["Miss"]
+    return errors, {"right": right, "taken by an error": total - right - missed, "missed": missed}
+
+
+def _confusion(
+    matcher: Matcher, status: np.ndarray, match: np.ndarray, min_score: float
+) -> np.ndarray:
+    """(K + 1, K + 1) counts.
+
+    What is right in the AP is right here; detections that are left take objects that are left, of
+    any class, the best score first.
+    """
+    truth, detections = matcher.truth, matcher.detections
+    classes = len(truth.class_ids)
+    matrix = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+    strong = detections.score >= min_score
+    right = strong & (status == RIGHT)
+    taken = np.zeros(len(truth.row), dtype=bool)
+    taken[match[right]] = True
+    np.add.at(matrix, (truth.category[match[right]], detections.category[right]), 1)
+    free = np.flatnonzero(strong & (status == WRONG))
+    free = free[np.lexsort((-detections.score[free], detections.image[free]))]
+    objects = np.flatnonzero(truth.counts & ~taken)
+    objects = objects[np.argsort(truth.image[objects], kind="stable")]
+    first = np.searchsorted(truth.image[objects], np.arange(truth.num_images + 1))
+    begin = np.searchsorted(detections.image[free], np.arange(truth.num_images + 1))
+    used = np.zeros(len(free), dtype=bool)
+    for image in np.flatnonzero((np.diff(first) > 0) & (np.diff(begin) > 0)).tolist():
+        own = objects[first[image] : first[image + 1]]
+        places = np.arange(begin[image], begin[image + 1])
+        iou = _overlaps(matcher, free[places], own)
+        for place, row in zip(places.tolist(), iou, strict=True):
+            best = int(row.argmax())
+            if row[best] >= IOU:
+                iou[:, best] = -1
+                used[place] = taken[own[best]] = True
+                matrix[truth.category[own[best]], detections.category[free[place]]] += 1
+    missed = truth.category[truth.counts & ~taken]
+    matrix[:classes, -1] += np.bincount(missed, minlength=classes)
+    alone = detections.category[free[~used]]
+    matrix[-1, :classes] += np.bincount(alone, minlength=classes)
+    return matrix
+
+
+def _overlaps(matcher: Matcher, chosen: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """IoU of some detections and objects of one image."""
+    truth, detections = matcher.truth, matcher.detections
+    crowd = [False] * len(objects)
+    if detections.masks is not None:
+        masks = [detections.masks[n] for n in chosen.tolist()]
+        return primitives.mask_iou(masks, [truth.rles[n] for n in objects.tolist()], crowd)
+    return primitives.bbox_iou(detections.box[chosen], truth.box[objects], crowd)
+
+
+def _best_thresholds(
+    matcher: Matcher, status: np.ndarray, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The score of the largest F1 of each class; of equal ones the highest."""
+    detections, objects = matcher.detections, matcher.truth.instances()
+    counted = np.flatnonzero(status != IGNORED)
+    order = counted[np.lexsort((-detections.score[counted], detections.category[counted]))]
+    starts = np.searchsorted(detections.category[order], np.arange(len(names) + 1))
+    found = {}
+    for k, name in enumerate(names):
+        own = order[starts[k] : starts[k + 1]]
+        right = np.cumsum(status[own] == RIGHT)
+        if not objects[k] or not len(own) or not right[-1]:
+            continue
+        score = detections.score[own]
+        last = np.append(score[1:] < score[:-1], True)  # of equal scores a threshold takes all
+        precision = (right / np.arange(1, len(own) + 1))[last]
+        recall = (right / objects[k])[last]
+        f1 = 2 * precision * recall / (precision + recall).clip(min=1e-12)
+        at = int(f1.argmax())
+        values = score[last][at], precision[at], recall[at], f1[at]
+        keys = ("score", "precision", "recall", "F1")
+        found[name] = dict(zip(keys, map(float, values), strict=True))
+    return found

@@ -3,6 +3,7 @@
 Objects have the colour of their class's frequency group, or of their class if there is one group. Images come by their rarest class.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from d2_balance.data import category_names, register_json
-from d2_balance.data.annotations import load_annotations, locate
+from d2_balance.data.annotations import Annotations, load_annotations, locate
 from d2_balance.data.catalog.register import load_dataset
 from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.columns import IMAGE_LABEL_KEYS
@@ -27,7 +28,7 @@ from d2_balance.utils.names import closest
 from d2_balance.utils.plotting import COLOURS, GROUP_COLOURS, new_figure, save_figure
 from d2_balance.utils.progress import progress
 
-from .predictions import read_predictions
+from .predictions import DetectionTexts, Predictions, read_predictions
 
 _WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small images
 _DPI = 100
@@ -252,11 +253,24 @@ def draw_dataset(
     found = None
     if predictions:
         truth = load_annotations(dataset, "dataset")
-        found = read_predictions(predictions, truth.data, truth.path)
+        found = _by_image(read_predictions(predictions, truth), truth)
     for path, record in zip(progress(paths, "drawing"), chosen, strict=True):
         detections = None if found is None else found.get(record["image_id"], [])
         save_figure(draw(record, classes, detections, min_score), path)
     return paths
+
+
+def _by_image(
+    predictions: Predictions, truth: Annotations
+) -> dict[int | str, list[dict[str, Any]]]:
+    """Detections as the dicts of their file, by image id."""
+    found: dict[int | str, list[dict[str, Any]]] = {}
+    if len(predictions):
+        ids = truth.image_id.tolist()
+        with DetectionTexts(predictions) as texts:
+            for row, image in enumerate(predictions.image.tolist()):
+                found.setdefault(ids[image], []).append(json.loads(texts.text(row)))
+    return found
 
 
 def _load(source: str, images: str | None) -> tuple[str, Sequence[dict[str, Any]]]:

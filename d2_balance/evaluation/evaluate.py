@@ -1,129 +1,242 @@
-"""Evaluates a prediction file without a model: what `d2-balance eval` does."""
+"""The one pipeline of an evaluation: AP, and what a report and a comparison are made from."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from d2_balance.data.annotations import Annotations
 from d2_balance.data.groups import LVIS_CUTS
 
-from .average_precision import GroundTruth, average_precision
-from .evaluators import COCOGroupEvaluator, LVISGroupEvaluator
-from .groups import group_metrics, resolve_groups, training_counts
+from .groups import TrainCounts, group_metrics, resolve_groups, training_counts
+from .matching import GroundTruth, Matcher, select
 from .per_class import class_records
-from .predictions import Detections
-from .record import Evaluation
+from .predictions import Predictions
+from .record import TASKS, Evaluation
 
-logger = logging.getLogger(__name__)
+MAX_DETS = {"lvis": 300, "coco": 100}
+"""Detections that count: of an image (LVIS), of an image and class (COCO)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """An evaluation, and by task the matches that it was made from."""
+
+    evaluation: Evaluation
+    matchers: dict[str, Matcher]
 
 
 def evaluate_predictions(
     truth: Annotations,
-    detections: Detections,
+    predictions: Predictions,
     *,
     train: Annotations | None = None,
     max_dets: int | None = None,
     tasks: Sequence[str] | None = None,
     cuts: tuple[int, int] | None = None,
 ) -> Evaluation:
-    """Evaluate detections as the evaluators of a training do.
+    """Evaluate a file of detections as the evaluators of a training do; see `measure`."""
+    return measure(
+        truth, predictions, train=train, max_dets=max_dets, tasks=tasks, cuts=cuts
+    ).evaluation
+
+
+def measure(
+    truth: Annotations,
+    predictions: Predictions,
+    *,
+    train: Annotations | None = None,
+    max_dets: int | None = None,
+    tasks: Sequence[str] | None = None,
+    cuts: tuple[int, int] | None = None,
+) -> Measured:
+    """Evaluate a file of detections.
 
     Args:
         truth: the ground truth.
-        detections: by image id, as `read_predictions` returns them.
+        predictions: what `read_predictions` returns.
         train: the training set, whose images per class give groups and counts; None: what the
             ground truth's file says of it (`frequency`, `image_count`).
-        max_dets: detections that count, at least 1; None: 300 per image (LVIS), 100 per image and
-            class (COCO).
+        max_dets: detections that count, at least 1; None: `MAX_DETS`.
         tasks: of "bbox", "segm"; None: those that all detections have a box or a mask for.
         cuts: highest image count of a rare and of a common class; replaces the file's groups.
 
     Raises:
         ValueError: an argument out of range, or a task that the detections have nothing for.
     """
-    evaluator = LVISGroupEvaluator if truth.federated else COCOGroupEvaluator
-    max_dets = evaluator.default_max_dets if max_dets is None else max_dets
-    if max_dets < 1:
-        raise ValueError(f"max_dets must be at least 1, not {max_dets}")
+    max_dets = checked_max_dets(max_dets, truth.federated)
     notes: list[str] = []
-    if not any(detections.values()):
+    if not len(predictions):
         notes.append(
             "the predictions hold no detection, so that every AP is 0; a model that finds nothing "
             "may have a score threshold (SCORE_THRESH_TEST) above all its scores"
         )
-    ground = ground_truth(truth, notes)
-    tasks = _tasks(tasks, detections, ground, notes)
-    kept = {
-        image: ground.select(image, found, max_dets)
-        for image, found in detections.items()
-        if image in ground.image_index
+    grounds = {t: GroundTruth(truth, t) for t in _able(tasks, predictions)}
+    chosen = usable_tasks(grounds, tasks, notes)
+    notes[:0] = ground_notes(truth, grounds, chosen)
+    matchers = {
+        task: Matcher(grounds[task], select(grounds[task], predictions, max_dets))
+        for task in chosen
     }
-    tables = {task: average_precision(ground, kept, task, max_dets) for task in tasks}
-    names = list(truth.class_names.values())
-    by_id = {c["id"]: c for c in truth.data["categories"]}
-    in_file = [by_id[i] for i in ground.class_ids] if truth.federated else []
+    if cuts is not None and train is None and truth.training_image_count is None:
+        raise ValueError(
+            f"the cuts {cuts[0]} and {cuts[1]} are numbers of training images, and {truth.name} does "
+            "not say them; name the training set with --train"
+        )
     given = None if train is None else train.image_count()
-    if given is not None:
-        notes += _unseen(names, given, truth.name, train.name)
-    counts = training_counts(names, given, in_file, truth.name)
-    letters = in_file if train is None and cuts is None else []
-    groups = resolve_groups(names, None, letters, counts, cuts or LVIS_CUTS)
-    results = {}
-    for task, table in tables.items():
-        results[task], reasons = group_metrics(table, groups, truth.name)
-        notes += [reason for reason in reasons if reason not in notes]
-    if any(kept.values()) and not any(metrics["AP50"] > 0 for metrics in results.values()):
-        notes.append(
+    if given is not None and train is not None:
+        notes += _unseen(list(truth.class_names.values()), given, truth.name, train.name)
+    in_file = truth.federated and train is None and cuts is None
+    evaluation = record(
+        matchers,
+        max_dets=max_dets,
+        detections=len(predictions),
+        train="" if train is None else train.name,
+        counts=given,
+        groups_of_file=in_file,
+        cuts=cuts,
+        notes=notes,
+    )
+    results = evaluation.results
+    if any(len(m.detections) for m in matchers.values()) and not any(
+        metrics["AP50"] > 0 for metrics in results.values()
+    ):
+        evaluation.notes.append(
             f"not one detection fits an object of {truth.name} at IoU 0.5; see whether the "
             "predictions are for another dataset with the same ids, or their boxes are x0, y0, "
             "x1, y1 or relative, not x, y, width, height in pixels"
         )
-    instances = [ground.instance_count(c) for c in ground.class_ids]
+    return Measured(evaluation, matchers)
+
+
+def record(
+    matchers: Mapping[str, Matcher],
+    *,
+    max_dets: int,
+    detections: int,
+    train: str,
+    counts: TrainCounts,
+    groups_of_file: bool,
+    cuts: tuple[int, int] | None,
+    notes: Sequence[str],
+    groups: Mapping[str, str] | None = None,
+    names: Sequence[str] | None = None,
+) -> Evaluation:
+    """Put the figures of matched detections together.
+
+    Args:
+        matchers: by task.
+        max_dets: detections that count.
+        detections: number of detections of the file.
+        train: the training set as the user named it.
+        counts: training images by class name, see `training_counts`.
+        groups_of_file: whether the file's groups count.
+        cuts: highest image count of a rare and of a common class; None: LVIS's.
+        notes: what is noted already.
+        groups: class name to "r", "c" or "f"; comes first.
+        names: (K,) class names; None: those of the file.
+    """
+    ground = next(iter(matchers.values())).truth
+    truth = ground.annotations
+    names = list(truth.class_names.values()) if names is None else list(names)
+    own = truth.training_image_count if truth.federated else None
+    images = training_counts(names, counts, own, truth.name)
+    letters = resolve_groups(
+        names, groups, truth.file_groups if groups_of_file else None, images, cuts or LVIS_CUTS
+    )
+    tables = {task: matcher.table() for task, matcher in matchers.items()}
+    results, notes = {}, list(notes)
+    for task, table in tables.items():
+        results[task], reasons = group_metrics(table, letters, truth.name)
+        notes += [reason for reason in reasons if reason not in notes]
+    instances = ground.instances().tolist()
     return Evaluation(
         dataset=truth.name,
-        train="" if train is None else train.name,
+        train=train,
         rules="lvis" if truth.federated else "coco",
         max_dets=max_dets,
-        images=len(ground.images),
-        detections=sum(map(len, detections.values())),
+        images=ground.num_images,
+        detections=detections,
         results=results,
-        classes=class_records(ground.class_ids, names, groups, counts, instances, tables),
+        classes=class_records(ground.class_ids, names, letters, images, instances, tables),
         notes=notes,
     )
 
 
-def ground_truth(truth: Annotations, notes: list[str]) -> GroundTruth:
-    """The annotations for the engine without the bad ones, which `notes` gets a line about."""
+def checked_max_dets(max_dets: int | None, federated: bool) -> int:
+    """Return the limit of detections; raise ValueError below 1."""
+    limit = MAX_DETS["lvis" if federated else "coco"] if max_dets is None else max_dets
+    if limit < 1:
+        raise ValueError(f"max_dets must be at least 1, not {limit}")
+    return limit
+
+
+def ground_notes(
+    truth: Annotations, grounds: Mapping[str, GroundTruth], tasks: Collection[str]
+) -> list[str]:
+    """Say what of the ground truth does not count."""
+    notes = []
     report = truth.report
     if report.total:
         notes.append(
             f"{report.total} bad annotations of {truth.path} not evaluated: {report.counts}"
         )
+    if "segm" in tasks and report.bad_masks:
+        counts = {reason: len(ids) for reason, ids in report.bad_masks.items()}
+        total = sum(counts.values())
+        notes.append(
+            f"{total} objects of {truth.path} with bad masks do not count in mask AP, nor detections of them: {counts}"
+        )
+    left_out = max((grounds[task].left_out for task in tasks), default=0)
+    if left_out:
+        notes.append(f"{left_out} objects of area 0 do not count, by the rules of LVIS")
+    ground = grounds[next(iter(tasks))]
+    seen = np.bincount(ground.category, minlength=len(ground.class_ids))
+    hidden = np.flatnonzero((seen > 0) & (ground.instances() == 0)).tolist()
+    if hidden:
+        field = "ignore" if truth.federated else "iscrowd"
+        names = list(truth.class_names.values())
+        notes.append(f"no AP for {_some([names[k] for k in hidden])}: every object has {field} 1")
     if truth.federated and not len(truth.negative.category):
         notes.append(
             f"{truth.name} lists no absent classes (neg_category_ids): detections count only where "
             "their class is annotated"
         )
-    return GroundTruth(truth.data, truth.path, truth.federated)
+    return notes
 
 
-def _tasks(
-    tasks: Sequence[str] | None, detections: Detections, ground: GroundTruth, notes: list[str]
-) -> list[str]:
-    fields = {"bbox": "bbox", "segm": "segmentation"}
-    if tasks is not None and not set(tasks) <= set(fields):
-        raise ValueError(f"tasks {tuple(tasks)}: allowed are {tuple(fields)}")
+def _able(tasks: Sequence[str] | None, predictions: Predictions) -> list[str]:
+    """Tasks that every detection has something for."""
+    if tasks is not None and not set(tasks) <= set(TASKS):
+        raise ValueError(f"tasks {tuple(tasks)}: must be of {tuple(TASKS)}")
     able = []
-    for task, name in fields.items():
-        found = [d.get(name) is not None for dets in detections.values() for d in dets]
-        if all(found) and (found or task == "bbox"):
+    has = {"bbox": ~np.isnan(predictions.box[:, 0]), "segm": predictions.has_mask}
+    for task, given in has.items():
+        if given.all() and (len(given) or task == "bbox"):
             able.append(task)
         elif tasks is not None and task in tasks:
-            missing = len(found) - sum(found)
+            name = {"bbox": "bbox", "segm": "segmentation"}[task]
+            missing = len(given) - int(given.sum())
             raise ValueError(f"{task} needs {name!r} in every detection; {missing} have none")
-    if "segm" in able and ground.without_mask:
+    return able
+
+
+def usable_tasks(
+    grounds: Mapping[str, GroundTruth], tasks: Sequence[str] | None, notes: list[str]
+) -> list[str]:
+    """Tasks of `tasks` that the ground truth has something for; `notes` says which it has not.
+
+    Raises:
+        ValueError: none is left.
+    """
+    able = list(grounds)
+    if "segm" in able and grounds["segm"].without_mask:
+        lacking = grounds["segm"].without_mask
         notes.append(
-            f"segm is not evaluated: {len(ground.without_mask)} annotations have no segmentation, "
-            f"the first is {ground.without_mask[0]}"
+            f"segm is not evaluated: {len(lacking)} annotations of "
+            f"{grounds['segm'].annotations.name} have no segmentation, the first is {lacking[0]}"
         )
         able.remove("segm")
     able = [task for task in able if tasks is None or task in tasks]
@@ -135,12 +248,15 @@ def _tasks(
 def _unseen(names: Sequence[str], counts: Mapping[str, int], dataset: str, train: str) -> list[str]:
     lacking = [name for name in names if name not in counts]
     unseen = [name for name in names if counts.get(name) == 0]
-    notes = []
-    for found, what in (
-        (lacking, f"not listed in {train}"),
-        (unseen, f"without object in {train}"),
-    ):
-        if found:
-            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-            notes.append(f"{len(found)} of {len(names)} classes of {dataset} are {what}: {shown}")
-    return notes
+    return [
+        f"{len(classes)} of {len(names)} classes of {dataset} are {what}: {_some(classes)}"
+        for classes, what in (
+            (lacking, f"not listed in {train}"),
+            (unseen, f"without object in {train}"),
+        )
+        if classes
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

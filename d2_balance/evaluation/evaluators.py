@@ -1,49 +1,61 @@
 """Detectron2 evaluators that report AP by frequency group and by class.
 
 Both keep Detectron2's interface (`reset`, `process`, `evaluate`) and the layout of its results,
-{"bbox": {"AP": ..}, "segm": {..}} in percent. They differ in the engine (faster-coco-eval), in what
+{"bbox": {"AP": ..}, "segm": {..}} in percent. They differ in the engine (see `matching`), in what
 they say without ground truth (NaN and the reason, never -1), in empty predictions (AP 0) and in
 memory (every rank writes its own file; nothing is gathered).
 """
 
+from __future__ import annotations
+
 import copy
+import dataclasses
 import json
 import logging
 import math
 import os
 import tempfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table, log_first_n
 
-from d2_balance.data import bad_annotations
+from d2_balance.data import ClassCounts
+from d2_balance.data.annotations import Annotations, read_annotations
+from d2_balance.data.columns import category_name
 from d2_balance.data.unreadable import SKIPPED, listed_images
-from d2_balance.utils.progress import progress
+from d2_balance.utils.files import read_json
 
-from .average_precision import APTable, GroundTruth, average_precision
+from .evaluate import checked_max_dets, ground_notes, record, usable_tasks
 from .files import RankPredictions, file_name_of
-from .groups import (
-    TrainCounts,
-    check_groups,
-    group_metrics,
-    log_classes_without_truth,
-    resolve_groups,
-    training_counts,
-)
-from .per_class import class_records, write_per_class
-from .record import Evaluation
+from .groups import TrainCounts, check_groups, classes_without_truth
+from .matching import GroundTruth, Matcher, select
+from .per_class import write_per_class
+from .predictions import Predictions, read_predictions
 
 TASKS = ("bbox", "segm")
 
 logger = logging.getLogger(__name__)
 
 
-class COCOGroupEvaluator(COCOEvaluator):
+class COCOGroupEvaluator(DatasetEvaluator):
     """COCO metrics, plus APr, APc, APf by the classes' images in the training set.
 
     After `evaluate()` on rank 0, `per_class` holds one record per class (see `class_records`). With
@@ -68,7 +80,6 @@ class COCOGroupEvaluator(COCOEvaluator):
     """
 
     federated = False
-    default_max_dets = 100
 
     def __init__(
         self,
@@ -83,27 +94,35 @@ class COCOGroupEvaluator(COCOEvaluator):
         cuts: tuple[int, int] = (10, 100),
     ):
         if tasks is not None and not set(tasks) <= set(TASKS):
-            raise ValueError(f"tasks {tuple(tasks)}: allowed are {TASKS}")
-        max_dets = self.default_max_dets if max_dets is None else max_dets
-        if max_dets < 1:
-            raise ValueError(f"max_dets must be at least 1, got {max_dets}")
+            raise ValueError(f"tasks {tuple(tasks)}: must be of {TASKS}")
+        max_dets = checked_max_dets(max_dets, self.federated)
         check_groups(groups)
         if self.federated and not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
             raise ValueError(
                 f"dataset {dataset_name}: LVIS evaluation reads the image-level labels from its "
                 "file; the metadata must name it as json_file"
             )
-        try:
-            super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"dataset {dataset_name}: json_file is no JSON: {error}") from error
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._tasks, self._distributed, self._output_dir = tasks, distributed, output_dir
+        self._cpu_device = torch.device("cpu")
+        if not hasattr(self._metadata, "json_file"):
+            if output_dir is None:
+                raise ValueError(
+                    f"dataset {dataset_name} has no json_file in its metadata, and is converted to "
+                    "one; the evaluator needs an output_dir for it"
+                )
+            cache = os.path.join(output_dir, f"{file_name_of(dataset_name)}_coco_format.json")
+            self._metadata.json_file = cache
+            convert_to_coco_json(dataset_name, cache, allow_cached=True)
+        path = PathManager.get_local_path(self._metadata.json_file)
+        self._truth, self._do_evaluation = _read(path, dataset_name, self.federated)
         self.per_class: dict[str, dict] = {}
         self._dataset_name = dataset_name
         self._max_dets = max_dets
         self._groups = groups
         self._train_image_count = train_image_count
         self._cuts = cuts
-        self._files = None
+        self._files: RankPredictions | None = None
 
     def reset(self) -> None:
         """Forget all predictions."""
@@ -160,13 +179,9 @@ class COCOGroupEvaluator(COCOEvaluator):
                 return {}
             notes = self._left_out(unreadable)
             if unreadable:
-                every = self._coco_api.imgs if img_ids is None else img_ids
+                every = self._truth.image_id.tolist() if img_ids is None else img_ids
                 img_ids = [i for i in every if i not in unreadable]
-            if unreadable and not img_ids:
-                logger.error(f"{self._dataset_name}: no image can be read; nothing is evaluated")
-                return {}
-            truth = self._ground_truth(img_ids)
-            detections, has_masks = self._merge(truth)
+            predictions, has_masks = self._merge()
         finally:
             self._files = None
             # No rank may start its next evaluation in the same directory before the merge is done.
@@ -175,98 +190,94 @@ class COCOGroupEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info(f"{self._dataset_name} has no annotations: predictions saved only")
             return {}
-        tables = {
-            task: average_precision(truth, detections, task, self._max_dets)
-            for task in self._tasks_of(truth, has_masks)
-        }
-        return self._report(truth, tables, notes)
+        if unreadable and not img_ids:
+            logger.error(f"{self._dataset_name}: no image can be read; nothing is evaluated")
+            return {}
+        return self._report(predictions, self._tasks_of(has_masks), img_ids, notes)
 
     def _left_out(self, unreadable: Mapping[int | str, tuple[str, str]]) -> list[str]:
         """Log and return what a reader of the figures must know of images that were not read."""
         if not unreadable:
             return []
         note = (
-            f"{len(unreadable)} of {len(self._coco_api.imgs)} images of {self._dataset_name} cannot "
-            f"be read and are left out: {listed_images(dict(unreadable.values()))}"
+            f"{len(unreadable)} of {len(self._truth.image_id)} images of {self._dataset_name} "
+            f"cannot be read and are left out: {listed_images(dict(unreadable.values()))}"
         )
         logger.warning(note)
         return [note]
 
-    def _ground_truth(self, img_ids: list | None) -> GroundTruth:
-        report = bad_annotations(self._dataset_name)
-        skip = {i for ids in report.skipped.values() for i in ids} if report else set()
-        if skip:
-            logger.warning(f"{len(skip)} bad annotations of {self._dataset_name} not evaluated")
-        dataset = self._coco_api.dataset
-        if self.federated and not any(i.get("neg_category_ids") for i in dataset["images"]):
-            logger.warning(
-                f"{self._dataset_name} lists no absent classes (neg_category_ids): detections "
-                "count only where their class is annotated"
-            )
-        return GroundTruth(dataset, self._dataset_name, self.federated, img_ids, skip)
-
-    def _merge(self, truth: GroundTruth) -> tuple[dict[int | str, list[dict]], bool]:
-        """Save all ranks' predictions and return those that can count, by image."""
+    def _merge(self) -> tuple[Predictions, bool]:
+        """Save all ranks' predictions as one file and read it; and whether the model gives masks."""
+        assert self._files is not None
         ranks = list(range(comm.get_world_size())) if self._distributed else [comm.get_rank()]
-        if self._output_dir:
-            name = f"predictions_{file_name_of(self._dataset_name)}.json"
-            self._files.write_results(ranks, os.path.join(self._output_dir, name))
-        detections, has_masks, self._found = {}, False, 0
-        lines = self._files.read(ranks)
-        for image_id, masks, found in progress(lines, "reading predictions"):
+        directory = self._output_dir or self._files.directory
+        path = os.path.join(directory, f"predictions_{file_name_of(self._dataset_name)}.json")
+        has_masks = False
+        known = set(self._truth.image_id.tolist())
+        for image_id, masks in self._files.heads(ranks):
             has_masks |= masks
-            self._found += len(found)
-            if image_id not in self._coco_api.imgs:
+            if image_id not in known:
                 name = self._dataset_name
                 raise ValueError(f"predictions for image {image_id!r}, which is not in {name}")
-            if image_id in truth.image_index:
-                detections[image_id] = truth.select(image_id, found, self._max_dets)
+        self._files.write_results(ranks, path)
+        predictions = read_predictions(path, self._truth)
+        if not self._output_dir:
+            if predictions.has_mask.any():
+                predictions.load_masks()
+            os.remove(path)
         self._files.remove(ranks)
-        return detections, has_masks
+        return predictions, has_masks
 
-    def _report(self, truth: GroundTruth, tables: dict[str, APTable], notes: list[str]) -> dict:
-        names = self._class_names(truth.class_ids)
-        in_file = [self._coco_api.cats[c] for c in truth.class_ids] if self.federated else []
-        counts = training_counts(names, self._train_image_count, in_file, self._dataset_name)
-        groups = resolve_groups(names, self._groups, in_file, counts, self._cuts)
-        self._results = OrderedDict()
-        for task, table in tables.items():
-            metrics, reasons = group_metrics(table, groups, self._dataset_name)
-            self._results[task] = metrics
+    def _report(
+        self,
+        predictions: Predictions,
+        tasks: list[str],
+        img_ids: list | None,
+        notes: list[str],
+    ) -> dict:
+        lacking: list[str] = []
+        grounds = {task: GroundTruth(self._truth, task, img_ids) for task in tasks}
+        tasks = usable_tasks(grounds, tasks, lacking)
+        own = ground_notes(self._truth, grounds, tasks) + lacking
+        for note in own:
+            logger.warning(note)
+        notes = notes + own
+        matchers = {
+            task: Matcher(grounds[task], select(grounds[task], predictions, self._max_dets))
+            for task in tasks
+        }
+        evaluation = record(
+            matchers,
+            max_dets=self._max_dets,
+            detections=len(predictions),
+            train="",
+            counts=self._train_image_count,
+            groups_of_file=self.federated,
+            cuts=self._cuts,
+            notes=notes,
+            groups=self._groups,
+            names=self._class_names(grounds[tasks[0]].class_ids),
+        )
+        for task, metrics in evaluation.results.items():
             logger.info(f"Evaluation results for {task}:\n{create_small_table(metrics)}")
-            notes += [reason for reason in reasons if reason not in notes]
-            for reason in reasons:
-                log_first_n(logging.WARNING, reason, key="message")
-        instances = [truth.instance_count(c) for c in truth.class_ids]
-        log_classes_without_truth(names, instances, self._dataset_name)
-        self.per_class = class_records(truth.class_ids, names, groups, counts, instances, tables)
+        for reason in evaluation.notes[len(notes) :]:
+            log_first_n(logging.WARNING, reason, key="message")
+        instances = [r["instances"] for r in evaluation.classes.values()]
+        if message := classes_without_truth(
+            list(evaluation.classes), instances, self._dataset_name
+        ):
+            log_first_n(logging.WARNING, message, key="message")
+        self.per_class = evaluation.classes
         if self._output_dir:
             name = file_name_of(self._dataset_name)
             write_per_class(self.per_class, os.path.join(self._output_dir, f"per_class_ap_{name}"))
-            figures = Evaluation(
-                dataset=self._dataset_name,
-                train="",
-                rules="lvis" if self.federated else "coco",
-                max_dets=self._max_dets,
-                images=len(truth.images),
-                detections=self._found,
-                results=dict(self._results),
-                classes=self.per_class,
-                notes=notes,
-            )
-            figures.write(os.path.join(self._output_dir, f"evaluation_{name}.json"))
-        return copy.deepcopy(self._results)
+            evaluation.write(os.path.join(self._output_dir, f"evaluation_{name}.json"))
+        return copy.deepcopy(evaluation.results)
 
-    def _tasks_of(self, truth: GroundTruth, has_masks: bool) -> list[str]:
+    def _tasks_of(self, has_masks: bool) -> list[str]:
         tasks = self._tasks or (TASKS if has_masks else TASKS[:1])
         if "segm" in tasks and not has_masks:
             logger.warning("segm is not evaluated: the model gives no masks")
-            return [t for t in tasks if t != "segm"]
-        if "segm" in tasks and truth.without_mask:
-            logger.warning(
-                f"segm is not evaluated: {len(truth.without_mask)} annotations of "
-                f"{self._dataset_name} have no segmentation, the first is {truth.without_mask[0]}"
-            )
             return [t for t in tasks if t != "segm"]
         return list(tasks)
 
@@ -282,7 +293,7 @@ class COCOGroupEvaluator(COCOEvaluator):
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping is not None:
             return {index: category for category, index in mapping.items()}
-        ids = sorted(self._coco_api.cats)
+        ids = self._truth.category_id.tolist()
         # Without a mapping Detectron2's loaders subtract 1 from LVIS ids and count COCO ids.
         return {c - 1: c for c in ids} if self.federated else dict(enumerate(ids))
 
@@ -297,6 +308,7 @@ class COCOGroupEvaluator(COCOEvaluator):
 
     def _is_finite(self, detection: dict) -> bool:
         finite = all(map(math.isfinite, (detection["score"], *detection["bbox"])))
+        finite = finite and min(detection["bbox"][2:]) >= 0
         self._skipped += not finite
         return finite
 
@@ -304,8 +316,8 @@ class COCOGroupEvaluator(COCOEvaluator):
         """Names as in training (`thing_classes`), else as in the file."""
         index = {c: i for i, c in self._category_ids.items()}
         known = dict(enumerate(self._metadata.get("thing_classes") or ()))
-        in_file = self._coco_api.cats
-        return [known.get(index.get(c)) or str(in_file[c].get("name", c)) for c in class_ids]
+        in_file = self._truth.class_names
+        return [known.get(index.get(c, -1)) or in_file[c] for c in class_ids]
 
 
 class LVISGroupEvaluator(COCOGroupEvaluator):
@@ -323,4 +335,117 @@ class LVISGroupEvaluator(COCOGroupEvaluator):
     """
 
     federated = True
-    default_max_dets = 300
+
+
+def _read(path: str, name: str, federated: bool) -> tuple[Annotations, bool]:
+    """The annotations, and whether there are any.
+
+    A training must not end at what its loader let pass: two classes of one name get their ids in
+    it, and a file without annotations is one of images to predict on.
+    """
+    try:
+        truth, annotated = read_annotations(path), True
+    except ValueError as error:
+        try:
+            data = read_json(path)
+        except ValueError as broken:
+            raise ValueError(f"dataset {name}: json_file is no JSON: {broken}") from broken
+        annotated = "annotations" in data
+        names = Counter(category_name(c) for c in data.get("categories", ()))
+        if annotated and max(names.values(), default=1) == 1:
+            raise ValueError(f"dataset {name}: {error}") from error
+        categories = [
+            {
+                **c,
+                "name": f"{category_name(c)} (id {c['id']})"
+                if names[category_name(c)] > 1
+                else category_name(c),
+            }
+            for c in data["categories"]
+        ]
+        data = {**data, "categories": categories, "annotations": data.get("annotations", [])}
+        with tempfile.TemporaryDirectory(prefix="d2_balance_") as directory:
+            copy_path = os.path.join(directory, os.path.basename(path))
+            with open(copy_path, "w", encoding="utf-8") as file:
+                json.dump(data, file)
+            truth = read_annotations(copy_path)
+    return dataclasses.replace(truth, name=name, path=path, federated=federated), annotated
+
+
+_BY_GROUP = {"coco": COCOGroupEvaluator, "lvis": LVISGroupEvaluator}
+_DETECTRON2: dict[str, Callable[[str, str], DatasetEvaluator]] = {
+    "cityscapes_instance": lambda name, _: CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, _: CityscapesSemSegEvaluator(name),
+    "coco_panoptic_seg": lambda name, directory: DatasetEvaluators(
+        [
+            SemSegEvaluator(name, output_dir=directory),
+            COCOEvaluator(name, output_dir=directory),
+            COCOPanopticEvaluator(name, directory),
+        ]
+    ),
+    "pascal_voc": lambda name, _: PascalVOCDetectionEvaluator(name),
+    "sem_seg": lambda name, directory: SemSegEvaluator(name, output_dir=directory),
+}
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+) -> DatasetEvaluator:
+    """Evaluator for a registered dataset, by the `evaluator_type` of its metadata.
+
+    "lvis" and "coco" give the evaluators with AP by frequency group; the groups, where the file
+    does not have them, are counted on cfg.DATASETS.TRAIN. Models with keypoints and other types of
+    datasets get Detectron2's own evaluators.
+
+    Args:
+        cfg: config with DATASETS.TRAIN, MODEL.KEYPOINT_ON and OUTPUT_DIR.
+        dataset_name: name in the MetadataCatalog.
+        output_dir: directory for predictions and tables; None: OUTPUT_DIR/inference.
+
+    Raises:
+        ValueError: a type without evaluator, or TEST.EVAL_MAX_DETS below 0.
+    """
+    if output_dir is None:
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type == "coco" and cfg.MODEL.KEYPOINT_ON:
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        return COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
+    if evaluator_type in _BY_GROUP:
+        return _BY_GROUP[evaluator_type](
+            dataset_name,
+            output_dir=output_dir,
+            max_dets=_max_dets(cfg),
+            train_image_count=lambda: _train_counts(cfg),
+        )
+    if evaluator_type in _DETECTRON2:
+        return _DETECTRON2[evaluator_type](dataset_name, output_dir)
+    raise ValueError(
+        f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r} in its metadata; it must be one of "
+        + ", ".join(sorted([*_BY_GROUP, *_DETECTRON2]))
+    )
+
+
+def _max_dets(cfg: CfgNode) -> int | None:
+    limit = cfg.TEST.get("EVAL_MAX_DETS", 0)
+    if limit < 0:
+        raise ValueError(
+            f"TEST.EVAL_MAX_DETS is {limit}; it must be 0 for the rules' own limit, or the number "
+            "of detections that count"
+        )
+    return limit or None
+
+
+def _train_counts(cfg: CfgNode) -> dict[str, int] | None:
+    """Image count by class name on the training sets, or None where they cannot be read."""
+    if "BALANCE" not in cfg.MODEL:
+        logger.warning("no class counts: the config lacks MODEL.BALANCE (add_balance_config)")
+        return None
+    try:
+        statistics = ClassCounts.from_config(cfg)
+    except (OSError, KeyError, ValueError) as error:
+        # Evaluating a checkpoint must be possible where the training set is not.
+        logger.warning(f"no class counts of {tuple(cfg.DATASETS.TRAIN)}: {error}")
+        return None
+    counts = [int(n) for n in statistics.image_count]
+    return dict(zip(statistics.class_names, counts, strict=True))

@@ -39,11 +39,11 @@ class RankPredictions:
         with open(self._own, "a") as f:
             f.write(f"{head}\t{json.dumps(detections)}\n")
 
-    def read(self, ranks: list[int]) -> Iterator[tuple[int | str, bool, list[dict]]]:
-        """Yield (image id, whether the model gives masks, detections) of the given ranks."""
-        for head, body in self._lines(ranks):
-            head = json.loads(head)
-            yield head["image_id"], head["masks"], json.loads(body)
+    def heads(self, ranks: list[int]) -> Iterator[tuple[int | str, bool]]:
+        """Yield (image id, whether the model gives masks) of the given ranks."""
+        for text, _ in self._lines(ranks):
+            head = json.loads(text)
+            yield head["image_id"], head["masks"]
 
     def write_results(self, ranks: list[int], path: str) -> None:
         """Write all detections as one COCO result list to `path`, atomically."""

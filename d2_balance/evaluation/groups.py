@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from detectron2.utils.logger import log_first_n
 
 from d2_balance.data.groups import GROUPS, groups_from_counts
 
-from .average_precision import SIZES, APTable
+from .matching import SIZES, APTable
 
 TrainCounts = Mapping[str, int] | Callable[[], Mapping[str, int] | None] | None
 
@@ -29,7 +28,7 @@ def check_groups(groups: Mapping[str, str] | None) -> None:
 def training_counts(
     names: Sequence[str],
     given: TrainCounts,
-    categories: Sequence[Mapping],
+    in_file: Sequence[int] | None,
     dataset_name: str,
 ) -> list[int | None]:
     """Training images that hold each class, None where unknown.
@@ -40,12 +39,12 @@ def training_counts(
     Args:
         names: (K,) class names.
         given: counts by class name, a function that returns them (or None), or None.
-        categories: (K,) entries of an LVIS-style file; empty for other files.
+        in_file: (K,) counts of the training set that the file gives, or None.
         dataset_name: for messages.
     """
     if not isinstance(given, Mapping):
-        if categories and all("image_count" in c for c in categories):
-            return [c["image_count"] for c in categories]
+        if in_file is not None:
+            return list(in_file)
         given = None if given is None else given()
     if given is None:
         return [None] * len(names)
@@ -62,7 +61,7 @@ def training_counts(
 def resolve_groups(
     names: Sequence[str],
     given: Mapping[str, str] | None,
-    categories: Sequence[Mapping],
+    in_file: Sequence[str] | None,
     counts: Sequence[int | None],
     cuts: tuple[int, int],
 ) -> list[str | None]:
@@ -71,15 +70,14 @@ def resolve_groups(
     Args:
         names: (K,) class names, the keys of `given`.
         given: group by class name, or None.
-        categories: (K,) entries of an LVIS-style file, whose `frequency` is used where all have
-            it; empty for other files.
+        in_file: (K,) groups that the file gives, or None.
         counts: (K,) training images by class, None where unknown.
         cuts: as in `groups_from_counts`.
     """
     if given is not None:
         return [given.get(name) for name in names]
-    if categories and all(c.get("frequency") in GROUPS for c in categories):
-        return [c["frequency"] for c in categories]
+    if in_file is not None:
+        return list(in_file)
     return [None if n is None else groups_from_counts([n], cuts)[0] for n in counts]
 
 
@@ -119,12 +117,11 @@ def group_metrics(
     return metrics, reasons
 
 
-def log_classes_without_truth(
-    names: Sequence[str], instances: Sequence[int], dataset_name: str
-) -> None:
-    """Say once which of the classes have no ground truth, and hence no AP."""
+def classes_without_truth(names: Sequence[str], instances: Sequence[int], dataset_name: str) -> str:
+    """Say which of the classes have no ground truth, and hence no AP; "" if all have some."""
     empty = [name for name, count in zip(names, instances, strict=True) if not count]
-    if empty:
-        shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        message = f"AP is NaN for {len(empty)} of {len(names)} classes: no ground truth of them"
-        log_first_n(logging.WARNING, f"{message} in {dataset_name}: {shown}", key="message")
+    if not empty:
+        return ""
+    shown = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+    message = f"AP is NaN for {len(empty)} of {len(names)} classes: no ground truth of them"
+    return f"{message} in {dataset_name}: {shown}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from d2_balance.utils.files import atomic_path
 
-from .average_precision import APTable
+from .matching import APTable
 
 
 def class_records(

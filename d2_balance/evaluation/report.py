@@ -116,7 +116,7 @@ def plot_curves(found: Diagnosis) -> Figure:
 
 
 def plot_calibration(found: Diagnosis) -> Figure:
-    """Share of right detections over confidence, one panel a group."""
+    """Fraction of right detections over confidence, one panel a group."""
     groups = found.calibration
     figure = new_figure(2.9 * max(len(groups), 1), 3.1)
     panels = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
@@ -126,14 +126,15 @@ def plot_calibration(found: Diagnosis) -> Figure:
         heights = [b["accuracy"] for b in bins]
         axes.bar(left, heights, width=0.1, align="edge", color=COLOURS[name], alpha=0.75)
         axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1)
-        axes.set_title(f"{name}: ECE {part.ece:.3f}\n{part.detections:,} detections", fontsize=9)
+        head = f"{name}: ECE {part.ece:.3f}, MCE {part.mce:.3f}"
+        axes.set_title(f"{head}\n{part.detections:,} detections", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
-    panels[0].set_ylabel("share that is right")
+    panels[0].set_ylabel("fraction that is right")
     return _plain(figure)
 
 
 def plot_errors(found: Diagnosis) -> Figure:
-    """AP50 that each kind of error costs, and how often it occurs."""
+    """AP50 that each type of error costs, and how often it occurs."""
     figure = new_figure(7.5, 2.8)
     axes = figure.add_subplot()
     names = list(found.errors)[::-1]
@@ -150,7 +151,7 @@ def plot_errors(found: Diagnosis) -> Figure:
 
 
 def plot_confusion(found: Diagnosis) -> Figure:
-    """Shares of each class's objects; of many classes those that are confused most."""
+    """Fractions of each class's objects; of many classes those that are confused most."""
     matrix = found.confusion.astype(float)
     shown = list(range(len(found.classes)))
     if len(shown) > MOST_CLASSES:
@@ -171,7 +172,7 @@ def plot_confusion(found: Diagnosis) -> Figure:
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="detected as", ylabel="object")
-    figure.colorbar(image, shrink=0.7, label="share of the class's objects")
+    figure.colorbar(image, shrink=0.7, label="fraction of the class's objects")
     return figure
 
 
@@ -202,21 +203,37 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
     page.table(rows, ["", *metrics])
     page.items(found.notes) if found.notes else None
     for part in parts:
-        kind = TASKS[part.task]
-        page.heading(f"Precision and recall ({kind})")
+        task = TASKS[part.task]
+        if part.notes:
+            page.items(part.notes)
+        page.heading(f"Precision and recall ({task})")
         text = "Means over the classes of a group, at IoU 0.5. Marks show where a score threshold "
         page.figure(plot_curves(part), text + "cuts the curve.")
-        page.heading(f"Calibration ({kind})")
+        page.heading(f"Calibration ({task})")
         text = "A bar below the dashed line is overconfidence. ECE is the mean distance to the line"
-        page.figure(plot_calibration(part), text + ", weighted by the number of detections.")
-        page.heading(f"Kinds of errors ({kind})")
+        text += ", weighted by the number of detections; MCE is the largest."
+        page.figure(plot_calibration(part), text)
+        page.heading(f"Types of errors ({task})")
         page.figure(plot_errors(part), "TIDE error types at IoU 0.5; background means IoU < 0.1.")
-        page.heading(f"Confusion of classes ({kind})")
+        counts = ", ".join(f"{count} {name}" for name, count in part.objects.items())
+        page.text(f"Of {sum(part.objects.values()):,} objects: {counts}.")
+        page.heading(f"Confusion of classes ({task})")
         text = f"Detections with a score of {part.min_score:g} and more, matched at IoU 0.5."
         page.figure(plot_confusion(part), text)
         rows = [[a, b, n, f"{100 * share:.0f} %"] for a, b, n, share in part.most_confused(15)]
         if rows:
-            page.table(rows, ["object", "detected as", "times", "share of the objects"])
+            page.table(rows, ["object", "detected as", "times", "of the objects"])
+        rows = [
+            [name, *(f"{best[key]:.2f}" for key in ("score", "precision", "recall", "F1"))]
+            for name, best in part.best_thresholds.items()
+        ]
+        if rows:
+            page.heading(f"Best score threshold of each class ({task})")
+            page.text(
+                "The score of the largest F1 at IoU 0.5. It is chosen on these images, so that "
+                "other images will do a little worse at it."
+            )
+            page.table(rows, ["class", "score", "precision", "recall", "F1"], folded="Thresholds")
     page.heading("Classes, rarest first")
     columns = list(next(iter(found.classes.values()), {}))
     rows = [[n, *(cell(r[c]) for c in columns)] for n, r in _rarest_first(found)]

@@ -202,12 +202,11 @@ def _evaluate_file(work: Work, path: str) -> Evaluation | None:
     """Writes evaluation.json, where the images have annotations."""
     stage = work.stage
     truth = work.datasets.load(stage["dataset"])
-    if not truth.data["annotations"]:
+    if not len(truth.id):
         return None
     train = work.datasets.load(stage["train"]) if stage["train"] else None
-    detections = read_predictions(path, truth.data, truth.path)
     cap = stage["max_dets"] or None
-    found = evaluate_predictions(truth, detections, train=train, max_dets=cap)
+    found = evaluate_predictions(truth, read_predictions(path, truth), train=train, max_dets=cap)
     found.write(work.path(EVALUATION))
     return found
 

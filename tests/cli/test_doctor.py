@@ -67,7 +67,7 @@ def make(root: Path, *paths: str) -> None:
 def test_doctor_prints_versions_and_that_a_training_can_start(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for name in ("torch", "numpy", "lvis", "pycocotools", "faster-coco-eval"):
+    for name in ("torch", "numpy", "lvis", "pycocotools", "hotcoco"):
         assert f"\n{name} " in out and f" {importlib.metadata.version(name)}" in out
     assert ", works with this torch\n" in out
     assert out.endswith("\nA training can start.\n")
@@ -119,7 +119,7 @@ def test_report_has_one_line_per_remedy_and_names_what_blocks():
         ("numpy", "numpy"),
         ("lvis", "lvis"),
         ("pycocotools", "pycocotools"),
-        ("faster_coco_eval", "faster-coco-eval"),
+        ("hotcoco", "hotcoco"),
         ("cv2", "opencv-python"),
     ],
 )
@@ -141,10 +141,10 @@ def test_the_remedy_keeps_the_limits_of_this_package(replace):
 
 
 def test_a_package_whose_binary_does_not_load_is_reinstalled(replace):
-    replace("faster_coco_eval", OSError("undefined symbol: x"))
-    found = doctor.check_package("faster_coco_eval")
+    replace("hotcoco", OSError("undefined symbol: x"))
+    found = doctor.check_package("hotcoco")
     assert "broken: OSError: undefined symbol: x" in found.value
-    assert "pip install --force-reinstall --no-deps 'faster-coco-eval>=" in found.remedy
+    assert "pip install --force-reinstall --no-deps 'hotcoco>=" in found.remedy
 
 
 def test_opencv_without_libgl_is_replaced_and_what_needs_it_not_blamed(replace):

@@ -1,6 +1,7 @@
 """Curves, calibration, confusion and error types on examples that can be counted by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from d2_balance.cli import main as cli
 from d2_balance.data.annotations import load_annotations
 from d2_balance.evaluation.diagnosis import diagnose
-from d2_balance.evaluation.evaluate import evaluate_predictions
+from d2_balance.evaluation.evaluate import measure
+from d2_balance.evaluation.predictions import read_predictions
 
 A, B, C = 2, 4, 9  # category ids
 
@@ -35,16 +37,18 @@ def truth(tmp_path, objects, lvis=False, not_exhaustive=()):
 
 
 def detections(*found):
-    return {
-        "p": [
-            {"image_id": "p", "category_id": c, "bbox": b, "score": s, "segmentation": None}
-            for c, b, s in found
-        ]
-    }
+    return [{"image_id": "p", "category_id": c, "bbox": b, "score": s} for c, b, s in found]
+
+
+def measured(ground, found):
+    path = Path(ground.path).parent / "found.json"
+    path.write_text(json.dumps(found))
+    return measure(ground, read_predictions(str(path), ground))
 
 
 def diagnosis(ground, found, **arguments):
-    return diagnose(ground, found, evaluate_predictions(ground, found), **arguments)
+    result = measured(ground, found)
+    return diagnose(result.matchers["bbox"], result.evaluation, **arguments)
 
 
 OBJECTS = [(A, [0, 0, 20, 20]), (A, [0, 50, 20, 20]), (B, [40, 0, 20, 20])]
@@ -72,7 +76,7 @@ def test_each_kind_of_error_is_told_apart(tmp_path):
     # the AP50 of b rises from 0 to 1, the mean over a and b by 50
     assert errors["classification"]["AP50 lost"] == pytest.approx(50)
     assert errors["localisation"]["AP50 lost"] == 0
-    without = {"p": [d for d in FOUND["p"] if d["score"] != 0.75]}
+    without = [d for d in FOUND if d["score"] != 0.75]
     errors = diagnosis(truth(tmp_path, OBJECTS), without).errors
     assert errors["localisation"]["AP50 lost"] == pytest.approx(50)
 
@@ -107,7 +111,7 @@ def test_marks_stand_where_a_threshold_cuts_the_curve(tmp_path):
 def test_rules_of_lvis_hold(tmp_path):
     unlisted = (C, [60, 60, 9, 9], 0.9)  # c is not annotated exhaustively
     ground = truth(tmp_path, OBJECTS, lvis=True, not_exhaustive=[A])
-    found = detections(*[(d["category_id"], d["bbox"], d["score"]) for d in FOUND["p"]], unlisted)
+    found = detections(*[(d["category_id"], d["bbox"], d["score"]) for d in FOUND], unlisted)
     result = diagnosis(ground, found)
     # a is not marked completely: its three detections without an object do not count
     assert result.calibration["all"].detections == 2
@@ -117,7 +121,7 @@ def test_rules_of_lvis_hold(tmp_path):
 
 
 def test_predictions_without_detections_have_curves_of_zero(tmp_path):
-    found = diagnosis(truth(tmp_path, OBJECTS), {})
+    found = diagnosis(truth(tmp_path, OBJECTS), [])
     assert max(found.curves["all"].precision) == 0 and found.curves["all"].marks == {}
     assert found.calibration == {}
     assert found.errors["missed"]["count"] == 3 and found.confusion[:, -1].sum() == 3
@@ -132,7 +136,7 @@ def test_scores_out_of_range_are_refused(tmp_path, arguments):
 @pytest.mark.parametrize("empty", [False, True])
 def test_the_report_is_one_page_with_its_images(tmp_path, capsys, empty):
     truth(tmp_path, OBJECTS, lvis=True)
-    found = [] if empty else [{k: v for k, v in d.items() if v is not None} for d in FOUND["p"]]
+    found = [] if empty else [{k: v for k, v in d.items() if v is not None} for d in FOUND]
     (tmp_path / "found.json").write_text(json.dumps(found))
     directory = tmp_path / "report"
     arguments = ["eval", str(tmp_path / "found.json"), "--dataset", str(tmp_path / "truth.json")]
@@ -140,7 +144,7 @@ def test_the_report_is_one_page_with_its_images(tmp_path, capsys, empty):
     assert cli.main(arguments) == 0
     page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "http" not in page
-    assert "found.json" in page and "Kinds of errors" in page
+    assert "found.json" in page and "Types of errors" in page
     written = json.loads((directory / "diagnosis.json").read_text())
     ece = written["diagnosis"][0]["calibration"]
     assert ("all" in ece) == (not empty)
@@ -155,19 +159,17 @@ def test_the_curve_has_the_area_of_the_ap(sets, rng, tmp_path):
     dataset = sets.make_dataset(rng, num_classes=20, num_images=30)
     name = sets.register(dataset, "lvis")
     ground = load_annotations(str(tmp_path / f"{name}.json"))
-    found = {
-        image: [
-            {
-                "image_id": image,
-                "category_id": c,
-                "bbox": [*b[:2].tolist(), *(b[2:] - b[:2]).clip(0).tolist()],
-                "score": s,
-            }
-            for b, c, s in rows
-        ]
+    found = [
+        {
+            "image_id": image,
+            "category_id": c,
+            "bbox": [*b[:2].tolist(), *(b[2:] - b[:2]).clip(0).tolist()],
+            "score": s,
+        }
         for image, rows in sets.make_detections(rng, dataset).items()
-    }
-    evaluation = evaluate_predictions(ground, found)
-    curves = diagnose(ground, found, evaluation).curves
-    metrics = evaluation.results["bbox"]
+        for b, c, s in rows
+    ]
+    result = measured(ground, found)
+    curves = diagnose(result.matchers["bbox"], result.evaluation).curves
+    metrics = result.evaluation.results["bbox"]
     assert 100 * np.mean(curves["all"].precision) == pytest.approx(metrics["AP50"], abs=1e-9)

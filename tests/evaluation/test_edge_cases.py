@@ -255,9 +255,9 @@ def test_outputs_without_instances_are_refused(sets):
 
 def test_bad_arguments_and_files_are_named(sets, tmp_path):
     name = sets.register(one_image(), "lvis")
-    with pytest.raises(ValueError, match="max_dets must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_dets must be at least 1, not 0"):
         LVISGroupEvaluator(name, max_dets=0)
-    with pytest.raises(ValueError, match="allowed are \\('bbox', 'segm'\\)"):
+    with pytest.raises(ValueError, match="must be of \\('bbox', 'segm'\\)"):
         COCOGroupEvaluator(name, tasks=("keypoints",))
     with pytest.raises(ValueError, match="without_a_file: LVIS evaluation reads"):
         LVISGroupEvaluator("evaluation_test_without_a_file")
@@ -265,11 +265,17 @@ def test_bad_arguments_and_files_are_named(sets, tmp_path):
     MetadataCatalog.get("evaluation_test_cut").json_file = str(tmp_path / "cut.json")
     with pytest.raises(ValueError, match="evaluation_test_cut: json_file is no JSON"):
         COCOGroupEvaluator("evaluation_test_cut")
-    dataset = one_image()
-    del dataset["annotations"][0]["bbox"]
-    no_box = sets.register(dataset, "lvis")
-    with pytest.raises(ValueError, match=f"{no_box}: annotation 0 has no bbox"):
-        LVISGroupEvaluator(no_box).evaluate()
+
+
+def test_an_object_without_box_is_left_out_and_noted(sets, tmp_path):
+    dataset = one_image(classes=(1, 1))
+    del dataset["annotations"][1]["bbox"]
+    name = sets.register(dataset, "lvis")
+    evaluator = LVISGroupEvaluator(name, output_dir=str(tmp_path))
+    metrics = sets.feed(evaluator, dataset, found((1, 0.9, 0)))
+    assert metrics["bbox"]["AP"] == pytest.approx(100)
+    notes = Evaluation.read(str(tmp_path / f"evaluation_{name}.json")).notes
+    assert any("1 bad annotations" in note and "box is missing" in note for note in notes)
 
 
 def test_a_file_without_annotations_saves_predictions_only(sets, tmp_path):

@@ -10,8 +10,9 @@ import pycocotools.mask as mask_util
 import pytest
 
 from d2_balance.cli import main as cli
-from d2_balance.evaluation.columns import read_columns, read_objects
+from d2_balance.data.annotations import read_annotations
 from d2_balance.evaluation.merge.ensemble import METHODS, cluster, overlap
+from d2_balance.evaluation.predictions import _spans, read_objects, read_predictions
 
 REFERENCE = Path(__file__).parents[1] / "reference/ensemble_boxes.npz"
 IMAGES = [{"id": i, "height": 60, "width": 80} for i in (3, 5, 9)]
@@ -245,7 +246,7 @@ def test_classes_that_are_not_shared_are_left_out_and_named(merge, capsys):
         ),
         ([BOX | {"score": 1, "segmentation": mask(0, 0, 9, 9)}], [], [], "every detection needs a"),
         ('[{"image_id": 3,', [], [], "not valid JSON at byte 1"),
-        ('{"images": []}', [], [], "must be a JSON list of detections"),
+        ('{"images": []}', [], [], "must be a list of detections, not a dict"),
         ([], [[]], ["--expert", "0.json", "truth.json", "map.yaml"], "no class 'zebr'; did you"),
         ([], [], ["--iou", "1"], "the IoU threshold is 1.0"),
         ([], [], ["--max-dets", "-1"], "max_dets is -1"),
@@ -284,8 +285,8 @@ def test_a_file_that_is_there_stays(merge, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", [None, 1])
-def test_files_are_read_piece_by_piece(tmp_path, monkeypatch, layout):
-    monkeypatch.setattr("d2_balance.evaluation.columns._CHUNK", 37)
+def test_files_are_read_chunk_by_chunk(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr("d2_balance.evaluation.predictions._CHUNK", 37)
     detections = [d | {"note": 'é{"] ['} for d in draw(5)]
     path = tmp_path / "found.json"
     path.write_text(json.dumps(detections, indent=layout, ensure_ascii=False), encoding="utf-8")
@@ -293,7 +294,10 @@ def test_files_are_read_piece_by_piece(tmp_path, monkeypatch, layout):
     assert [value for *_, value in found] == detections
     content = path.read_bytes()
     assert [json.loads(content[a:b]) for a, b, _ in found] == detections
-    columns = read_columns(str(path), IMAGES, TRUTH["categories"], "truth")
+    assert _spans(str(path)) == [(a, b) for a, b, _ in found]
+    (tmp_path / "truth.json").write_text(json.dumps(TRUTH))
+    columns = read_predictions(str(path), read_annotations(str(tmp_path / "truth.json")))
+    assert columns.masks(np.arange(len(detections))) == [d["segmentation"] for d in detections]
     assert columns.score.tolist() == [d["score"] for d in detections]
     assert columns.has_mask.all() and columns.box.tolist() == [d["bbox"] for d in detections]
 

@@ -65,7 +65,7 @@ def test_rank_files_keep_content_and_order(tmp_path):
         (2, False, []),
         (3, False, [{"score": 1.0}, {"score": 0.5}]),
     ]
-    assert list(first.read([0, 1])) == expected
+    assert list(first.heads([0, 1])) == [head[:2] for head in expected]
     first.write_results([0, 1], str(tmp_path / "all.json"))
     merged = json.loads((tmp_path / "all.json").read_text())
     assert merged == [d for _, _, found in expected for d in found]
@@ -75,13 +75,13 @@ def test_rank_files_keep_content_and_order(tmp_path):
 
 def test_a_new_run_empties_what_a_killed_one_left(tmp_path):
     RankPredictions(str(tmp_path), 0).append(1, [{"score": 0.1}], False)
-    assert list(RankPredictions(str(tmp_path), 0).read([0])) == []
+    assert list(RankPredictions(str(tmp_path), 0).heads([0])) == []
 
 
 def test_a_rank_on_another_file_system_is_named(tmp_path):
     files = RankPredictions(str(tmp_path), 0)
     with pytest.raises(FileNotFoundError, match="rank 1 are missing; .* file system"):
-        list(files.read([0, 1]))
+        list(files.heads([0, 1]))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

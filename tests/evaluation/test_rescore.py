@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from d2_balance.cli import main as cli
-from d2_balance.evaluation.columns import read_columns
-from d2_balance.evaluation.merge.rescore import Rescoring
+from d2_balance.data.annotations import read_annotations
+from d2_balance.evaluation.merge.rescore import Cap, Rescoring
+from d2_balance.evaluation.predictions import capped, read_predictions
 
 CATEGORIES = [
     {"id": 2, "name": "rare", "frequency": "r", "image_count": 4},
@@ -121,21 +122,34 @@ def test_factors_of_one_change_nothing(files, method):
     assert all(json.dumps(d) in text for d in FOUND)  # to the letter
 
 
-def test_without_a_cap_that_cuts_the_factors_stay_one(files, capsys):
-    assert fit("--test", "val.json", "--max-dets", 9) == 0
-    factors = json.loads((files / "factors.json").read_text())["rescoring"]["factors"]
-    assert factors == {"r": 1, "c": 1, "f": 1}
-    assert "the cap cuts nothing" in capsys.readouterr().out
+def test_a_cap_that_cuts_nothing_is_refused_before_the_search(files, capsys):
+    assert fit("--test", "val.json", "--max-dets", 9) == 2
+    assert "the cap cuts nothing" in capsys.readouterr().err
+    assert not (files / "factors.json").exists()
+
+
+@pytest.mark.parametrize("max_dets", [1, 2, 3, 7])
+def test_the_cap_of_the_search_is_the_cap_of_the_file(files, max_dets):
+    rng = np.random.default_rng(max_dets)
+    found = [
+        detection(i, 7, s)
+        for i, s in zip(rng.integers(1, 3, 12), rng.integers(0, 5, 12), strict=True)
+    ]
+    (files / "found.json").write_text(json.dumps(found, default=int))
+    predictions = read_predictions("found.json", read_annotations("held.json"))
+    scores = rng.integers(0, 4, 12).astype(float)
+    kept = np.flatnonzero(Cap(predictions.image, max_dets)(scores))
+    assert kept.tolist() == sorted(capped(predictions, scores, max_dets).tolist())
 
 
 def test_norcal_by_hand(files):
     groups = {"rare": "r", "common": "c", "often": "f"}
     found = Rescoring("norcal", groups, {}, 0.5, {"rare": 4, "common": 50, "often": 900})
-    columns = read_columns("found.json", truth()["images"], CATEGORIES, "held")
+    predictions = read_predictions("found.json", read_annotations("held.json"))
     names = {c["id"]: c["name"] for c in CATEGORIES}
     # 0.5 / sqrt 900 = 1/60 -> (1/60) / (1/60 + 1/2); 0.2 / 2 -> 0.1 / (0.1 + 0.8)
     expected = [2 / 62, 1 / 9, 0.05 / 0.95, 0.03 / 0.13]
-    np.testing.assert_allclose(found.scores(columns, names), expected)
+    np.testing.assert_allclose(found.scores(predictions, names), expected)
 
 
 @pytest.mark.parametrize(

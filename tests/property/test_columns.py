@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2_balance.evaluation.columns import DetectionTexts, capped, read_columns
+from d2_balance.data.annotations import read_annotations
+from d2_balance.evaluation.predictions import DetectionTexts, capped, read_predictions
 
 IMAGES = [{"id": 7, "width": 100, "height": 80}, {"id": 3, "width": 60, "height": 90}]
 CATEGORIES = [{"id": 5, "name": "a"}, {"id": 9, "name": "b"}]
@@ -25,10 +26,17 @@ detections = st.lists(
 )
 
 
+def truth_in(directory):
+    path = directory / "truth.json"
+    truth = {"images": IMAGES, "categories": CATEGORIES, "annotations": []}
+    path.write_text(json.dumps(truth))
+    return read_annotations(str(path))
+
+
 def columns_of(directory, entries, indent=None):
     path = directory / "predictions.json"
     path.write_text(json.dumps(entries, indent=indent))
-    return read_columns(str(path), IMAGES, CATEGORIES, "a dataset")
+    return read_predictions(str(path), truth_in(directory))
 
 
 @given(detections, st.sampled_from([None, 0, 2]))
@@ -66,4 +74,4 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path_factory, entries, data):
     text = json.dumps(entries)
     path.write_text(text[: data.draw(st.integers(0, len(text) - 1))])
     with pytest.raises(ValueError, match=r"predictions\.json"):
-        read_columns(str(path), IMAGES, CATEGORIES, "a dataset")
+        read_predictions(str(path), truth_in(path.parent))

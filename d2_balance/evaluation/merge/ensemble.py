@@ -35,7 +35,7 @@ from d2_balance.data.catalog.class_map import ClassMap, load_class_map
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.progress import progress
 
-from ..columns import DetectionTexts, PredictionColumns, read_columns
+from ..predictions import DetectionTexts, Predictions, read_predictions
 
 METHODS = ("nms", "soft-nms", "wbf")
 
@@ -52,7 +52,7 @@ class Member:
         categories: ids of the target, all of which a model without class map knows.
     """
 
-    columns: PredictionColumns
+    columns: Predictions
     class_map: ClassMap | None
     categories: Sequence[int]
 
@@ -127,6 +127,13 @@ class Ensemble:
         if max_dets < 0:
             raise ValueError(f"max_dets is {max_dets}; it must be at least 0, which keeps all")
         for member in members:
+            wrong = member.columns.out_of_range()
+            if wrong is not None and len(members) > 1:
+                raise ValueError(
+                    f"{member.columns.path}: the score of detection {wrong} is "
+                    f"{member.columns.score[wrong]:g}; scores of models that are merged must be in "
+                    "[0, 1]"
+                )
             if np.isnan(member.columns.box).any():
                 raise ValueError(
                     f"{member.columns.path}: every detection needs a bbox; boxes are what is merged"
@@ -329,7 +336,7 @@ def merge_files(
     truth = load_annotations(dataset, "--dataset")
     read = [_member(truth, *source) for source in inputs]
     ensemble = Ensemble([member for member, _ in read], method, iou, max_dets)
-    images = len(truth.data["images"])
+    images = len(truth.image_id)
     written = _write(ensemble, images, output)
     lines = [text for _, text in read]
     return "\n".join([*lines, f"{output}: {written:,} detections on {images:,} images, {method}"])
@@ -338,14 +345,13 @@ def merge_files(
 def _member(
     truth: Annotations, path: str, classes: str | None, map_file: str | None
 ) -> tuple[Member, str]:
-    images, categories = truth.data["images"], truth.data["categories"]
-    ids = [c["id"] for c in categories]
+    ids = truth.category_id.tolist()
     if classes is None:
-        columns = read_columns(path, images, categories, truth.path)
+        columns = read_predictions(path, truth)
         return Member(columns, None, ids), f"{path}: {len(columns):,} detections"
-    source = load_annotations(classes, f"classes of {path}").data["categories"]
-    found = load_class_map(map_file, source, categories, (classes, truth.name))
-    columns = read_columns(path, images, source, truth.path, classes)
+    source = load_annotations(classes, f"classes of {path}")
+    found = load_class_map(map_file, source.categories, truth.categories, (classes, truth.name))
+    columns = read_predictions(path, truth, source)
     member = Member(columns, found, ids)
     kept = len(member.kept()[0])
     head = f"{path}: {kept:,} of {len(columns):,} detections are of shared classes"

@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from d2_balance.data.annotations import Annotations, load_annotations
-from d2_balance.data.columns import category_name
+from d2_balance.data.checks.annotations import NO_MASK
 from d2_balance.data.groups import GROUPS, LVIS_CUTS
 from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.text import percent, table
 
-from ..average_precision import average_precision
-from ..columns import DetectionTexts, PredictionColumns, capped, read_columns, read_objects
-from ..evaluate import ground_truth
 from ..groups import group_metrics, resolve_groups, training_counts
+from ..matching import SIZES, APTable, GroundTruth, Matcher, Ranked, select
+from ..predictions import DetectionTexts, Predictions, capped, read_predictions
 
 METHODS = ("groups", "norcal")
 METRICS = ("AP", "APr", "APc", "APf")
@@ -102,11 +100,11 @@ class Rescoring:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def scores(self, columns: PredictionColumns, names: Mapping[int, str]) -> np.ndarray:
+    def scores(self, predictions: Predictions, names: Mapping[int, str]) -> np.ndarray:
         """(D,) scores after the rule.
 
         Args:
-            columns: the detections.
+            predictions: the detections.
             names: class name by category id.
 
         Raises:
@@ -121,20 +119,27 @@ class Rescoring:
         ids = np.array(sorted(names), dtype=np.int64)
         if self.method == "groups":
             by_class = [self.factors.get(self.groups[names[i]], 1.0) for i in ids.tolist()]
-            return columns.score * np.array(by_class)[np.searchsorted(ids, columns.category)]
+            return (
+                predictions.score * np.array(by_class)[np.searchsorted(ids, predictions.category)]
+            )
         if self.gamma == 0:
-            return columns.score.copy()
+            return predictions.score.copy()
         counts = np.array([max(self.image_count.get(names[i], 0), 1) for i in ids.tolist()])
-        shrunk = columns.score / counts[np.searchsorted(ids, columns.category)] ** self.gamma
-        return shrunk / (shrunk + 1 - columns.score.clip(0, 1))
+        shrunk = (
+            predictions.score / counts[np.searchsorted(ids, predictions.category)] ** self.gamma
+        )
+        return shrunk / (shrunk + 1 - predictions.score.clip(0, 1))
 
 
 class Measure:
-    """AP of detections whose scores change, at the cap.
+    """AP of detections whose scores change, at the cap; matched once.
+
+    A rule keeps the order of the scores within a class, so that it changes only which detections
+    pass the cap.
 
     Args:
         truth: annotations of the images.
-        columns: the detections.
+        predictions: the detections.
         groups: frequency group by class name.
         task: "bbox" or "segm".
         max_dets: detections of an image that count.
@@ -143,25 +148,68 @@ class Measure:
     def __init__(
         self,
         truth: Annotations,
-        columns: PredictionColumns,
+        predictions: Predictions,
         groups: Mapping[str, str],
         task: str,
         max_dets: int,
     ):
-        self.truth, self.columns, self.task, self.max_dets = truth, columns, task, max_dets
-        self._ground = ground_truth(truth, [])
-        self._letters = [groups.get(truth.class_names[i]) for i in self._ground.class_ids]
-        self._objects = [found for *_, found in read_objects(columns.path)]
+        self.truth, self.predictions = truth, predictions
+        ground = GroundTruth(truth, task)
+        detections = select(ground, predictions, max_dets, uncapped=True)
+        self._ranked = Ranked(Matcher(ground, detections))
+        self._rows = detections.row[self._ranked.order]
+        self._letters = [groups.get(name) for name in truth.class_names.values()]
+        self._cap = Cap(predictions.image, max_dets)
 
     def __call__(self, scores: np.ndarray) -> dict[str, float]:
         """AP, APr, APc, APf and others in percent, for (D,) scores."""
-        kept = defaultdict(list)
-        for row in capped(self.columns, scores, self.max_dets).tolist():
-            detection = self._objects[row]
-            kept[detection["image_id"]].append({**detection, "score": float(scores[row])})
-        selected = {i: self._ground.select(i, found, self.max_dets) for i, found in kept.items()}
-        table = average_precision(self._ground, selected, self.task, self.max_dets)
+        values = self._ranked.average_precision(self._cap(scores)[self._rows])
+        sizes = np.full((*values.shape, len(SIZES)), np.nan)
+        sizes[..., 0] = values
+        table = APTable(self._ranked.class_ids, sizes, self._ranked.iou_thresholds)
         return group_metrics(table, self._letters, self.truth.name)[0]
+
+
+class Cap:
+    """The detections that pass a cap on those of an image.
+
+    Args:
+        image: (D,) image of each detection.
+        max_dets: detections of an image that pass.
+
+    Attributes:
+        cuts: whether an image has more.
+    """
+
+    def __init__(self, image: np.ndarray, max_dets: int) -> None:
+        self._count, self._max_dets = len(image), max_dets
+        order = np.argsort(image, kind="stable")
+        sorted_image = image[order]
+        start = np.searchsorted(sorted_image, sorted_image)
+        place = np.arange(len(order)) - start
+        size = np.searchsorted(sorted_image, sorted_image, side="right") - start
+        full = size > max_dets
+        self.cuts = bool(full.any())
+        # a row for each image that has more
+        line = np.cumsum(np.append(True, sorted_image[full][1:] != sorted_image[full][:-1])) - 1
+        width = int(size.max(initial=0))
+        self._table = np.full((int(line[-1]) + 1 if self.cuts else 0, width), -1)
+        self._table[line[: full.sum()], place[full]] = order[full]
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """(D,) bool for (D,) scores; of equal scores the first in the file pass."""
+        kept = np.ones(self._count, dtype=bool)
+        if not self.cuts:
+            return kept
+        there = self._table >= 0
+        own = np.where(there, scores[self._table], -np.inf)
+        last = -np.partition(-own, self._max_dets - 1, axis=1)[:, self._max_dets - 1, None]
+        above = own > last
+        tied = (own == last) & there
+        left = self._max_dets - above.sum(axis=1, keepdims=True)
+        passes = above | (tied & (np.cumsum(tied, axis=1) <= left))
+        kept[self._table[there & ~passes]] = False
+        return kept
 
 
 def fit(
@@ -186,7 +234,7 @@ def fit(
     Returns:
         The rule, and what was tried: (text, metrics).
     """
-    columns, names = measure.columns, measure.truth.class_names
+    predictions, names = measure.predictions, measure.truth.class_names
     tried: dict[tuple, dict[str, float]] = {}
 
     def rule(values: tuple) -> Rescoring:
@@ -200,7 +248,7 @@ def fit(
 
     def value(values: tuple) -> float:
         if values not in tried:
-            tried[values] = measure(rule(values).scores(columns, names))
+            tried[values] = measure(rule(values).scores(predictions, names))
         found = tried[values][metric]
         return -1.0 if np.isnan(found) else found
 
@@ -230,15 +278,17 @@ def _text(method: str, values: Sequence[float]) -> str:
 
 
 def changes(
-    columns: PredictionColumns,
+    predictions: Predictions,
     scores: np.ndarray,
     names: Mapping[int, str],
     groups: Mapping[str, str],
     max_dets: int,
 ) -> list[list]:
     """Rows of (group, classes, detections, kept before, kept after) for a table."""
-    letters = np.array([groups.get(names[c], "") for c in columns.category.tolist()], dtype="<U1")
-    before, after = (capped(columns, s, max_dets) for s in (columns.score, scores))
+    letters = np.array(
+        [groups.get(names[c], "") for c in predictions.category.tolist()], dtype="<U1"
+    )
+    before, after = (capped(predictions, s, max_dets) for s in (predictions.score, scores))
     rows = []
     for letter, name in GROUPS.items():
         classes = sum(groups.get(n) == letter for n in names.values())
@@ -254,7 +304,7 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
         ValueError: `truth` is one of the test sets, or shares images with one (equal id, and no
             file names that differ).
     """
-    ours = {image["id"]: _file_name(image) for image in truth.data["images"]}
+    ours = _file_names(truth)
     for test in tests:
         if os.path.realpath(truth.path) == os.path.realpath(test.path):
             raise ValueError(
@@ -262,9 +312,9 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
                 "images of the training set that were held out"
             )
         shared = [
-            image["id"]
-            for image in test.data["images"]
-            if image["id"] in ours and not _differ(_file_name(image), ours[image["id"]])
+            image
+            for image, name in _file_names(test).items()
+            if image in ours and not _differ(name, ours[image])
         ]
         if shared:
             raise ValueError(
@@ -274,16 +324,19 @@ def check_held_out(truth: Annotations, tests: Sequence[Annotations]) -> None:
             )
 
 
-def _file_name(image: Mapping[str, Any]) -> str:
-    return image.get("coco_url") or image.get("file_name") or ""
+def _file_names(annotations: Annotations) -> dict[Hashable, bytes]:
+    """Where each image is from, by id; b"" where the file does not say."""
+    names = zip(annotations.coco_url, annotations.file_name, strict=True)
+    ids = annotations.image_id.tolist()
+    return {i: url or name for i, (url, name) in zip(ids, names, strict=True)}
 
 
-def _differ(a: str, b: str) -> bool:
-    return bool(a and b) and a.split("/")[-1] != b.split("/")[-1]
+def _differ(a: bytes, b: bytes) -> bool:
+    return bool(a and b) and a.split(b"/")[-1] != b.split(b"/")[-1]
 
 
 def fit_factors(
-    predictions: str,
+    path: str,
     dataset: str,
     output: str,
     *,
@@ -298,7 +351,7 @@ def fit_factors(
     """Fit a rule on held-out images and write it.
 
     Args:
-        predictions: prediction file of the held-out images.
+        path: prediction file of the held-out images.
         dataset: the held-out images.
         output: file to write; it must be new.
         tests: datasets that are evaluated on; `dataset` must share no image with them.
@@ -326,21 +379,27 @@ def fit_factors(
     check_held_out(truth, [load_annotations(test, "--test") for test in tests])
     notes = [_trained_on(truth, load_annotations(name, "--run")) for name in trained_on]
     groups, counts = _groups(truth, load_annotations(train, "--train") if train else truth)
-    columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
+    predictions = read_predictions(path, truth)
     if not task:
-        masks = len(columns) and columns.has_mask.all()
+        masks = len(predictions) and predictions.has_mask.all()
         task = "segm" if masks and _all_masks(truth) else "bbox"
-    lacking = ~columns.has_mask if task == "segm" else columns.box[:, 0] != columns.box[:, 0]
+    lacking = ~predictions.has_mask if task == "segm" else np.isnan(predictions.box[:, 0])
     if lacking.any():
         what = "a mask" if task == "segm" else "a bbox"
         raise ValueError(
-            f"{predictions}: {task} needs {what} in every detection, {lacking.sum()} "
+            f"{path}: {task} needs {what} in every detection, {lacking.sum()} "
             "have none; --task chooses the other"
         )
-    measure = Measure(truth, columns, groups, task, max_dets)
-    plain = measure(columns.score)
+    if not Cap(predictions.image, max_dets).cuts:
+        raise ValueError(
+            f"{path}: no image has more than {max_dets} detections: the cap cuts nothing, and "
+            "factors would change nothing. Predict with a larger TEST.DETECTIONS_PER_IMAGE and a "
+            "smaller score threshold"
+        )
+    measure = Measure(truth, predictions, groups, task, max_dets)
+    plain = measure(predictions.score)
     rule, tried = fit(measure, groups, counts, method, metric)
-    scores = rule.scores(columns, truth.class_names)
+    scores = rule.scores(predictions, truth.class_names)
     after = measure(scores)
     rule.write(
         output,
@@ -360,19 +419,13 @@ def fit_factors(
         *notes,
         f"{len(tried)} settings tried on {dataset}, {task}; best {metric}: {chosen}",
         _metrics(plain, after),
-        _change_table(changes(columns, scores, truth.class_names, groups, max_dets), max_dets),
+        _change_table(changes(predictions, scores, truth.class_names, groups, max_dets), max_dets),
     ]
-    if not _cuts(columns, max_dets):
-        lines.append(
-            f"- no image has more than {max_dets} detections: the cap cuts nothing, and factors "
-            "change nothing. Predict with a larger TEST.DETECTIONS_PER_IMAGE and a smaller score "
-            "threshold"
-        )
     return "\n".join(filter(None, lines))
 
 
 def apply_factors(
-    predictions: str, factors: str, dataset: str, output: str, *, max_dets: int = 300
+    path: str, factors: str, dataset: str, output: str, *, max_dets: int = 300
 ) -> str:
     """Write predictions with new scores, the best `max_dets` of each image (0: all).
 
@@ -386,28 +439,28 @@ def apply_factors(
     _check_output(output, max_dets, 0)
     rule = Rescoring.read(factors)
     truth = load_annotations(dataset)
-    columns = read_columns(predictions, truth.data["images"], truth.data["categories"], truth.path)
-    scores = rule.scores(columns, truth.class_names)
-    rows = capped(columns, scores, max_dets).tolist()
+    predictions = read_predictions(path, truth)
+    scores = rule.scores(predictions, truth.class_names)
+    rows = capped(predictions, scores, max_dets).tolist()
     if rows:
         with (
-            DetectionTexts(columns) as texts,
+            DetectionTexts(predictions) as texts,
             atomic_path(output) as temporary,
             open(temporary, "w", encoding="utf-8") as file,
         ):
             for number, row in enumerate(rows):
-                same = scores[row] == columns.score[row]
+                same = scores[row] == predictions.score[row]
                 text = texts.text(row) if same else texts.changed(row, score=float(scores[row]))
                 file.write(("[\n" if not number else ",\n") + text)
             file.write("\n]\n")
     else:
         with atomic_path(output) as temporary, open(temporary, "w") as file:
             file.write("[]\n")
-    changed = int((scores != columns.score).sum())
+    changed = int((scores != predictions.score).sum())
     table = _change_table(
-        changes(columns, scores, truth.class_names, rule.groups, max_dets), max_dets
+        changes(predictions, scores, truth.class_names, rule.groups, max_dets), max_dets
     )
-    return f"{output}: {len(rows):,} detections; {changed:,} of {len(columns):,} scores changed\n{table}"
+    return f"{output}: {len(rows):,} detections; {changed:,} of {len(predictions):,} scores changed\n{table}"
 
 
 def _check_output(output: str, max_dets: int, least: int = 1) -> None:
@@ -420,36 +473,36 @@ def _check_output(output: str, max_dets: int, least: int = 1) -> None:
 def _groups(truth: Annotations, train: Annotations) -> tuple[dict[str, str], dict[str, int]]:
     """Frequency group and training images by class name."""
     names = list(truth.class_names.values())
-    by_name = {category_name(c): c for c in train.data["categories"]}
-    missing = [name for name in names if name not in by_name]
+    place = {name: k for k, name in enumerate(train.class_names.values())}
+    missing = [name for name in names if name not in place]
     if missing:
         raise ValueError(f"{train.name} lacks {len(missing)} classes, such as {missing[0]!r}")
-    entries = [by_name[name] for name in names]
-    counts = training_counts(names, train.image_count, entries, train.name)
-    letters = resolve_groups(names, None, entries, counts, LVIS_CUTS)
-    pairs = zip(names, letters, counts, strict=True)
-    found = [(name, letter, count or 0) for name, letter, count in pairs]
-    return {n: letter for n, letter, _ in found}, {n: count for n, _, count in found}
+    chosen = [place[name] for name in names]
+    own, letters = train.training_image_count, train.file_groups
+    counts = training_counts(names, train.image_count, own and [own[k] for k in chosen], train.name)
+    groups = resolve_groups(
+        names, None, letters and [letters[k] for k in chosen], counts, LVIS_CUTS
+    )
+    return (
+        {name: group for name, group in zip(names, groups, strict=True) if group},
+        {name: count or 0 for name, count in zip(names, counts, strict=True)},
+    )
 
 
 def _trained_on(truth: Annotations, train: Annotations) -> str:
     """Say how many of the images the model was trained on, "" if none."""
-    ids = {image["id"] for image in train.data["images"]}
-    seen = sum(image["id"] in ids for image in truth.data["images"])
+    ids = set(train.image_id.tolist())
+    seen = sum(image in ids for image in truth.image_id.tolist())
     if not seen:
         return ""
     return (
-        f"- {seen} of {len(truth.data['images'])} images have ids of {train.name}, which the "
+        f"- {seen} of {len(truth.image_id)} images have ids of {train.name}, which the "
         "model was trained on: its scores are higher there than on new images"
     )
 
 
 def _all_masks(truth: Annotations) -> bool:
-    return all(a.get("segmentation") for a in truth.data["annotations"])
-
-
-def _cuts(columns: PredictionColumns, max_dets: int) -> bool:
-    return bool(len(columns)) and int(np.bincount(columns.image).max()) > max_dets
+    return bool((truth.mask[truth.usable] != NO_MASK).all())
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> str:
