@@ -255,7 +255,9 @@ def test_the_number_of_threads_changes_no_bit(name, monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_an_error_in_a_chunk_is_raised_and_the_threads_go_on():
+def test_an_error_in_a_chunk_is_raised_and_the_threads_go_on(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 10)
+
     def work(rows):
         raise KeyError(rows.start)
 
@@ -263,8 +265,8 @@ def test_an_error_in_a_chunk_is_raised_and_the_threads_go_on():
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyError):
-            chunks.map_chunks(work, torch.zeros(40), 10)
-        starts = chunks.map_chunks(lambda rows: rows.start, torch.zeros(40), 10)
+            chunks.map_chunks(work, torch.zeros(40))
+        starts = chunks.map_chunks(lambda chunk: chunk.start, torch.zeros(40))
         assert starts == [0, 10, 20, 30] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

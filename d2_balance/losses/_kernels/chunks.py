@@ -25,19 +25,19 @@ MAX_THREADS = 16  # more would wait for each other at Python's lock
 T = TypeVar("T")
 
 
-def map_chunks(work: Callable[[slice], T], samples: Tensor, chunk: int | None = None) -> list[T]:
+def map_chunks(work: Callable[[slice], T], samples: Tensor, groups: int = 1) -> list[T]:
     """Call `work` for the slices of the samples of a batch.
 
     Args:
         work: given a slice; writes to slices of tensors or returns a value, without a gradient.
         samples: (R, C) or (R,), split along R.
-        chunk: entries of a slice; None: `CHUNK`.
+        groups: chunks of a slice, for work that goes through them itself.
 
     Returns:
         The values that `work` has returned, in the order of the slices, whatever the threads.
     """
     with torch.no_grad():
-        slices = chunk_slices(samples, chunk or CHUNK)
+        slices = chunk_slices(samples, groups)
         threads = min(torch.get_num_threads(), MAX_THREADS, len(slices))
         if threads < 2 or samples.device.type != "cpu" or torch.compiler.is_compiling():
             return [work(chunk) for chunk in slices]
@@ -59,10 +59,10 @@ def map_chunks(work: Callable[[slice], T], samples: Tensor, chunk: int | None = 
     return [results[index] for index in range(len(slices))]
 
 
-def chunk_slices(samples: Tensor, chunk: int) -> list[slice]:
+def chunk_slices(samples: Tensor, groups: int = 1) -> list[slice]:
     """Slices of (R, C) or (R,) samples; one where each operation costs a launch, as on a GPU."""
     total = len(samples)
-    size = chunk // max(samples[:1].numel(), 1)
+    size = groups * (CHUNK // max(samples[:1].numel(), 1))
     if samples.device.type != "cpu" or torch.compiler.is_compiling():
         size = total
     size = max(size, 1)
@@ -80,20 +80,10 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
-def spread_index(index: Tensor, size: int, tables: int) -> tuple[Tensor, int]:
-    """Let neighbours count in tables of their own, which the caller adds up.
+def neighbours(length: int, tables: int, size: int, device: torch.device) -> Tensor:
+    """(length,) int64, offsets that let neighbours count in tables of their own.
 
-    Most entries fall into one bin, and a counter has to wait for its last addition.
-
-    Args:
-        index: (..., n) integers in [0, size).
-        size: length of a table.
-        tables: at most so many tables; on a GPU there is one.
-
-    Returns:
-        Integers in [0, tables * size) of the same shape and type, and the number of tables.
+    Most entries fall into one bin, and a counter has to wait for its last addition. The caller adds
+    up the `tables` of `size` each.
     """
-    if tables == 1 or index.device.type != "cpu":
-        return index, 1
-    table = torch.arange(index.shape[-1]).remainder_(tables).mul_(size).to(index.dtype)
-    return index + table, tables
+    return torch.arange(length, device=device).remainder_(tables).mul_(size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._base import check
 from .._samples import Samples
-from .chunks import map_chunks, spread_index
+from .chunks import map_chunks, neighbours
 
 EMA_MODES = ("official", "debiased", "paper")
 EmaMode = Literal["official", "debiased", "paper"]
@@ -41,9 +41,10 @@ def count_bins(index: Tensor, size: int) -> Tensor:
     """(size,) int64, how often each of 0 ... size - 1 occurs in integers (R, C)."""
     if index.is_cuda:  # `bincount` is two host-device syncs there, to learn the range
         return histogram(index, size)
-    room = torch.iinfo(index.dtype).max // size if index.dtype == torch.uint8 else 1
-    spread, tables = spread_index(index, size, max(room, 1))
-    return torch.bincount(spread.flatten(), minlength=tables * size).view(tables, size).sum(dim=0)
+    tables = max(255 // size, 1) if index.dtype == torch.uint8 else 1  # as a byte has room for
+    if tables > 1:
+        index = index + neighbours(index.shape[-1], tables, size, index.device).to(index.dtype)
+    return torch.bincount(index.flatten(), minlength=tables * size).view(tables, size).sum(dim=0)
 
 
 def histogram(index: Tensor, size: int) -> Tensor:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from .._samples import Samples
-from .chunks import CHUNK, chunk_slices, map_chunks, spread_index
+from .chunks import chunk_slices, map_chunks, neighbours
 from .entries import total_of, with_grad
-
-TABLES = 4  # of neighbours, see `spread_index`
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,25 @@ class StepBuckets:
         Args:
             weights: (n,) float64; None: ones.
         """
-        size = len(self.edges) + 1
+        size, tables = len(self.edges) + 1, 4 if self.values.device.type == "cpu" else 1
+        length = max((s.stop - s.start for s in chunk_slices(self.values)), default=0)
+        offset = neighbours(length, tables, size, self.values.device)
+        ones = self.centers.new_ones(length)
 
         def work(group: slice) -> Tensor:
-            sums = self.centers.new_zeros(2, TABLES * size)
+            sums = self.centers.new_zeros(2, tables * size)
             buckets, values = self.bucket[group], self.values[group]
-            for chunk in chunk_slices(values, CHUNK):
-                index, _ = spread_index(buckets[chunk].long(), size, TABLES)
+            for chunk in chunk_slices(values):
                 value = values[chunk].double()
-                weight = torch.ones_like(value) if weights is None else weights[group][chunk]
+                index = buckets[chunk] + offset[: len(value)]
+                weight = ones[: len(value)] if weights is None else weights[group][chunk]
                 sums[0].scatter_add_(0, index, weight)
                 sums[1].scatter_add_(0, index, value if weights is None else value * weight)
-            return sums.view(2, TABLES, size).sum(dim=1)
+            return sums.view(2, tables, size).sum(dim=1)
 
         zero = self.centers.new_zeros(2, size)
         # groups of chunks share tables, which are long if there are many positives
-        count, total = total_of(map_chunks(work, self.values, 8 * CHUNK), zero)
+        count, total = total_of(map_chunks(work, self.values, groups=8), zero)
         # sums over all values at or above the lower end of a bucket
         count, total = (x.flip(0).cumsum(0).flip(0) for x in (count, total))
         low, high = self._ends()
