@@ -1,5 +1,6 @@
 """scripts/install_detectron2.py on small wheels made here; no network."""
 
+import ast
 import base64
 import hashlib
 import importlib.metadata
@@ -8,6 +9,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -261,3 +264,28 @@ def test_files_installed_here_are_those_of_upstream():
         pytest.skip(f"Detectron2 {distribution.version} is not the script's")
     for name, sha1 in script.read_hash_list(script.HASH_LIST).items():
         assert script.git_blob_hash(distribution.locate_file(name).read_bytes()) == sha1, name
+
+
+# import name -> distribution; cv2 comes with lvis, and as the headless one where libGL lacks.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "lvis",
+    "yaml": "pyyaml",
+}
+OPTIONAL = {"detectron2", "mlflow", "wandb"}  # from the script; trackers that a key asks for
+
+
+def test_every_import_of_the_package_is_declared():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = (p for name, packages in project["optional-dependencies"].items() for p in packages)
+    declared = {re.split(r"[<>=\[ ]", p)[0].lower() for p in (*project["dependencies"], *extras)}
+    imported = set()
+    for path in (ROOT / "d2_balance").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= sys.stdlib_module_names | OPTIONAL | {"d2_balance"}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= declared

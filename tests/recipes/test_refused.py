@@ -30,7 +30,7 @@ from .recipes import NAMES, recipe, run, with_second_files
         ((2, "overrides"), {"SOLVER": {"MAX": 1}}, "stage expert: overrides: .*SOLVER.MAX"),
         ((4, "model"), "modell", "held.: model: 'modell' is no stage of kind train before this"),
         ((7, "inputs"), [{"predictions": "model"}], r"inputs\[0\]: 'model' is no stage of kind"),
-        ((8, "dataset"), "challenge_val", "dataset 'challenge_val' is one of test; allowed are"),
+        ((8, "dataset"), "challenge_val", "dataset 'challenge_val' is one of test; it must"),
         ((0, "keep"), [], "classes needs one of keep and every"),
         ((0, "every"), [2, 0], "classes needs one of keep and every"),
         ((9, "factors"), "merged", "factors: 'merged' is no stage of kind fit"),
