@@ -195,7 +195,10 @@ class Dies(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_loading_processes_that_die_again_and_again_end_the_run(log):
+def test_loading_processes_that_die_again_and_again_end_the_run(monkeypatch, log):
+    # PyTorch looks every 5 seconds whether a worker lives
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.3,))
     stream = TrainStream(
         [{"width": 1, "height": 1}], dict, [0] * 9, 1, group_by_aspect=False, num_workers=1, seed=0
     )
@@ -234,8 +237,8 @@ def test_another_number_of_processes_continues_with_a_warning(
 
 HOLD = """
 import sys
-from d2_balance.engine import output_lock
-with output_lock(sys.argv[1]):
+from d2_balance.utils.lock import directory_lock
+with directory_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -209,7 +209,11 @@ def test_a_lazy_config_of_the_zoo_trains_with_other_losses(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "decay"), [("coco_mask_rcnn_vitdet_b", 0.7), ("lvis_cascade_mask_rcnn_vitdet_l", 0.8)]
+    ("name", "decay"),
+    [
+        ("coco_mask_rcnn_vitdet_b", 0.7),
+        pytest.param("lvis_cascade_mask_rcnn_vitdet_l", 0.8, marks=pytest.mark.slow),
+    ],
 )
 def test_vitdet_trains_with_a_rate_for_every_layer(name, decay):
     pytest.importorskip("timm")

@@ -90,14 +90,15 @@ class SaveOnSignal(HookBase):
     def evaluating(self) -> Iterator[None]:
         """Leave the block on a signal, with a checkpoint of the iteration that it stands in."""
         self._gather()  # so that the first rank can save without the others
+        asked = any(comm.all_gather(bool(self._signal)))  # since the last backward pass
         self._at_once = True
         try:
-            if self._signal and comm.get_world_size() == 1:
+            if asked or self._signal:
                 raise StopTraining
             yield
         except BaseException:  # of another rank that has left, too
             self._at_once = False
-            if not self._signal:
+            if not (asked or self._signal):
                 raise
             raise self._save(finished=False) from None
         finally:
