@@ -32,8 +32,8 @@ def find_config(name: str, beside: str = "") -> str:
 
     Args:
         name: a path, relative to `beside` or the working directory; or the name of a config of
-            this package or of Detectron2's model zoo, such as
-            "COCO-Detection/retinanet_R_50_FPN_1x.yaml".
+            Detectron2's model zoo, such as "COCO-Detection/retinanet_R_50_FPN_1x.yaml", or of this
+            package (`get_config_file` finds those that bear a name of the zoo).
         beside: directory of the file that names it as its _BASE_.
 
     Raises:
@@ -43,9 +43,9 @@ def find_config(name: str, beside: str = "") -> str:
     place = path if "://" in path else os.path.join(beside, path)
     if PathManager.isfile(place):
         return place
-    directories = [ZOO]
-    with suppress(ValueError):  # installed without them
-        directories.insert(0, str(config_directory()))
+    directories = [ZOO]  # first: a name that both have is known as the zoo's
+    with suppress(ValueError):  # installed without configs
+        directories.append(str(config_directory()))
     for directory in directories:
         if os.path.isfile(place := os.path.join(directory, name)):
             return place
