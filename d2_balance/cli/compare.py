@@ -21,10 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output directory of a run, or file of `d2-balance eval --json`; the first is the "
         "one that others are compared with",
     )
-    parser.add_argument("--names", nargs="+", help="how to call the runs, one name each")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        help="how to call the runs, one name each; runs of one name are seeds, and "
+        "so are output directories whose configs differ in SEED only",
+    )
     parser.add_argument("--dataset", default="", help="which dataset, where a run has several")
     parser.add_argument("--output", metavar="DIRECTORY", help=f"write {', '.join(FILES)} there")
     parser.add_argument("--classes", type=int, default=5, help="gains and losses to print")
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        help="of the images, for intervals (default 1000; 0: none)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
 
 
@@ -41,13 +52,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--names has {len(names)} names for {len(args.runs)} runs")
     pairs = zip(args.runs, names, strict=True)
     runs = [comparison.read_run(path, name, args.dataset) for path, name in pairs]
+    runs = comparison.join_seeds(runs, bool(args.names))
     tasks = comparison.check_comparable(runs)
-    for task in tasks:
+    found = {task: comparison.significance(runs, task, args.resamples) for task in tasks}
+    for task, tests in found.items():
         print(f"{comparison.TASKS[task]} AP on {runs[0].found.dataset}\n")
-        print(table(comparison.metric_rows(runs, task), ["run", *comparison.METRICS]) + "\n")
+        print(table(comparison.metric_rows(runs, task, tests), ["run", *comparison.METRICS]) + "\n")
+        if text := comparison.significance_text(runs, tests):
+            print(text + "\n")
         if args.classes > 0:
-            rows = comparison.gain_rows(runs, task, args.classes)
+            rows = comparison.gain_rows(runs, task, args.classes, tests)
             print(table(rows, comparison.gain_headers(runs)) + "\n")
     if args.output:
-        print("\n".join(comparison.write_comparison(runs, tasks, args.output)))
+        print("\n".join(comparison.write_comparison(runs, found, args.output)))
     return 0

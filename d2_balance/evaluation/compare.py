@@ -1,15 +1,23 @@
-"""Runs side by side: which groups and classes gained."""
+"""Runs side by side: which groups and classes gained, and whether that is more than noise.
 
+A run may be several seeds of one configuration; its figures are their means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import glob
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from d2_balance.data.annotations import load_annotations
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.files import write_text
 from d2_balance.utils.page import Page
@@ -24,24 +32,85 @@ from d2_balance.utils.plotting import (
 from d2_balance.utils.text import count as count_text
 from d2_balance.utils.text import percent, signed, table
 
+from . import bootstrap
+from .matching import GroundTruth, Matcher, select
+from .predictions import read_predictions
 from .record import TASKS, Evaluation
 
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 MOST_RUNS = 7
 MOST_NAMES = 12  # classes named in the plot
+MOST_INTERVALS = 60  # classes whose points have intervals
 
 
 @dataclass
 class Run:
-    """One evaluation to compare.
+    """One evaluation to compare, or the mean over several seeds.
 
     Attributes:
         name: how it is called in tables and plots.
         found: its figures.
+        path: directory or file that it was read from.
+        seeds: the evaluations that `found` is the mean of; empty if there is one.
     """
 
     name: str
     found: Evaluation
+    path: str = ""
+    seeds: list[Evaluation] = field(default_factory=list)
+
+    def spread(self, task: str, metric: str) -> tuple[float, int]:
+        """Return the standard deviation over the seeds, NaN with one, and their number."""
+        values = [seed.results[task][metric] for seed in self.seeds]
+        return (float(np.std(values, ddof=1)) if len(values) > 1 else math.nan), max(len(values), 1)
+
+
+def join_seeds(runs: Sequence[Run], named: bool) -> list[Run]:
+    """Join runs that are seeds of one configuration.
+
+    Args:
+        runs: one evaluation each.
+        named: True joins runs of one name; False joins output directories whose configs differ in
+            SEED and OUTPUT_DIR only.
+    """
+    groups: dict[str, list[Run]] = {}
+    for number, run in enumerate(runs):
+        config = os.path.join(run.path, "config.yaml")
+        key = f"{number}"
+        if named:
+            key = run.name
+        elif os.path.isfile(config):
+            with open(config, encoding="utf-8") as file:
+                key = "".join(li for li in file if not li.startswith(("SEED:", "OUTPUT_DIR:")))
+        groups.setdefault(key, []).append(run)
+    return [_mean_run(own) if len(own) > 1 else own[0] for own in groups.values()]
+
+
+def _mean_run(runs: Sequence[Run]) -> Run:
+    found = [run.found for run in runs]
+    _check_same(runs)
+    first = found[0]
+    results = {
+        task: {m: _mean([f.results[task][m] for f in found]) for m in metrics}
+        for task, metrics in first.results.items()
+        if all(task in f.results for f in found)
+    }
+    classes = {
+        name: {
+            key: _mean([f.classes[name][key] for f in found]) if key.startswith("AP") else value
+            for key, value in record.items()
+        }
+        for name, record in first.classes.items()
+    }
+    name = runs[0].name
+    if any(run.name != name for run in runs):
+        name = re.sub(r"[_\-. ]*(seed)?[_\-. ]*\d*$", "", name) or name
+    mean = dataclasses.replace(first, results=results, classes=classes)
+    return Run(name, mean, runs[0].path, list(found))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def read_run(path: str, name: str = "", dataset: str = "") -> Run:
@@ -57,13 +126,14 @@ def read_run(path: str, name: str = "", dataset: str = "") -> Run:
     """
     name = name or os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     if os.path.isfile(path):
-        return Run(name, Evaluation.read(path))
+        return Run(name, Evaluation.read(path), path)
     if not os.path.isdir(path):
         raise ValueError(
             f"{path} does not exist; a run is an output directory or an evaluation file"
         )
     pattern = os.path.join(glob.escape(path), "**", "evaluation_*.json")
-    runs = [Run(name, Evaluation.read(file)) for file in sorted(glob.glob(pattern, recursive=True))]
+    files = sorted(glob.glob(pattern, recursive=True))
+    runs = [Run(name, _found_in(file), path) for file in files]
     if not runs:
         raise ValueError(
             f"{path} holds no evaluation (inference/evaluation_*.json); evaluate it with "
@@ -74,6 +144,13 @@ def read_run(path: str, name: str = "", dataset: str = "") -> Run:
         sets = ", ".join(sorted(run.found.dataset for run in runs))
         raise ValueError(f"{path} has evaluations of {sets}; choose one of them with --dataset")
     return chosen[0]
+
+
+def _found_in(file: str) -> Evaluation:
+    """An evaluation of a run's directory, whose predictions lie beside it wherever that is now."""
+    found = Evaluation.read(file)
+    beside = os.path.join(os.path.dirname(file), os.path.basename(found.predictions))
+    return dataclasses.replace(found, predictions=beside) if found.predictions else found
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
@@ -88,6 +165,14 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"runs are called {', '.join(names)}; give them different --names")
+    _check_same(runs)
+    tasks = [t for t in TASKS if all(t in run.found.results for run in runs)]
+    if not tasks:
+        raise ValueError("the runs have no task in common: one has boxes only, another masks only")
+    return tasks
+
+
+def _check_same(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         for what, value in _identity(first).items():
@@ -96,10 +181,6 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
                     f"{first.name} ({first.found.dataset}) and {run.name} ({run.found.dataset}) "
                     f"differ in their {what}; only evaluations of one dataset can be compared"
                 )
-    tasks = [t for t in TASKS if all(t in run.found.results for run in runs)]
-    if not tasks:
-        raise ValueError("the runs have no task in common: one has boxes only, another masks only")
-    return tasks
 
 
 def _identity(run: Run) -> dict[str, object]:
@@ -113,18 +194,135 @@ def _identity(run: Run) -> dict[str, object]:
     }
 
 
-def metric_rows(runs: Sequence[Run], task: str) -> list[list[str]]:
-    """Metrics of each run, and after the first the difference to it."""
+@dataclass
+class Significance:
+    """Comparisons of each run with the first, by the run's name; or why there are none."""
+
+    comparisons: dict[str, bootstrap.Comparison] = field(default_factory=dict)
+    note: str = ""
+
+    def difference(self, run: Run, metric: str) -> bootstrap.Difference | None:
+        """Return how much a run gains on the first."""
+        comparison = self.comparisons.get(run.name)
+        return None if comparison is None else comparison.metrics.get(metric)
+
+    def own(self, runs: Sequence[Run], number: int) -> dict[str, tuple[float, float]]:
+        """Return the intervals of a run's own figures, by metric and class."""
+        if not self.comparisons:
+            return {}
+        if number:
+            return self.comparisons[runs[number].name].own[1]
+        return next(iter(self.comparisons.values())).own[0]
+
+
+def significance(runs: Sequence[Run], task: str, rounds: int = bootstrap.ROUNDS) -> Significance:
+    """Resample the images of the runs.
+
+    Args:
+        runs: checked runs, the first is the one that others are compared with.
+        task: "bbox" or "segm".
+        rounds: resamples; 0: none.
+    """
+    if not rounds:
+        return Significance()
+    for run in runs:
+        for found in run.seeds or [run.found]:
+            for what, path in (("ground truth", found.truth), ("predictions", found.predictions)):
+                if not os.path.isfile(path):
+                    where = f"{path} is not there" if path else "its evaluation names no file"
+                    return Significance(note=f"no intervals: the {what} of {run.name}: {where}")
+    first = runs[0].found
+    truth = load_annotations(first.truth, "the ground truth", first.rules)
+    ground = GroundTruth(truth, task)
+    groups = [record["group"] for record in first.classes.values()]
+    sampled, strata = [], None
+    for run in runs:
+        own = []
+        for found in run.seeds or [run.found]:
+            predictions = read_predictions(found.predictions, truth)
+            matcher = Matcher(ground, select(ground, predictions, found.max_dets))
+            if ground.num_images != found.images or len(predictions) != found.detections:
+                return Significance(
+                    note=f"no intervals: {found.truth} or {found.predictions} has changed since "
+                    f"{run.name} was evaluated, or images were left out"
+                )
+            strata = bootstrap.strata_of(matcher, groups) if strata is None else strata
+            own.append(bootstrap.Resampled(matcher))
+        sampled.append(own)
+    assert strata is not None
+    names = list(first.classes)
+    return Significance(
+        {
+            run.name: bootstrap.compare(sampled[0], own, groups, names, strata, rounds)
+            for run, own in zip(runs[1:], sampled[1:], strict=True)
+        }
+    )
+
+
+def metric_rows(
+    runs: Sequence[Run], task: str, found: Significance | None = None
+) -> list[list[str]]:
+    """Metrics of each run, and after the first the difference to it with its interval."""
     first = runs[0].found.results[task]
     rows = []
     for run in runs:
         own = run.found.results[task]
-        cells = [percent(own[m]) for m in METRICS]
-        if run is not runs[0]:
-            pairs = zip(cells, METRICS, strict=True)
-            cells = [f"{cell} ({signed(own[m] - first[m])})" for cell, m in pairs]
-        rows.append([run.name, *cells])
+        cells = []
+        for metric in METRICS:
+            cell = percent(own[metric])
+            spread, seeds = run.spread(task, metric)
+            if seeds > 1 and not math.isnan(spread):
+                cell += f" ± {spread:.1f}"
+            if run is not runs[0]:
+                difference = found and found.difference(run, metric)
+                cell += f" ({signed(own[metric] - first[metric])}{_interval(difference)})"
+            cells.append(cell)
+        name = f"{run.name}, {len(run.seeds)} seeds" if run.seeds else run.name
+        rows.append([name, *cells])
     return rows
+
+
+def _interval(difference: bootstrap.Difference | None) -> str:
+    if difference is None or math.isnan(difference.low):
+        return ""
+    return f", {difference.low:+.1f} to {difference.high:+.1f}"
+
+
+def verdict_rows(runs: Sequence[Run], found: Significance) -> list[list[str]]:
+    """Whether each run is better, worse or within noise; metrics without an interval are "-"."""
+    rows = []
+    for run in runs[1:]:
+        differences = [found.difference(run, metric) for metric in bootstrap.METRICS]
+        rows.append([run.name, *((d.verdict if d else "") or "-" for d in differences)])
+    return rows if found.comparisons else []
+
+
+def source_rows(runs: Sequence[Run], found: Significance) -> list[list[str]]:
+    """How far the differences vary over images, and over seeds."""
+    rows = []
+    for run in runs[1:]:
+        for source in ("images", "training"):
+            differences = [found.difference(run, metric) for metric in bootstrap.METRICS]
+            cells = [percent(getattr(d, source), 2) if d else "-" for d in differences]
+            rows.append([run.name, source, *cells])
+    return rows if found.comparisons else []
+
+
+def significance_text(runs: Sequence[Run], found: Significance) -> str:
+    """What the intervals say, as text."""
+    if found.note:
+        return f"- {found.note}"
+    if not found.comparisons:
+        return ""
+    head = table(verdict_rows(runs, found), [f"against {runs[0].name}", *bootstrap.METRICS])
+    spread = table(source_rows(runs, found), ["run", "varies over", *bootstrap.METRICS])
+    lines = [head, spread]
+    if any(len(run.seeds) < 2 for run in runs):
+        lines.append(
+            "- intervals hold for other images; how much another training differs, one seed cannot "
+            "say"
+        )
+    return "\n\n".join(lines)
 
 
 def class_gains(runs: Sequence[Run], task: str) -> dict[str, list[float]]:
@@ -135,8 +333,9 @@ def class_gains(runs: Sequence[Run], task: str) -> dict[str, list[float]]:
     return dict(sorted(values.items(), key=lambda item: item[1][0] - item[1][-1]))
 
 
-def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
+def plot_comparison(runs: Sequence[Run], task: str, found: Significance | None = None) -> Figure:
     """AP of each class against its training images, and AP by group, one colour a run."""
+    found = found or Significance()
     key = "AP" if task == "bbox" else f"AP_{task}"
     figure = new_figure(10.5, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
@@ -149,6 +348,11 @@ def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
         pairs = sorted(p for p in pairs if not math.isnan(p[1]))
         if pairs:
             _scatter(left, np.array(pairs), COLOURS[number])
+        if len(points) <= MOST_INTERVALS:
+            intervals = found.own(runs, number)
+            for n, r in points.items():
+                x = max(r["train_image_count"], 0.5)
+                left.plot([x, x], intervals.get(n, (math.nan,) * 2), color=COLOURS[number], lw=0.8)
     if not points:
         note = "no class has a number of training images"
         left.text(0.5, 0.5, note, ha="center", transform=left.transAxes, color="#555555")
@@ -162,7 +366,7 @@ def plot_comparison(runs: Sequence[Run], task: str) -> Figure:
         zero = [0.5] if min(counts) < 1 else []
         left.set_xticks([*zero, *ticks], ["0"] * len(zero) + [f"{t:,}" for t in ticks])
         left.set_xticks([], minor=True)
-    _bars(right, runs, task)
+    _bars(right, runs, task, found)
     for axes in (left, right):
         style_axes(axes, "both" if axes is left else "y")
     figure.legend(
@@ -208,7 +412,7 @@ def _scatter(axes: Axes, points: np.ndarray, colour: str) -> None:
         axes.plot(np.exp(smooth[0]), smooth[1], color=colour, lw=2)
 
 
-def _bars(axes: Axes, runs: Sequence[Run], task: str) -> None:
+def _bars(axes: Axes, runs: Sequence[Run], task: str, found: Significance) -> None:
     shown = ["AP", *(f"AP{g}" for g in GROUPS)]
     shown = [m for m in shown if not all(math.isnan(r.found.results[task][m]) for r in runs)]
     width = 0.8 / len(runs)
@@ -216,29 +420,46 @@ def _bars(axes: Axes, runs: Sequence[Run], task: str) -> None:
         values = [run.found.results[task][m] for m in shown]
         places = np.arange(len(shown)) + (number - (len(runs) - 1) / 2) * width
         axes.bar(places, np.nan_to_num(values), width, color=COLOURS[number], label=run.name)
-        for x, value in zip(places, values, strict=True):
+        intervals = found.own(runs, number)
+        for x, value, metric in zip(places, values, shown, strict=True):
             text = percent(value)
-            axes.text(x, np.nan_to_num(value) + 0.4, text, ha="center", va="bottom", fontsize=7)
+            low, high = intervals.get(metric, (math.nan, math.nan))
+            axes.plot([x, x], [low, high], color="#333333", lw=1)
+            top = np.nan_to_num(value) if math.isnan(high) else high
+            axes.text(x, top + 0.4, text, ha="center", va="bottom", fontsize=7)
     names = {"AP": "all"} | {f"AP{letter}": name for letter, name in GROUPS.items()}
     axes.set_xticks(range(len(shown)), [names[m] for m in shown])
     axes.set_ylabel(f"{TASKS[task]} AP (%)")
 
 
-def comparison_page(runs: Sequence[Run], tasks: Sequence[str], classes: int = 10) -> Page:
-    """Everything on one page; `classes` that gained and lost most are listed."""
+def comparison_page(
+    runs: Sequence[Run], found: Mapping[str, Significance], classes: int = 10
+) -> Page:
+    """Everything on one page; `found` by task, `classes` that gained and lost most are listed."""
     first = runs[0].found
     page = Page(" and ".join(run.name for run in runs) + f" on {first.dataset}")
     page.text(
         f"{first.images:,} images, {len(first.classes):,} classes, {first.rules.upper()} rules. "
         f"In brackets the difference to {runs[0].name}."
     )
-    for task in tasks:
+    for task, tests in found.items():
         page.heading(f"{TASKS[task].capitalize()} AP")
-        page.table(metric_rows(runs, task), ["run", *METRICS])
+        page.table(metric_rows(runs, task, tests), ["run", *METRICS])
+        if tests.comparisons:
+            page.text(
+                "95 % intervals of a bootstrap over images, the same ones for all runs; with seeds "
+                "also over these."
+            )
+            page.table(verdict_rows(runs, tests), [f"against {runs[0].name}", *bootstrap.METRICS])
+            page.table(source_rows(runs, tests), ["run", "varies over", *bootstrap.METRICS])
+        elif tests.note:
+            page.items([tests.note])
         caption = "AP of each class against its training images, with a running mean over a fifth "
-        page.figure(plot_comparison(runs, task), caption + "of the classes; AP by frequency group.")
+        page.figure(
+            plot_comparison(runs, task, tests), caption + "of the classes; AP by frequency group."
+        )
         page.heading(f"Classes that gained and lost most, {runs[-1].name} against {runs[0].name}")
-        page.table(gain_rows(runs, task, classes), gain_headers(runs))
+        page.table(gain_rows(runs, task, classes, tests), gain_headers(runs))
     return page
 
 
@@ -246,7 +467,9 @@ def gain_headers(runs: Sequence[Run]) -> list[str]:
     return ["class", "group", "training images", *(run.name for run in runs), "gain"]
 
 
-def gain_rows(runs: Sequence[Run], task: str, count: int) -> list[list[str]]:
+def gain_rows(
+    runs: Sequence[Run], task: str, count: int, found: Significance | None = None
+) -> list[list[str]]:
     """The `count` classes that gained most and the `count` that lost most."""
     gains = list(class_gains(runs, task).items())
     ends = gains if len(gains) <= 2 * count else gains[:count] + gains[-count:]
@@ -255,27 +478,32 @@ def gain_rows(runs: Sequence[Run], task: str, count: int) -> list[list[str]]:
         record = runs[0].found.classes[name]
         images = record["train_image_count"]
         middle = [record["group"] or "-", count_text(images)]
-        gain = signed(values[-1] - values[0])
+        comparison = found and found.comparisons.get(runs[-1].name)
+        difference = comparison.classes.get(name) if comparison else None
+        gain = f"{signed(values[-1] - values[0])}{_interval(difference)}"
         rows.append([name, *middle, *map(percent, values), gain])
     return rows
 
 
-def write_comparison(runs: Sequence[Run], tasks: Sequence[str], directory: str) -> list[str]:
+def write_comparison(
+    runs: Sequence[Run], found: Mapping[str, Significance], directory: str
+) -> list[str]:
     """Write compare.md, compare.html and a PNG per task into `directory`; returns their paths."""
     paths = []
     lines = [f"# {' and '.join(run.name for run in runs)} on {runs[0].found.dataset}"]
-    for task in tasks:
+    for task, tests in found.items():
         file = f"compare_{TASKS[task]}.png"
         paths.append(os.path.join(directory, file))
-        save_figure(plot_comparison(runs, task), paths[-1])
+        save_figure(plot_comparison(runs, task, tests), paths[-1])
         lines += [
             f"## {TASKS[task].capitalize()} AP",
-            table(metric_rows(runs, task), ["run", *METRICS]),
+            table(metric_rows(runs, task, tests), ["run", *METRICS]),
+            significance_text(runs, tests),
             f"![AP of each class and by group]({file})",
-            table(gain_rows(runs, task, 10), gain_headers(runs)),
+            table(gain_rows(runs, task, 10, tests), gain_headers(runs)),
         ]
     paths.insert(0, os.path.join(directory, "compare.html"))
-    comparison_page(runs, tasks).write(paths[0])
+    comparison_page(runs, found).write(paths[0])
     paths.insert(0, os.path.join(directory, "compare.md"))
-    write_text(paths[0], "\n\n".join(lines) + "\n")
+    write_text(paths[0], "\n\n".join(filter(None, lines)) + "\n")
     return paths

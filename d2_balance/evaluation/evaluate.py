@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ def measure(
         groups_of_file=in_file,
         cuts=cuts,
         notes=notes,
+        predictions=predictions.path,
     )
     results = evaluation.results
     if any(len(m.detections) for m in matchers.values()) and not any(
@@ -123,6 +125,7 @@ def record(
     notes: Sequence[str],
     groups: Mapping[str, str] | None = None,
     names: Sequence[str] | None = None,
+    predictions: str = "",
 ) -> Evaluation:
     """Put the figures of matched detections together.
 
@@ -137,6 +140,7 @@ def record(
         notes: what is noted already.
         groups: class name to "r", "c" or "f"; comes first.
         names: (K,) class names; None: those of the file.
+        predictions: the file of the detections; "" if it does not stay.
     """
     ground = next(iter(matchers.values())).truth
     truth = ground.annotations
@@ -162,6 +166,8 @@ def record(
         results=results,
         classes=class_records(ground.class_ids, names, letters, images, instances, tables),
         notes=notes,
+        truth=os.path.abspath(truth.path),
+        predictions=predictions and os.path.abspath(predictions),
     )
 
 

@@ -257,6 +257,7 @@ class COCOGroupEvaluator(DatasetEvaluator):
             notes=notes,
             groups=self._groups,
             names=self._class_names(grounds[tasks[0]].class_ids),
+            predictions=predictions.path if self._output_dir else "",
         )
         for task, metrics in evaluation.results.items():
             logger.info(f"Evaluation results for {task}:\n{create_small_table(metrics)}")

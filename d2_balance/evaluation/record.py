@@ -26,6 +26,8 @@ class Evaluation:
         results: task ("bbox", "segm") to AP, AP50, AP75, APs, APm, APl, APr, APc, APf.
         classes: class name to record, see `class_records`.
         notes: why figures are NaN, and what was left out.
+        truth, predictions: the files it was made from, for intervals of a comparison; "" where a
+            reader cannot have them.
     """
 
     dataset: str
@@ -37,6 +39,8 @@ class Evaluation:
     results: dict[str, dict[str, float]]
     classes: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    truth: str = ""
+    predictions: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The same fields as a JSON object, NaN as null."""
@@ -55,14 +59,15 @@ class Evaluation:
             ValueError: a file that is missing or holds something else, naming the field.
         """
         data = read_json(path)
-        names = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls) if f.name not in ("truth", "predictions")]
         lacking = [n for n in names if not isinstance(data, dict) or n not in data]
         if lacking:
             raise ValueError(
                 f"{path}: no evaluation: it lacks {', '.join(lacking)}; `d2-balance eval --json` "
                 "and training runs (inference/evaluation_*.json) write such files"
             )
-        found = cls(**{name: data[name] for name in names})
+        files = {key: data[key] for key in ("truth", "predictions") if key in data}
+        found = cls(**{name: data[name] for name in names}, **files)
         for metrics in found.results.values():
             metrics.update({k: math.nan if v is None else v for k, v in metrics.items()})
         for record in found.classes.values():

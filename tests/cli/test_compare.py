@@ -1,6 +1,7 @@
 """`d2-balance compare`: differences, what is listed, and what is refused."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -142,3 +143,89 @@ def test_classes_without_counts_leave_the_plot_by_count_empty(write, tmp_path):
     files = [write(f"{n}.json", copy.deepcopy(found)) for n in "xy"]
     assert run(*files, "--output", tmp_path / "out") == 0
     assert (tmp_path / "out/compare_box.png").exists()
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Evaluates detections of 30 images and returns the file; `shift` moves all boxes."""
+    images = [{"id": n, "width": 60, "height": 60} for n in range(30)]
+    boxes = [[5 + n % 9, 5, 20, 20 + n % 7] for n in range(30)]
+    truth = {
+        "images": images,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1 + n % 2, "bbox": box, "area": box[2] * box[3]}
+            for n, box in enumerate(boxes, start=0)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+
+    def to(name, shift, skipped=()):
+        found = [
+            {"image_id": n, "category_id": 1 + n % 2, "score": 0.5 + n / 100}
+            | {"bbox": [box[0] + shift * (n % 3), *box[1:]]}
+            for n, box in enumerate(boxes)
+            if n not in skipped
+        ]
+        (tmp_path / f"{name}.found.json").write_text(json.dumps(found))
+        files = [str(tmp_path / f"{name}{end}") for end in (".found.json", ".json")]
+        arguments = [
+            "eval",
+            files[0],
+            "--dataset",
+            str(tmp_path / "truth.json"),
+            "--json",
+            files[1],
+        ]
+        assert cli.main(arguments) == 0
+        return files[1]
+
+    return to
+
+
+def test_a_clear_difference_and_none_are_told_apart(evaluated, tmp_path, capsys):
+    plain, same, worse = evaluated("plain", 2), evaluated("same", 2), evaluated("worse", 5)
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert run(plain, same, worse, "--resamples", 200, "--output", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if "against plain" in line)
+    same_line, worse_line = lines[start + 2 : start + 4]
+    assert same_line.split("|")[1:3] == [" same            ", " within noise "]
+    assert [cell.strip() for cell in worse_line.split("|")[1:3]] == ["worse", "worse"]
+    assert any("(+0.0, +0.0 to +0.0)" in li for li in lines)
+    assert any("one seed cannot say" in li for li in lines)
+    page = (out / "compare.html").read_text()
+    assert "within noise" in page and "95 % intervals" in page
+
+
+def test_runs_of_one_name_are_seeds(evaluated, capsys):
+    files = [evaluated(f"run{n}", 2, (n,)) for n in range(4)]
+    capsys.readouterr()
+    assert run(*files, "--names", "CE", "CE", "EQL", "EQL", "--resamples", 50) == 0
+    printed = capsys.readouterr().out
+    assert "CE, 2 seeds" in printed and "EQL, 2 seeds" in printed and " ± " in printed
+    assert "| EQL   | training" in printed and "one seed cannot" not in printed
+
+
+def test_output_directories_that_differ_in_the_seed_are_seeds(write, tmp_path, capsys):
+    for name, seed, loss, aps in (
+        ("ce_seed1", 1, "CE", PLAIN),
+        ("ce_seed2", 2, "CE", BETTER),
+        ("eql", 1, "EQL", BETTER),
+    ):
+        write(f"{name}/inference/evaluation_set.json", evaluation(aps))
+        text = f"MODEL:\n  LOSS: {loss}\nOUTPUT_DIR: {name}\nSEED: {seed}\n"
+        (tmp_path / name / "config.yaml").write_text(text)
+    assert run(*(tmp_path / n for n in ("ce_seed1", "ce_seed2", "eql"))) == 0
+    printed = capsys.readouterr().out
+    # AP 20 and 21.5
+    assert "| ce, 2 seeds | 20.8 ± 1.1" in printed and "no intervals" in printed
+
+
+def test_predictions_that_have_changed_give_no_intervals(evaluated, tmp_path, capsys):
+    plain, other = evaluated("plain", 2), evaluated("other", 3)
+    (tmp_path / "other.found.json").write_text("[]")
+    capsys.readouterr()
+    assert run(plain, other) == 0
+    assert "has changed since other was evaluated" in capsys.readouterr().out
