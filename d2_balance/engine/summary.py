@@ -20,8 +20,8 @@ from d2_balance import __version__
 from d2_balance.data import ClassCounts, bad_annotations
 from d2_balance.data.catalog.register import registered_file
 from d2_balance.data.groups import GROUPS
-from d2_balance.evaluation import read_per_class
 from d2_balance.evaluation.files import file_name_of
+from d2_balance.evaluation.per_class import read_per_class
 from d2_balance.evaluation.plots import plot_ap_by_count
 from d2_balance.utils.files import write_text
 from d2_balance.utils.text import count, percent, table

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from d2_balance.data.model_classes import ModelClasses
 from d2_balance.data.unreadable import SkipUnreadable
-from d2_balance.evaluation import build_evaluator
+from d2_balance.evaluation.evaluators import build_evaluator
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.modeling.criterion import Normalizer
 from d2_balance.modeling.inert import inert_remedies
