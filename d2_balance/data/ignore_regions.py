@@ -2,7 +2,7 @@
 
 LVIS leaves out objects of classes that it did not look for in an image; COCO has boxes of 80
 classes on the same images. A record of the training set gets `ignore_boxes`; what the heads do
-with them stands in `modeling/ignore_regions.py`.
+with them stands in `modeling/image_context.py`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,25 @@ DATA_ARGUMENTS = {
     "instance_count": lambda statistics: statistics.instance_count,
 }
 NUM_CLASSES = "num_classes"  # the one argument without a default that the model knows itself
+
+
+@contextmanager
+def renamed(namespace: dict[str, Any], **classes: Any) -> Iterator[None]:
+    """Let the functions of a module find other classes under these names inside of the block.
+
+    Detectron2's builders name the classes that they make. Making ours behind theirs would take
+    other random numbers for the weights than a stock model.
+
+    Args:
+        namespace: `vars` of the module; the names are as before afterwards.
+        **classes: name to class.
+    """
+    before = {name: namespace[name] for name in classes}
+    namespace.update(classes)
+    try:
+        yield
+    finally:
+        namespace.update(before)
 
 
 def argument_key(argument: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,7 @@ from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
 from d2_balance.reweight import GuidedScale, Reweighter
 from d2_balance.utils.distributed import sum_across_ranks, world_size
 
-Watcher = Callable[[Samples, tuple[Tensor, ...], Tensor, Tensor], None]
-_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers", default=())
-
-
-@contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Show every head's batch to `watcher(samples, box_inputs, cls, box)` inside of the block.
-
-    It sees what `detection_losses` starts from: the prediction and the target of the positives in
-    the space of the box loss, and both losses before they are weighted and summed.
-    """
-    token = _watchers.set((*_watchers.get(), watcher))
-    try:
-        yield
-    finally:
-        _watchers.reset(token)
+Watcher = Callable[[Samples, tuple[Any, ...], Tensor, Tensor], None]
 
 
 class Normalizer(nn.Module):
@@ -47,6 +32,9 @@ class Normalizer(nn.Module):
     Subclasses `count` a batch and keep the sum across ranks in `update`; `value` is the denominator
     for one rank.
     """
+
+    watcher: Watcher | None = None
+    """Sees every batch of the head, see `watched`."""
 
     def count(self, samples: Samples) -> Tensor:
         """0-d count of this rank's batch."""
@@ -109,6 +97,23 @@ class PositiveEMA(Normalizer):
 
     def value(self) -> Tensor:
         return self.loss_normalizer / world_size()
+
+
+@contextmanager
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Show every batch of a model's heads to `watcher(samples, box_inputs, cls, box)`.
+
+    It sees what `detection_losses` starts from: the prediction and the target of the positives in
+    the space of the box loss, and both losses before they are weighted and summed.
+    """
+    heads = [module for module in model.modules() if isinstance(module, Normalizer)]
+    for head in heads:
+        head.watcher = watcher
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.watcher = None
 
 
 def box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
@@ -212,8 +217,8 @@ def _detection_losses(
     else:
         intermediate = None
         cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
-    for watcher in _watchers.get():
-        watcher(samples, boxes, cls, box)
+    if normalizer.watcher is not None:
+        normalizer.watcher(samples, boxes, cls, box)
 
     cls_rows, box_rows = samples.sample_weight, None
     for reweighter in reweighters:

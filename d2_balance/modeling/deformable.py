@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 from torchvision.ops import deform_conv2d
 
+from .build import renamed
+
 try:
     from detectron2 import _C  # noqa: F401
 except ImportError:
@@ -172,14 +174,10 @@ def deformable_convolutions(cfg: CfgNode) -> Iterator[None]:
     Args:
         cfg: config of the model.
     """
-    names = (
-        ("DeformConv", "ModulatedDeformConv") if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) else ()
-    )
-    stock = {name: getattr(resnet, name) for name in names}
-    for name, cls in stock.items():
-        setattr(resnet, name, with_cpu(cls) if COMPILED else globals()[name])
-    try:
+    classes = {}
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        for ours in (DeformConv, ModulatedDeformConv):
+            stock = getattr(resnet, ours.__name__)
+            classes[ours.__name__] = with_cpu(stock) if COMPILED else ours
+    with renamed(vars(resnet), **classes):
         yield
-    finally:
-        for name, cls in stock.items():
-            setattr(resnet, name, cls)

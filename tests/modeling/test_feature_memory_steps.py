@@ -30,7 +30,7 @@ def layers_of(model):
 def watch(model, inputs):
     """The Samples of every RoI head in a training step, and the losses."""
     seen = []
-    with watched(lambda samples, boxes, cls, box: seen.append((samples, boxes, cls, box))):
+    with watched(model, lambda samples, boxes, cls, box: seen.append((samples, boxes, cls, box))):
         losses = train_step(model, inputs)
     return seen, losses
 
@@ -71,7 +71,7 @@ def test_drawn_rows_train_box_head_and_classifier_and_no_box(kind):
     heads = model.roi_heads
     gradients = {}
     # images without objects: all positive rows are drawn ones
-    with watched(lambda samples, boxes, cls, box: gradients.setdefault(len(gradients), cls)):
+    with watched(model, lambda samples, boxes, cls, box: gradients.setdefault(len(gradients), cls)):
         train_step(model, make_inputs(seed=2, empty=(0, 1)))
     for stage, rows in gradients.items():
         head, layer = heads.head_modules(stage)
@@ -138,12 +138,12 @@ def test_evaluation_and_passes_without_gradient_leave_the_memory_alone():
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
 def test_mining_passes_draw_nothing(kind):
-    keys = ["MODEL.BALANCE.PROPOSAL_SAMPLER", "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 8]
+    keys = ["MODEL.BALANCE.PROPOSAL_SAMPLER", "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 16]
     model = build_model(small_cfg(kind, *MEMORY, *keys)).train()
-    for seed in range(2):
+    for seed in range(4):  # untrained boxes: not every batch has positives among the hardest
         seen, losses = watch(model, make_inputs(seed=seed))
     for samples, *_ in seen:
-        assert len(samples.labels) <= 2 * 8 + DRAWN
+        assert len(samples.labels) <= 2 * 16 + DRAWN
         assert samples.sample_weight[-DRAWN:].sum() >= 4
     total = sum(losses.values())
     total.backward()

@@ -7,8 +7,12 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2_balance.modeling.ignore_regions import covered, regions_of, without_covered_background
-from d2_balance.modeling.objects import number_objects
+from d2_balance.modeling.image_context import (
+    covered,
+    number_objects,
+    regions_of,
+    without_covered_background,
+)
 from d2_balance.modeling.proposal_generator.rpn import BalancedRPN
 from d2_balance.modeling.roi_heads.fast_rcnn import BalancedFastRCNNOutputLayers
 

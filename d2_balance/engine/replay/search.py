@@ -103,7 +103,7 @@ class Replay:
         if self._key is not None:
             seed_everything(*self._key)
         try:
-            with watched(lambda *seen: _bad_rows(found, *seen)):
+            with watched(self._model, lambda *seen: _bad_rows(found, *seen)):
                 losses = self._model(batch)
         except Exception as error:
             if speaks_of_non_finite(error):

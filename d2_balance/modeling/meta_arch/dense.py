@@ -26,10 +26,16 @@ from ..build import (
 )
 from ..compatibility import check_pairing
 from ..criterion import PositiveEMA, detection_losses
-from ..ignore_regions import check_ioa, ignore_background
-from ..image_context import LabelledImages
-from ..objects import classes_of_ids, ids_as_classes, number_objects
+from ..image_context import (
+    LabelledImages,
+    check_ioa,
+    classes_of_ids,
+    ids_as_classes,
+    ignore_background,
+    number_objects,
+)
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior
+from ..scripting import Scriptable
 
 
 def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     }
 
 
-class BalancedDense(LabelledImages, nn.Module):
+class BalancedDense(Scriptable, LabelledImages, nn.Module):
     """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
 
     The normaliser is a buffer counted across all ranks (`loss_normalizer`), so that a resumed run
@@ -84,6 +90,7 @@ class BalancedDense(LabelledImages, nn.Module):
 
     head_name: str
     initial_normalizer: float
+    training_parts = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer")
 
     @configurable
     def __init__(

@@ -12,10 +12,11 @@ from d2_balance.data.image_labels import ImageLabels
 from ..deformable import deformable_convolutions
 from ..image_context import LabelledImages
 from ..roi_heads.feature_memory import build_memories
+from ..scripting import Scriptable
 
 
 @META_ARCH_REGISTRY.register()
-class BalancedRCNN(LabelledImages, GeneralizedRCNN):
+class BalancedRCNN(Scriptable, LabelledImages, GeneralizedRCNN):
     """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
 
     Args:

@@ -24,8 +24,9 @@ from d2_balance.utils.distributed import world_size
 from ..build import build_box_loss, build_cls_loss, build_guided, stock_box_loss
 from ..compatibility import check_pairing
 from ..criterion import Normalizer, PositiveEMA, detection_losses
-from ..ignore_regions import check_ioa, ignore_background
+from ..image_context import check_ioa, ignore_background
 from ..prior_init import load_prior, set_sigmoid_prior
+from ..scripting import Scriptable
 
 OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 for an object
 
@@ -53,7 +54,7 @@ class ImageNormalizer(Normalizer):
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class BalancedRPN(RPN):
+class BalancedRPN(Scriptable, RPN):
     """RPN whose losses come from MODEL.BALANCE.RPN; stock where the names are empty.
 
     Detectron2's `loss_weight` is part of the weights of both losses, before guided scaling, which
@@ -77,6 +78,8 @@ class BalancedRPN(RPN):
     Raises:
         ValueError: the parts cannot work together, or prior_prob is out of range.
     """
+
+    training_parts = ("cls_loss", "box_loss", "guided", "normalizer")
 
     @configurable
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import List  # noqa: UP035  TorchScript reads these
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -32,10 +33,11 @@ from ..compatibility import check_pairing
 from ..criterion import PositiveNormalizer, SampleNormalizer, box_inputs, detection_losses
 from ..postprocess.norcal import norcal
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
+from ..scripting import Scriptable, without_parts
 from .feature_memory import FeatureMemory
 
 
-class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
+class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
     """Output layers whose losses come from MODEL.BALANCE; stock where the names are empty.
 
     Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
@@ -62,6 +64,8 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
     Raises:
         ValueError: the parts cannot work together, or prior_prob is out of range.
     """
+
+    training_parts = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer", "memory")
 
     @configurable
     def __init__(
@@ -256,11 +260,42 @@ class BalancedFastRCNNOutputLayers(FastRCNNOutputLayers):
             box_transform=self.box2box_transform,
         )
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(R, K + 1) class probabilities, the last column background, of (R, C) scores."""
+        probs = self.cls_loss.probabilities(self.class_logits(scores))
+        if self.norcal_gamma:
+            probs = norcal(probs, self.class_count, self.norcal_gamma)
+        return probs
+
     def predict_probs(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> list[Tensor]:
         """Class probabilities, (R_i, K + 1) for each image, the last column background."""
-        probs = self.cls_loss.probabilities(self.class_logits(predictions[0]))
-        if self.norcal_gamma:
-            probs = norcal(probs, self.class_count, self.norcal_gamma)
-        return list(probs.split([len(p) for p in proposals]))
+        return list(self.probabilities(predictions[0]).split([len(p) for p in proposals]))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        copied = without_parts(self, self.training_parts, _ScriptedOutputLayers)
+        # losses with outputs of their own compute scores in ways that TorchScript cannot read
+        example = torch.randn(3, self.cls_score.out_features, device=self.cls_score.weight.device)
+        copied.probabilities = torch.jit.trace(_Probabilities(self), example)
+        return copied
+
+
+class _Probabilities(nn.Module):
+    def __init__(self, layers: BalancedFastRCNNOutputLayers) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self.layers.probabilities(scores)
+
+
+class _ScriptedOutputLayers(FastRCNNOutputLayers):
+    """What TorchScript compiles in place of `BalancedFastRCNNOutputLayers`."""
+
+    def predict_probs(
+        self,
+        predictions: tuple[Tensor, Tensor],
+        proposals: List[Instances],  # noqa: UP006
+    ):
+        return self.probabilities(predictions[0]).split([len(p) for p in proposals], dim=0)

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Instances
@@ -24,15 +23,21 @@ from torch import Tensor, nn
 from d2_balance.data.mapper import MASKED
 from d2_balance.sampling import ProposalSampler
 
-from ..build import build_proposal_sampler
+from ..build import build_proposal_sampler, renamed
 from ..compatibility import check_pairing
-from ..ignore_regions import check_ioa, without_covered_background
-from ..objects import classes_of_ids, ids_as_classes, number_objects
+from ..image_context import (
+    check_ioa,
+    classes_of_ids,
+    ids_as_classes,
+    number_objects,
+    without_covered_background,
+)
+from ..scripting import Scriptable
 from .fast_rcnn import BalancedFastRCNNOutputLayers
 from .proposal_sampling import ProposalSampling
 
 
-class BalancedROIHeads(ProposalSampling):
+class BalancedROIHeads(Scriptable, ProposalSampling):
     """What both heads share; in front of Detectron2's class in the order of inheritance.
 
     Args:
@@ -46,6 +51,8 @@ class BalancedROIHeads(ProposalSampling):
     Raises:
         ValueError: the parts cannot work together.
     """
+
+    training_parts = ("proposal_sampler",)
 
     @configurable
     def __init__(
@@ -81,6 +88,13 @@ class BalancedROIHeads(ProposalSampling):
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         return ret
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        stock = super()._init_box_head
+        namespace = stock.__func__.__globals__
+        with renamed(namespace, FastRCNNOutputLayers=BalancedFastRCNNOutputLayers):
+            return stock(cfg, input_shape)
 
     def forward(self, images, features, proposals, targets=None) -> Any:
         if targets is not None:
@@ -139,13 +153,6 @@ class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
         boxes = [p.proposal_boxes for p in proposals]
         return self.box_predictor(self.box_head(self.box_pooler(self._features, boxes)))
 
-    @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super()._init_box_head(cfg, input_shape)
-        shape = ret["box_head"].output_shape
-        ret["box_predictor"] = BalancedFastRCNNOutputLayers(cfg, shape)
-        return ret
-
 
 @ROI_HEADS_REGISTRY.register()
 class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
@@ -167,18 +174,6 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
 
     def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
         self._refined = boxes
-
-    @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super()._init_box_head(cfg, input_shape)
-        weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-        ret["box_predictors"] = [
-            BalancedFastRCNNOutputLayers(
-                cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=stage)
-            )
-            for head, stage in zip(ret["box_heads"], weights, strict=True)
-        ]
-        return ret
 
     @torch.no_grad()
     def _match_and_label_boxes(

@@ -1,0 +1,131 @@
+"""Soft-NMS, and scores of masks by their probabilities.
+
+Soft-NMS takes the box with the highest score, and lowers the scores of the boxes that overlap it in
+place of dropping them:
+
+    linear    s_i <- s_i (1 - o_i)          where o_i > iou_threshold
+    gaussian  s_i <- s_i exp(-o_i^2 / sigma)
+
+Boxes below `min_score` are dropped, and so on until none is left. Boxes of different classes do not
+see each other. Maskness multiplies a score by the mean probability of the pixels inside of the mask.
+
+Shapes: B boxes, K classes.
+
+Sources: Bodla et al., arXiv:1704.04503; maskness: Wang et al., SOLO, arXiv:1912.04488, as EVA-02
+(arXiv:2303.11331) uses it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METHODS = ("hard", "linear", "gaussian")
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    *,
+    method: str = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    max_per_class: int = 1000,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Lower the scores of boxes that overlap a better one of their class.
+
+    All classes advance together: step t takes the t-th box of every class.
+
+    Args:
+        boxes: (B, 4) x0 y0 x1 y1.
+        scores: (B,).
+        classes: (B,) int64.
+        method: one of `METHODS`; "hard" drops what overlaps by more than `iou_threshold`.
+        iou_threshold: overlap above which linear and hard act.
+        sigma: width of the Gaussian, above 0.
+        min_score: boxes whose score falls below it are dropped.
+        max_per_class: boxes of a class that take part, those with the highest scores.
+        offset: added to widths and heights; 1 counts pixels as the original does.
+
+    Returns:
+        Indices (B',) of the boxes that are left, and their scores (B',), highest first.
+    """
+    if not len(boxes):
+        return classes.new_empty(0), scores
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(classes[order], stable=True)]  # class by class, best first
+    _, counts = classes[order].unique_consecutive(return_counts=True)
+    start = counts.cumsum(0) - counts
+    place = torch.arange(len(order), device=order.device) - start.repeat_interleave(counts)
+    row = torch.arange(len(counts), device=order.device).repeat_interleave(counts)
+    kept = place < max_per_class
+    order, place, row = order[kept], place[kept], row[kept]
+    width = int(counts.max().clamp(max=max_per_class))
+    grid = order.new_full((len(counts), width), -1)  # (K', width) indices of boxes
+    grid[row, place] = order
+    present = grid >= 0
+    value = torch.where(present, scores[grid.clamp(min=0)], -torch.inf)
+    box = boxes[grid.clamp(min=0)]
+    return _decay(grid, box, value, method, iou_threshold, sigma, min_score, offset)
+
+
+def _decay(
+    grid: Tensor,
+    box: Tensor,
+    value: Tensor,
+    method: str,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    index, score = [], []
+    classes = torch.arange(len(grid), device=grid.device)
+    for _ in range(grid.shape[1]):
+        best, column = value.max(dim=1)  # ties: the first index
+        live = best > -torch.inf
+        index.append(grid[classes, column][live])
+        score.append(best[live])
+        value[classes, column] = -torch.inf
+        overlap = _iou(box[classes, column].unsqueeze(1), box, offset)  # (K', width)
+        if method == "gaussian":
+            value = value * torch.exp(-overlap.square() / sigma)
+        else:
+            factor = torch.zeros_like(overlap) if method == "hard" else 1 - overlap
+            value = torch.where(overlap > iou_threshold, value * factor, value)
+        value = torch.where(value >= min_score, value, -torch.inf)  # NaN of 0 * inf as well
+        if not bool((value > -torch.inf).any()):
+            break
+    found, kept = torch.cat(score), torch.cat(index)
+    order = torch.argsort(found, descending=True, stable=True)
+    return kept[order], found[order]
+
+
+def _iou(one: Tensor, many: Tensor, offset: float) -> Tensor:
+    """(K, n) IoU of one box (K, 1, 4) with n boxes (K, n, 4) of its class."""
+    low, high = (
+        torch.maximum(one[..., :2], many[..., :2]),
+        torch.minimum(one[..., 2:], many[..., 2:]),
+    )
+    inter = (high - low + offset).clamp(min=0).prod(dim=-1)
+    area, other = ((b[..., 2:] - b[..., :2] + offset).prod(dim=-1) for b in (one, many))
+    return inter / (area + other - inter).clamp(min=1e-12)
+
+
+def maskness(masks: Tensor, scores: Tensor, threshold: float = 0.5) -> Tensor:
+    """Return scores times the mean probability inside of the masks.
+
+    Args:
+        masks: (B, 1, H, W) mask probabilities of the predicted class.
+        scores: (B,).
+        threshold: pixels above it are inside.
+
+    Returns:
+        (B,); 0 where no pixel is inside.
+    """
+    inside = masks > threshold
+    total = (masks * inside).flatten(1).sum(dim=1)
+    return scores * total / inside.flatten(1).sum(dim=1).clamp(min=1)
