@@ -200,7 +200,59 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Beta never falls below this, at least 0.
     _C.BETA_DECAY.MIN = 0.0
 
-    # Calibration of softmax RoI heads after training (NorCal, arXiv:2107.02170).
+    # Calibration of the class logits after training, at test time only.
+    _C.CALIBRATION = CfgNode()
+    # "logit_adjustment", "fracal" or "logn"; "" is off. NorCal has a key of its own.
+    _C.CALIBRATION.NAME = ""
+    # Link function of the class's frequency: "raw", "base2", "base10", "smooth", "prob", "normit"
+    # or "gombit"; "" is that of the method, raw for logit_adjustment and base10 for fracal.
+    _C.CALIBRATION.LINK = ""
+    # Frequencies are of "images" or of "objects".
+    _C.CALIBRATION.COUNT = "images"
+    # Count whose shift is 0 with logit_adjustment: "none" raises all classes against background,
+    # "one" lowers all, "average" leaves classes of average frequency; fracal has "average".
+    _C.CALIBRATION.REFERENCE = "none"
+    # Strength of logit_adjustment, at least 0.
+    _C.CALIBRATION.TAU = 1.0
+    # Exponent of the fractal dimension of fracal, at least 0.
+    _C.CALIBRATION.POWER = 2.0
+    # JSON file of `d2-balance calibrate`: fractal dimensions for fracal, which "" counts on
+    # DATASETS.TRAIN; mean and variance of the logits of these weights for logn.
+    _C.CALIBRATION.STATISTICS = ""
+
+    # Layer that gives the class logits of RoI heads: "linear", or "cosine" of normalised features
+    # and weights (in each stage of a cascade).
+    _C.CLASSIFIER = "linear"
+    # Last layer of mask heads: "conv", or "normalized" as the cosine classifier.
+    _C.MASK_PREDICTOR = "conv"
+    # The cosine classifier and the normalised mask predictor.
+    _C.COSINE = CfgNode()
+    # Factor of the cosine, above 0.
+    _C.COSINE.TEMPERATURE = 20.0
+    # Exponent of the norms, above 0; 1 gives a cosine.
+    _C.COSINE.POWER = 1.0
+    # Whether the temperature is learned.
+    _C.COSINE.LEARNED = False
+    # Whether RoI heads align the class logits of a trained model (DisAlign, arXiv:2103.16370); train
+    # it with TRAINABLE ["box_predictor.align"].
+    _C.DISALIGN = False
+
+    # Suppression of overlapping boxes of a class in RoI heads at test time.
+    _C.TEST_NMS = CfgNode()
+    # "hard" is Detectron2's, "linear" and "gaussian" lower scores in place of dropping boxes.
+    _C.TEST_NMS.METHOD = "hard"
+    # IoU above which linear lowers scores, in [0, 1].
+    _C.TEST_NMS.IOU = 0.3
+    # Width of the Gaussian, above 0.
+    _C.TEST_NMS.SIGMA = 0.5
+    # Boxes whose score falls below are dropped, at least 0; with LVIS's score threshold of 1e-4 at
+    # most that.
+    _C.TEST_NMS.MIN_SCORE = 0.001
+    # Multiplies scores by the mean probability of the pixels above this threshold in their mask,
+    # in (0, 1); 0 is off. It changes the scores of boxes as well.
+    _C.MASKNESS = 0.0
+
+    # NorCal (arXiv:2107.02170) of RoI heads and dense heads.
     _C.NORCAL = CfgNode()
     # Exponent of the class's image count that its score is divided by, at least 0; 0 is off. Choose
     # it on training images.

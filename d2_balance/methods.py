@@ -211,6 +211,44 @@ METHODS = (
         "d2_balance/modeling/postprocess/norcal.py",
     ),
     Method(
+        ("CALIBRATION.NAME logit_adjustment",),
+        "rare classes, at test time",
+        ("2007.07314",),
+        "configs/quick_schedules/faster_rcnn_R_18_logit_adjustment_mini_lvis.yaml",
+        file="d2_balance/modeling/postprocess/calibration.py",
+    ),
+    Method(
+        ("CALIBRATION.NAME fracal", "CALIBRATION.NAME logn"),
+        "rare classes, at test time",
+        ("2410.11774", "2203.17020"),
+        f"{LVIS1}/mask_rcnn_R_50_FPN_2x_fracal_rfs.yaml",
+        "LVIS v1 mask AP 28.5 (FRACAL, R-50 2x, RFS, CARAFE)",
+        "d2_balance/modeling/postprocess/calibration.py",
+    ),
+    Method(
+        ("CLASSIFIER cosine", "MASK_PREDICTOR normalized"),
+        "large weights of frequent classes",
+        ("2008.10032",),
+        f"{LVIS1}/mask_rcnn_R_50_FPN_2x_seesaw_cosine_rfs.yaml",
+        "LVIS v1 mask AP 26.4 -> 26.8 (Seesaw, R-50 2x, RFS)",
+        "d2_balance/modeling/roi_heads/cosine.py",
+    ),
+    Method(
+        ("DISALIGN",),
+        "rare classes, second stage",
+        ("2103.16370",),
+        "configs/quick_schedules/faster_rcnn_R_18_disalign_mini_lvis.yaml",
+        "LVIS v1 mask AP 18.3 -> 21.3 (R-50 1x)",
+        "d2_balance/modeling/roi_heads/disalign.py",
+    ),
+    Method(
+        ("TEST_NMS", "MASKNESS"),
+        "crowded objects; poor masks, at test time",
+        ("1704.04503", "1912.04488"),
+        "configs/quick_schedules/mask_rcnn_R_18_soft_nms_mini_lvis.yaml",
+        file="d2_balance/modeling/postprocess/soft_nms.py",
+    ),
+    Method(
         ("BAGS",),
         "rare classes, last layer",
         ("2006.10408",),
@@ -305,7 +343,8 @@ def goes_together(cls_name: str) -> dict[str, bool]:
     for name, cls in sorted(PROPOSAL_SAMPLERS):
         asked[name] = {**roi, "proposal_sampler": cls}
     asked["GUIDED_SCALE"] = {**roi, "guided": True}
-    asked["NORCAL"] = {**roi, "norcal": True}
+    for name in ("norcal", "logit_adjustment", "fracal", "logn"):
+        asked[name] = {**roi, "calibration": name}
     return {column: _works(loss, **parts) for column, parts in asked.items()}
 
 

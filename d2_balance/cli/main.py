@@ -20,6 +20,7 @@ from d2_balance.utils.progress import QUIET
 # the module that is called is imported, so that `doctor` runs without torch and Detectron2.
 COMMANDS = {
     "analyze": "show which imbalance a dataset has, and what to set",
+    "calibrate": "measure what calibrations after training need",
     "challenge": "run a recipe of stages, with resume",
     "classmap": "say which classes of two datasets are the same",
     "compare": "put evaluations side by side: groups and classes that gain",

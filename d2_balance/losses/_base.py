@@ -106,6 +106,9 @@ class ClassificationLoss(_Loss):
 
     activation: Literal["sigmoid", "softmax"]
 
+    class_logits: bool = True
+    """False: the first K columns are not the logits of the classes in one softmax or sigmoid."""
+
     num_classes: int | None = None
     """K if the loss was made for so many classes."""
 

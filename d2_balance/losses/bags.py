@@ -124,6 +124,7 @@ class BAGSLoss(ClassificationLoss):
     """
 
     elementwise = False
+    class_logits = False
     activation = "softmax"
     all_reduced = False
 

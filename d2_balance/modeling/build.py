@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,17 @@ from d2_balance.reweight import REWEIGHTERS, GuidedScale
 from d2_balance.sampling import PROPOSAL_SAMPLERS, ProposalSampler
 
 from .compatibility import HEADS, check_pairing, check_proposal_sampler
+from .postprocess.calibration import (
+    LINKS,
+    REFERENCES,
+    FracalSigmoid,
+    LogN,
+    Reference,
+    Shift,
+    class_shift,
+)
+from .postprocess.soft_nms import METHODS
+from .postprocess.statistics import CalibrationStatistics, dataset_dimensions
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -245,6 +256,160 @@ def build_guided(cfg: CfgNode, part: str = "") -> GuidedScale | None:
             f"{bound}; must be at least 0, and above 0."
         )
     return GuidedScale(scale, bound) if scale else None
+
+
+def classifier_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of output layers that MODEL.BALANCE.CLASSIFIER and COSINE set.
+
+    Raises:
+        ValueError: a value is out of range; the message names the key.
+    """
+    balance = cfg.MODEL.BALANCE
+    _one_of("MODEL.BALANCE.CLASSIFIER", balance.CLASSIFIER, ("linear", "cosine"))
+    return {"classifier": balance.CLASSIFIER, "cosine": cosine_arguments(cfg)}
+
+
+def cosine_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments of `CosineLinear` and `NormalizedConv2d`.
+
+    Raises:
+        ValueError: a value is out of range; the message names the key.
+    """
+    node = cfg.MODEL.BALANCE.COSINE
+    for name in ("TEMPERATURE", "POWER"):
+        if not node[name] > 0:
+            raise ValueError(
+                f"MODEL.BALANCE.COSINE.{name} is {node[name]}; must be a number above 0."
+            )
+    return {name.lower(): value for name, value in node.items()}
+
+
+def normalized_masks(cfg: CfgNode) -> bool:
+    """Return whether MODEL.BALANCE.MASK_PREDICTOR asks for normalised mask logits.
+
+    Raises:
+        ValueError: the value is unknown, or there are no masks.
+    """
+    name = cfg.MODEL.BALANCE.MASK_PREDICTOR
+    _one_of("MODEL.BALANCE.MASK_PREDICTOR", name, ("conv", "normalized"))
+    if name == "normalized" and not cfg.MODEL.MASK_ON:
+        raise ValueError("MODEL.BALANCE.MASK_PREDICTOR 'normalized' needs MODEL.MASK_ON True.")
+    return name == "normalized"
+
+
+def build_test_nms(cfg: CfgNode) -> dict[str, Any] | None:
+    """Return the arguments of `soft_nms` that MODEL.BALANCE.TEST_NMS sets; None for hard.
+
+    Raises:
+        ValueError: a value is out of range; the message names the key.
+    """
+    node, key = cfg.MODEL.BALANCE.TEST_NMS, "MODEL.BALANCE.TEST_NMS"
+    _one_of(f"{key}.METHOD", node.METHOD, METHODS)
+    for name, inside, rule in (
+        ("IOU", 0 <= node.IOU <= 1, "in [0, 1]"),
+        ("SIGMA", node.SIGMA > 0, "above 0"),
+        ("MIN_SCORE", node.MIN_SCORE >= 0, "of at least 0"),
+    ):
+        if not inside:
+            raise ValueError(f"{key}.{name} is {node[name]}; must be a number {rule}.")
+    if node.METHOD == "hard":
+        return None
+    names = {"METHOD": "method", "IOU": "iou_threshold", "SIGMA": "sigma", "MIN_SCORE": "min_score"}
+    return {argument: node[name] for name, argument in names.items()}
+
+
+def calibration_name(cfg: CfgNode) -> str:
+    """Return what calibrates scores at test time, as `compatibility.Parts` has it."""
+    balance = cfg.MODEL.BALANCE
+    return balance.CALIBRATION.NAME or ("norcal" if balance.NORCAL.GAMMA else "")
+
+
+def build_calibration(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module | None:
+    """Return what MODEL.BALANCE.CALIBRATION changes in the logits of the K classes at test time.
+
+    NorCal of a softmax is not among it: the output layers apply it to probabilities.
+
+    Args:
+        cfg: full config.
+        num_classes: K.
+        activation: "sigmoid" or "softmax", of the loss.
+
+    Returns:
+        A module from (..., K) logits to (..., K) logits, or None if there is none.
+
+    Raises:
+        ValueError: a value is out of range, or two calibrations are on; the message names the key.
+    """
+    node, gamma = cfg.MODEL.BALANCE.CALIBRATION, cfg.MODEL.BALANCE.NORCAL.GAMMA
+    key = "MODEL.BALANCE.CALIBRATION"
+    _one_of(f"{key}.NAME", node.NAME, ("", "logit_adjustment", "fracal", "logn"))
+    _one_of(f"{key}.LINK", node.LINK, ("", *LINKS))
+    _one_of(f"{key}.COUNT", node.COUNT, ("images", "objects"))
+    _one_of(f"{key}.REFERENCE", node.REFERENCE, REFERENCES)
+    values = (f"{key}.TAU", node.TAU), (f"{key}.POWER", node.POWER)
+    for name, value in (*values, ("MODEL.BALANCE.NORCAL.GAMMA", gamma)):
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; must be a number of at least 0.")
+    if gamma and node.NAME:
+        raise ValueError(
+            f"{key}.NAME is {node.NAME!r} and MODEL.BALANCE.NORCAL.GAMMA {gamma}: scores are "
+            "calibrated once; set one of them off."
+        )
+    if gamma and activation == "sigmoid":
+        count = class_quantity(cfg, "class_count", num_classes)
+        return Shift(-gamma * count.clamp(min=1).log())
+    return _CALIBRATIONS[node.NAME](cfg, num_classes, activation) if node.NAME else None
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise ValueError(f"{key} is {value!r}; must be one of {names}.")
+
+
+def _shift(cfg: CfgNode, num_classes: int, link: str, reference: Reference, tau: float) -> Tensor:
+    node = cfg.MODEL.BALANCE.CALIBRATION
+    counts = class_counts(cfg)
+    name = "class_count" if node.COUNT == "images" else "instance_count"
+    count = class_quantity(cfg, name, num_classes)
+    total = counts.num_images if node.COUNT == "images" else float(count.sum())
+    return class_shift(count, total, node.LINK or link, reference, tau)
+
+
+def _logit_adjustment(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module:
+    node = cfg.MODEL.BALANCE.CALIBRATION
+    return Shift(_shift(cfg, num_classes, "raw", node.REFERENCE, node.TAU))
+
+
+def _fracal(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module:
+    node = cfg.MODEL.BALANCE.CALIBRATION
+    shift = _shift(cfg, num_classes, "base10", "average", 1.0)
+    if node.STATISTICS:
+        dimension = _measured(cfg).column("fractal_dimension", num_classes, node.STATISTICS)
+    else:
+        dimension = dataset_dimensions(tuple(cfg.DATASETS.TRAIN), num_classes)
+    if activation == "sigmoid":
+        return FracalSigmoid(shift, dimension, node.POWER)
+    return Shift(shift - node.POWER * dimension.log())
+
+
+def _logn(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module:
+    path, measured = cfg.MODEL.BALANCE.CALIBRATION.STATISTICS, _measured(cfg)
+    fields = ("logit_mean", "logit_variance")
+    return LogN(*(measured.column(field, num_classes, path) for field in fields))
+
+
+def _measured(cfg: CfgNode) -> CalibrationStatistics:
+    node = cfg.MODEL.BALANCE.CALIBRATION
+    if not node.STATISTICS:
+        raise ValueError(
+            f"MODEL.BALANCE.CALIBRATION.NAME {node.NAME!r} needs MODEL.BALANCE.CALIBRATION."
+            "STATISTICS, which is empty; must be a file of `d2-balance calibrate`."
+        )
+    return CalibrationStatistics.load(node.STATISTICS)
+
+
+_CALIBRATIONS = {"logit_adjustment": _logit_adjustment, "fracal": _fracal, "logn": _logn}
 
 
 def stock_box_loss(kind: str, beta: float) -> BoxLoss:

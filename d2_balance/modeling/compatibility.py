@@ -74,7 +74,8 @@ class Parts:
         proposal_sampler: what chooses proposals, or None.
         sampling_free: True: all proposals train.
         guided: whether the classification loss is scaled to the box loss.
-        norcal: whether scores are calibrated at test time.
+        calibration: what calibrates scores at test time: "norcal", or a name of
+            MODEL.BALANCE.CALIBRATION.NAME.
     """
 
     head: Head
@@ -84,7 +85,7 @@ class Parts:
     proposal_sampler: Any = None
     sampling_free: bool = False
     guided: bool = False
-    norcal: bool = False
+    calibration: str = ""
 
 
 def check_parts(parts: Parts) -> None:
@@ -198,14 +199,28 @@ def _guided(parts: Parts) -> str | None:
     )
 
 
-def _norcal(parts: Parts) -> str | None:
-    if not parts.norcal or parts.cls_loss.activation == "softmax":
+def _calibration(parts: Parts) -> str | None:
+    if not parts.calibration or parts.calibration == "norcal":
+        return None
+    works = _has_class_logits
+    why = "has logits of groups, not of classes"
+    if parts.calibration == "logn":
+        works, why = _is_plain_softmax, "has no plain softmax"
+    if works(parts.cls_loss):
         return None
     return (
-        "MODEL.BALANCE.NORCAL.GAMMA calibrates the scores of a softmax and CLS_LOSS "
-        f"{_name(parts.cls_loss)} is a sigmoid loss; set it to 0. CLS_LOSS that work: "
-        + _names(cls for _, cls in CLS_LOSSES if cls.activation == "softmax")
+        f"MODEL.BALANCE.CALIBRATION.NAME {parts.calibration} calibrates class logits and CLS_LOSS "
+        f'{_name(parts.cls_loss)} {why}; set it to "". CLS_LOSS that work: '
+        + _names(cls for _, cls in CLS_LOSSES if works(cls))
     )
+
+
+def _has_class_logits(loss: Any) -> bool:
+    return bool(loss.class_logits)
+
+
+def _is_plain_softmax(loss: Any) -> bool:
+    return loss.activation == "softmax" and has_plain_scores(loss)
 
 
 RULES: tuple[Callable[[Parts], str | None], ...] = (
@@ -217,7 +232,7 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
     _scores,
     _proposals,
     _guided,
-    _norcal,
+    _calibration,
 )
 
 

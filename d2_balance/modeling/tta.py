@@ -37,6 +37,14 @@ def check_test_augmentation(cfg: CfgNode) -> None:
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
             raise ValueError(f"TEST.AUG.ENABLED does not work with MODEL.{key}; set one to False.")
+    for key, on in (
+        ("TEST_NMS.METHOD", cfg.MODEL.BALANCE.TEST_NMS.METHOD != "hard"),
+        ("MASKNESS", cfg.MODEL.BALANCE.MASKNESS > 0),
+    ):
+        if on:
+            raise ValueError(
+                f"TEST.AUG.ENABLED does not work with MODEL.BALANCE.{key}; switch one of them off."
+            )
     if not aug.MIN_SIZES or min(aug.MIN_SIZES) < 1:
         raise ValueError(
             f"TEST.AUG.MIN_SIZES is {tuple(aug.MIN_SIZES)}; allowed are sizes of at least 1 pixel."

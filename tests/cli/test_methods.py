@@ -61,8 +61,15 @@ def test_parts_that_work_on_rows_refuse_losses_without_rows(name, cls):
         expected = not cls.elementwise or (part.needs_scores and not plain_outputs(cls))
         assert refused(name, other, **roi, box_loss=SMOOTH, reweighters=[part]) == expected
     assert refused(name, "GUIDED_SCALE", **roi, box_loss=SMOOTH, guided=True) != cls.elementwise
-    calibrated = refused(name, "NORCAL", **roi, box_loss=SMOOTH, norcal=True)
-    assert calibrated == (cls.activation == "sigmoid")
+    plain = cls.activation == "softmax" and name != "BAGS" and plain_outputs(cls)
+    for method, works in {
+        "norcal": True,
+        "logit_adjustment": name != "BAGS",
+        "fracal": name != "BAGS",
+        "logn": plain,
+    }.items():
+        calibrated = refused(name, method, **roi, box_loss=SMOOTH, calibration=method)
+        assert calibrated != works
 
 
 def test_box_losses_over_a_set_are_refused_where_a_loss_per_box_is_needed():
@@ -122,6 +129,9 @@ def test_files_and_configs_exist_and_the_config_uses_the_method(method):
     used = {balance.CLS_LOSS, balance.BOX_LOSS, *balance.REWEIGHTERS, balance.PROPOSAL_SAMPLER}
     used |= {name for name in ("GUIDED_SCALE",) if balance[name]}
     used |= {"NORCAL.GAMMA"} if balance.NORCAL.GAMMA else set()
+    used |= {f"CALIBRATION.NAME {balance.CALIBRATION.NAME}", f"CLASSIFIER {balance.CLASSIFIER}"}
+    used |= {"DISALIGN"} if balance.DISALIGN else set()
+    used |= {"TEST_NMS"} if balance.TEST_NMS.METHOD != "hard" else set()
     used |= {f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"}
     used |= {"SmoothL1"} if balance.BETA_DECAY.ENABLED else set()
     if not used & set(method.names):  # what an empty name stands for

@@ -254,5 +254,5 @@ def test_half_precision_is_normalised_in_float32_and_zeros_have_no_gradient():
 
 @pytest.mark.parametrize("name", ["temperature", "power"])
 def test_values_out_of_range_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=0.0"):
+    with pytest.raises(ValueError, match=f"{name} is 0.0"):
         CosineLinear(4, 2, **{name: 0.0})

@@ -109,10 +109,11 @@ def prepare_run(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) 
         return directory, weights, seed
 
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = on_main_process(decide)
-    counted = cfg.MODEL.BALANCE.CLASS_COUNTS_FILE or cfg.MODEL.BALANCE.NORCAL.GAMMA
+    balance = cfg.MODEL.BALANCE
+    counted = balance.CLASS_COUNTS_FILE or balance.NORCAL.GAMMA or balance.CALIBRATION.NAME
     if (
         eval_only and not counted
-    ):  # NorCal needs counts at test time, which stock weights do not carry
+    ):  # calibrations need counts at test time, which stock weights do not carry
         cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
 
 

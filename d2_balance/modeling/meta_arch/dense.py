@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from d2_balance.reweight import GuidedScale
 
 from ..build import (
     build_box_loss,
+    build_calibration,
     build_cls_loss,
     build_guided,
     build_proposal_sampler,
     build_reweighters,
+    calibration_name,
     check_class_quantities,
 )
 from ..compatibility import check_pairing
@@ -46,6 +49,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     """
     fill_metadata(cfg)
     build_proposal_sampler(cfg, num_classes, head)  # raises: dense heads have no proposals
+    _refuse_roi_keys(cfg, head)
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),
@@ -57,7 +61,25 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
         "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
         "ignore_ioa": cfg.MODEL.BALANCE.IGNORE_IOA,
+        "calibration": build_calibration(cfg, num_classes, "sigmoid"),
+        "calibration_name": calibration_name(cfg),
     }
+
+
+def _refuse_roi_keys(cfg: CfgNode, head: str) -> None:
+    """Refuse what only RoI heads have, where it would be ignored."""
+    balance = cfg.MODEL.BALANCE
+    for key, value, off in (
+        ("TEST_NMS.METHOD", balance.TEST_NMS.METHOD, "hard"),
+        ("CLASSIFIER", balance.CLASSIFIER, "linear"),
+        ("MASK_PREDICTOR", balance.MASK_PREDICTOR, "conv"),
+        ("DISALIGN", balance.DISALIGN, False),
+        ("MASKNESS", balance.MASKNESS, 0),
+    ):
+        if value != off:
+            raise ValueError(
+                f"MODEL.BALANCE.{key} {value} works in RoI heads and {head} has none; must be {off}."
+            )
 
 
 class BalancedDense(Scriptable, LabelledImages, nn.Module):
@@ -82,6 +104,8 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
         ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
             share do not count, in (0, 1].
+        calibration: changes the class logits at test time, see `build_calibration`; None is off.
+        calibration_name: what `calibration` is, as `Parts` has it.
         **kwargs: as Detectron2's class.
 
     Raises:
@@ -106,6 +130,8 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         class_thresholds: bool = False,
         image_labels: ImageLabels | None = None,
         ignore_ioa: float = 0.5,
+        calibration: nn.Module | None = None,
+        calibration_name: str = "",
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -124,12 +150,37 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
             self.box_loss,
             self.reweighters,
             guided=guided is not None,
+            calibration=calibration_name,
         )
+        self.calibration = calibration
         check_class_quantities(self.cls_loss, self.num_classes)
         if prior is not None:
             set_sigmoid_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
         if class_thresholds:
             set_class_thresholds(self, prior, self.head_name, self.num_classes)
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: Sequence[list[Tensor]]
+    ) -> list[Instances]:
+        """As Detectron2's, on calibrated logits."""
+        if self.calibration is not None:
+            logits, *others = predictions
+            predictions = [[self._calibrated(x) for x in logits], *others]
+        found: list[Instances] = super().forward_inference(images, features, predictions)  # type: ignore[misc]
+        return found
+
+    def _calibrated(self, logits: Tensor) -> Tensor:
+        """(N, A * K, H, W) calibrated logits of one level."""
+        n, _, height, width = logits.shape
+        split = logits.view(n, -1, self.num_classes, height, width).movedim(2, -1)
+        return self.calibration(split).movedim(-1, 2).reshape(logits.shape)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self.calibration is not None:
+            raise ValueError(
+                "MODEL.BALANCE.CALIBRATION of dense heads cannot be scripted; trace the model."
+            )
+        return super().__prepare_scriptable__()
 
     def default_cls_loss(self) -> ClassificationLoss:
         """Detectron2's classification loss of this model as one of ours."""

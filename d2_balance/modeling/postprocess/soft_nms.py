@@ -17,7 +17,10 @@ Sources: Bodla et al., arXiv:1704.04503; maskness: Wang et al., SOLO, arXiv:1912
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 METHODS = ("hard", "linear", "gaussian")
@@ -113,6 +116,44 @@ def _iou(one: Tensor, many: Tensor, offset: float) -> Tensor:
     inter = (high - low + offset).clamp(min=0).prod(dim=-1)
     area, other = ((b[..., 2:] - b[..., :2] + offset).prod(dim=-1) for b in (one, many))
     return inter / (area + other - inter).clamp(min=1e-12)
+
+
+def soft_nms_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    score_threshold: float | Tensor,
+    max_detections: int,
+    **arguments: Any,
+) -> tuple[Instances, Tensor]:
+    """Return the detections of one image, as Detectron2's `fast_rcnn_inference_single_image`.
+
+    Args:
+        boxes: (R, 4) or (R, K * 4).
+        scores: (R, K + 1), the last column background.
+        size: height and width of the image.
+        score_threshold: a number, or (K,).
+        max_detections: of the image; below 0 keeps all.
+        **arguments: of `soft_nms`.
+
+    Returns:
+        The detections, and the index of the proposal of each.
+    """
+    valid = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+    rows = valid.nonzero().squeeze(1)
+    boxes, scores = boxes[rows], scores[rows, :-1]
+    clipped = Boxes(boxes.reshape(-1, 4))
+    clipped.clip(size)
+    boxes = clipped.tensor.view(len(rows), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
+    row, classes = (scores > score_threshold).nonzero().unbind(1)
+    chosen = boxes[row, 0 if boxes.shape[1] == 1 else classes]
+    kept, score = soft_nms(chosen, scores[row, classes], classes, **arguments)
+    if max_detections >= 0:
+        kept, score = kept[:max_detections], score[:max_detections]
+    result = Instances(
+        size, pred_boxes=Boxes(chosen[kept]), scores=score, pred_classes=classes[kept]
+    )
+    return result, rows[row[kept]]
 
 
 def maskness(masks: Tensor, scores: Tensor, threshold: float = 0.5) -> Tensor:

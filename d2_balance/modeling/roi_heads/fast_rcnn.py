@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import List  # noqa: UP035  TorchScript reads these
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, _log_classification_stats
+from detectron2.modeling.roi_heads.fast_rcnn import (
+    FastRCNNOutputLayers,
+    _log_classification_stats,
+    fast_rcnn_inference,
+)
 from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,18 +27,25 @@ from d2_balance.reweight import GuidedScale
 
 from ..build import (
     build_box_loss,
+    build_calibration,
     build_cls_loss,
     build_guided,
     build_reweighters,
+    build_test_nms,
+    calibration_name,
     check_class_quantities,
     class_quantity,
+    classifier_arguments,
     stock_box_loss,
 )
 from ..compatibility import check_pairing
 from ..criterion import PositiveNormalizer, SampleNormalizer, box_inputs, detection_losses
 from ..postprocess.norcal import norcal
+from ..postprocess.soft_nms import soft_nms_detections
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
 from ..scripting import Scriptable, without_parts
+from .cosine import CosineLinear
+from .disalign import DisAlign
 from .feature_memory import FeatureMemory
 
 
@@ -57,6 +69,12 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         class_thresholds: whether the counts also set a score threshold for each class at test time.
         norcal_gamma: exponent of the calibration at test time (see `norcal`), 0 is off.
         class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
+        calibration: changes the class logits at test time, see `build_calibration`; None is off.
+        calibration_name: what `calibration` is, as `Parts` has it.
+        classifier: "linear" or "cosine", see `CosineLinear`.
+        cosine: arguments of the cosine classifier.
+        disalign: whether the class logits of a trained model are aligned, see `DisAlign`.
+        test_nms: arguments of `soft_nms` at test time; None is Detectron2's suppression.
         background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
             which is not used; False has K outputs.
         **kwargs: as Detectron2's FastRCNNOutputLayers.
@@ -84,6 +102,12 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         background_column: bool = True,
         norcal_gamma: float = 0.0,
         class_count: Tensor | None = None,
+        calibration: nn.Module | None = None,
+        calibration_name: str = "",
+        classifier: str = "linear",
+        cosine: Mapping[str, Any] | None = None,
+        disalign: bool = False,
+        test_nms: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(input_shape, **kwargs)
@@ -110,14 +134,20 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
             self.box_loss,
             self.reweighters,
             guided=guided is not None,
-            norcal=norcal_gamma > 0,
+            calibration=calibration_name or ("norcal" if norcal_gamma else ""),
         )
         check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
-        if outputs != self.num_classes + 1 and not (sigmoid and background_column):
+        if sigmoid and background_column:
+            outputs = max(outputs, self.num_classes + 1)
+        if classifier == "cosine":
+            self.cls_score = CosineLinear(self.cls_score.in_features, outputs, **(cosine or {}))
+        elif outputs != self.num_classes + 1:
             self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
             nn.init.normal_(self.cls_score.weight, std=0.01)
             nn.init.zeros_(self.cls_score.bias)
+        self.align = DisAlign(self.cls_score.in_features, self.num_classes) if disalign else None
+        self.calibration, self.test_nms = calibration, test_nms
         if sigmoid:
             if not 0 < prior_prob < 1:
                 raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
@@ -128,6 +158,8 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         if class_thresholds:
             set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
 
+        self.register_buffer("sigmoid_scores", torch.tensor(sigmoid))  # see `_load_from_state_dict`
+        self._other_scores = False
         self.norcal_gamma = norcal_gamma
         if norcal_gamma < 0:
             raise ValueError(
@@ -153,9 +185,27 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         ret["class_thresholds"] = cfg.MODEL.BALANCE.CLASS_THRESHOLDS
         ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
         ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
+        activation = "softmax" if ret["cls_loss"] is None else ret["cls_loss"].activation
+        if ret["norcal_gamma"] > 0 and activation == "sigmoid":
+            ret["norcal_gamma"] = 0.0  # part of `calibration`
+        ret["calibration"] = build_calibration(cfg, num_classes, activation)
+        ret["calibration_name"] = calibration_name(cfg)
+        ret |= classifier_arguments(cfg)
+        ret["disalign"] = cfg.MODEL.BALANCE.DISALIGN
+        ret["test_nms"] = build_test_nms(cfg)
         if ret["norcal_gamma"] > 0:
             ret["class_count"] = class_quantity(cfg, "class_count", num_classes)
         return ret
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Notice weights that were trained for other scores; weights of others do not tell."""
+        key = prefix + "sigmoid_scores"
+        own = self.sigmoid_scores
+        self._other_scores = bool(state_dict.get(key, own) != own)
+        state_dict[key] = own.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def class_logits(self, scores: Tensor) -> Tensor:
         """The columns of (R, C) scores that the loss uses."""
@@ -164,12 +214,15 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (R, C) and deltas (R, 4) or (R, K * 4); the memory keeps those of drawn rows."""
         scores, deltas = super().forward(x)
+        if self.align is not None:
+            scores = self.align(scores, x.flatten(1))
         return (scores, deltas) if self.memory is None else self.memory.split(scores, deltas)
 
     def losses(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor]:
         """Same arguments and result as Detectron2's FastRCNNOutputLayers."""
+        self._other_scores = False  # the weights are trained for ours from here on
         samples = self.samples(predictions, proposals)
         if self.cls_loss.activation == "sigmoid":
             # a logit of 0 for background: the row counts as background if all classes are below
@@ -261,11 +314,52 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         )
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """(R, K + 1) class probabilities, the last column background, of (R, C) scores."""
-        probs = self.cls_loss.probabilities(self.class_logits(scores))
+        """(R, K + 1) class probabilities, the last column background, of (R, C) scores.
+
+        Raises:
+            ValueError: the loaded weights were trained with a sigmoid and the loss is a softmax,
+                or the other way round.
+        """
+        if self._other_scores:
+            own, other = "softmax", "sigmoid"
+            if self.cls_loss.activation == "sigmoid":
+                own, other = other, own
+            raise ValueError(
+                f"the weights were trained for {other} scores and MODEL.BALANCE.CLS_LOSS "
+                f"{self.cls_loss.name} has {own} scores; set the CLS_LOSS that they were trained "
+                "with."
+            )
+        logits = self.class_logits(scores)
+        if self.calibration is not None:
+            own, others = logits[:, : self.num_classes], logits[:, self.num_classes :]
+            logits = torch.cat([self.calibration(own.float()), others.float()], dim=1)
+        probs = self.cls_loss.probabilities(logits)
         if self.norcal_gamma:
             probs = norcal(probs, self.class_count, self.norcal_gamma)
         return probs
+
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """As Detectron2's, with `test_nms`."""
+        boxes = self.predict_boxes(predictions, proposals)
+        scores = self.predict_probs(predictions, proposals)
+        return self.detections(boxes, scores, [p.image_size for p in proposals])
+
+    def detections(
+        self, boxes: Sequence[Tensor], scores: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """Suppress overlapping boxes and keep the best; arguments as `fast_rcnn_inference`."""
+        settings = self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
+        if self.test_nms is None:
+            instances, kept = fast_rcnn_inference(boxes, scores, sizes, *settings)
+            return instances, kept
+        threshold, _, limit = settings
+        results = [
+            soft_nms_detections(b, s, size, threshold, limit, **self.test_nms)
+            for b, s, size in zip(boxes, scores, sizes, strict=True)
+        ]
+        return [instances for instances, _ in results], [kept for _, kept in results]
 
     def predict_probs(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
@@ -274,6 +368,13 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         return list(self.probabilities(predictions[0]).split([len(p) for p in proposals]))
 
     def __prepare_scriptable__(self) -> nn.Module:
+        if self.align is not None:
+            raise ValueError("MODEL.BALANCE.DISALIGN True cannot be scripted; trace the model.")
+        if self.test_nms is not None:
+            raise ValueError(
+                "MODEL.BALANCE.TEST_NMS has loops whose length depends on the data, and cannot be "
+                'exported; set METHOD "hard".'
+            )
         copied = without_parts(self, self.training_parts, _ScriptedOutputLayers)
         # losses with outputs of their own compute scores in ways that TorchScript cannot read
         example = torch.randn(3, self.cls_score.out_features, device=self.cls_score.weight.device)
@@ -296,6 +397,6 @@ class _ScriptedOutputLayers(FastRCNNOutputLayers):
     def predict_probs(
         self,
         predictions: tuple[Tensor, Tensor],
-        proposals: List[Instances],  # noqa: UP006
+        proposals: list[Instances],
     ):
         return self.probabilities(predictions[0]).split([len(p) for p in proposals], dim=0)

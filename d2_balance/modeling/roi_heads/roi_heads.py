@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from d2_balance.data.mapper import MASKED
 from d2_balance.sampling import ProposalSampler
 
-from ..build import build_proposal_sampler, renamed
+from ..build import build_proposal_sampler, cosine_arguments, normalized_masks, renamed
 from ..compatibility import check_pairing
 from ..image_context import (
     check_ioa,
@@ -32,7 +32,9 @@ from ..image_context import (
     number_objects,
     without_covered_background,
 )
+from ..postprocess.soft_nms import maskness as masked_scores
 from ..scripting import Scriptable
+from .cosine import NormalizedConv2d
 from .fast_rcnn import BalancedFastRCNNOutputLayers
 from .proposal_sampling import ProposalSampling
 
@@ -46,6 +48,8 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         masks_per_image: then, positives of an image that train mask and keypoint heads at most.
         ignore_ioa: background proposals of which a region of `images.ignore_boxes` holds that
             share do not count, in any stage; in (0, 1].
+        maskness: scores are multiplied by the mean probability of the pixels of their mask above
+            it, in (0, 1); 0 is off.
         **kwargs: as Detectron2's class.
 
     Raises:
@@ -62,10 +66,17 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         sampling_free: bool = False,
         masks_per_image: int = 128,
         ignore_ioa: float = 0.5,
+        maskness: float = 0.0,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         check_ioa(ignore_ioa)
+        if not 0 <= maskness < 1 or (maskness and not self.mask_on):
+            raise ValueError(
+                f"MODEL.BALANCE.MASKNESS is {maskness} and MODEL.MASK_ON {self.mask_on}; must be a "
+                "threshold in (0, 1) of a model with masks, or 0."
+            )
+        self.maskness = maskness
         self.ignore_ioa = ignore_ioa
         self._regions: list[Tensor] | None = None  # of the batch
         self.proposal_sampler = proposal_sampler
@@ -87,6 +98,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         ret["sampling_free"] = cfg.MODEL.BALANCE.SAMPLING_FREE
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
+        ret["maskness"] = cfg.MODEL.BALANCE.MASKNESS
         return ret
 
     @classmethod
@@ -95,6 +107,28 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         namespace = stock.__func__.__globals__
         with renamed(namespace, FastRCNNOutputLayers=BalancedFastRCNNOutputLayers):
             return stock(cfg, input_shape)
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        ret: dict[str, Any] = super()._init_mask_head(cfg, input_shape)
+        if normalized_masks(cfg):
+            ret["mask_head"].predictor = _normalized(ret["mask_head"], cfg)
+        return ret
+
+    def forward_with_given_boxes(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """As Detectron2's; with `maskness` the scores are new, and the best come first."""
+        instances = super().forward_with_given_boxes(features, instances)
+        if not self.maskness:
+            return instances
+        result = []
+        for one in instances:
+            if one.has("scores") and one.has("pred_masks"):
+                one.scores = masked_scores(one.pred_masks, one.scores, self.maskness)
+                one = one[one.scores.argsort(descending=True, stable=True)]
+            result.append(one)
+        return result
 
     def forward(self, images, features, proposals, targets=None) -> Any:
         if targets is not None:
@@ -142,6 +176,19 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
                 layer.verified = layer.not_exhaustive = None
 
 
+def _normalized(mask_head: nn.Module, cfg: CfgNode) -> NormalizedConv2d:
+    """Return a normalised layer for the place of a mask head's last one."""
+    last = getattr(mask_head, "predictor", None)
+    if not isinstance(last, nn.Conv2d):
+        raise ValueError(
+            "MODEL.BALANCE.MASK_PREDICTOR 'normalized' replaces the last convolution, which "
+            f"MODEL.ROI_MASK_HEAD.NAME {type(mask_head).__name__} does not have; must be 'conv'."
+        )
+    return NormalizedConv2d(
+        last.in_channels, last.out_channels, last.kernel_size[0], **cosine_arguments(cfg)
+    )
+
+
 @ROI_HEADS_REGISTRY.register()
 class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
     """StandardROIHeads with `BalancedFastRCNNOutputLayers`; arguments as `BalancedROIHeads`."""
@@ -174,6 +221,27 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
 
     def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
         self._refined = boxes
+
+    def _forward_box(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> Any:
+        if self.training or self.box_predictor[0].test_nms is None:
+            return super()._forward_box(features, proposals, targets)
+        # Detectron2's suppresses boxes inside of its loop over the stages
+        maps = [features[name] for name in self.box_in_features]
+        sizes = [p.image_size for p in proposals]
+        boxes, scores = [], []
+        for stage, layers in enumerate(self.box_predictor):
+            if stage:
+                proposals = self._create_proposals_from_boxes(boxes, sizes)
+            predictions = self._run_stage(maps, proposals, stage)
+            boxes = layers.predict_boxes(predictions, proposals)
+            scores.append(layers.predict_probs(predictions, proposals))
+        mean = [torch.stack(own).mean(dim=0) for own in zip(*scores, strict=True)]
+        return layers.detections(boxes, mean, sizes)[0]
 
     @torch.no_grad()
     def _match_and_label_boxes(

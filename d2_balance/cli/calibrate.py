@@ -1,0 +1,42 @@
+"""Measure what calibrations after training need: the fractal dimension of every class in the
+training set and, if the configuration has MODEL.WEIGHTS, mean and variance of its logits there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `d2-balance calibrate`."""
+    parser.add_argument("--config-file", required=True, help="config of the model and its data")
+    parser.add_argument(
+        "--output", required=True, help="JSON file, for MODEL.BALANCE.CALIBRATION.STATISTICS"
+    )
+    parser.add_argument(
+        "--max-iter", type=int, default=0, help="training batches of the pass; 0 is one epoch"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the config")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and write the file."""
+    from d2_balance.data import register_from_config
+    from d2_balance.engine import read_config
+    from d2_balance.engine.setup.calibrate import measure
+
+    if os.path.exists(args.output) and not args.overwrite:  # before the work
+        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    cfg = read_config(args.config_file, args.opts)
+    register_from_config(cfg)
+    statistics = measure(cfg, args.max_iter)
+    statistics.save(args.output)
+    what = "fractal dimensions"
+    if statistics.logit_mean is not None:
+        what += ", mean and variance of logits"
+    print(
+        f"{what} of {len(statistics.class_names)} classes: {args.output}; use it with "
+        f"MODEL.BALANCE.CALIBRATION.STATISTICS {args.output}"
+    )
+    return 0
