@@ -35,9 +35,7 @@ def value_of(cfg, key):
 
 
 def another(value):
-    """A value of the same type that is not the default; None stands for "auto"."""
-    if value is None:
-        return False
+    """A value of the same type that is not the default."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
@@ -55,7 +53,7 @@ def test_key_is_reachable_from_the_command_line(key):
         cfg.merge_from_list([key, str(value)])  # a shell hands over text
         found = value_of(cfg, key)
         assert found == value
-        assert default is None or type(found) is type(default)
+        assert type(found) is type(default)
 
 
 def test_every_constructor_argument_with_a_default_has_a_key():
@@ -64,8 +62,7 @@ def test_every_constructor_argument_with_a_default_has_a_key():
             for parameter in inspect.signature(cls).parameters.values():
                 key = f"MODEL.BALANCE.{name.upper()}.{argument_key(parameter.name)}"
                 assert (key in KEYS) == (parameter.default is not parameter.empty), key
-                default = None if parameter.default == "auto" else parameter.default
-                assert KEYS.get(key, default) == default
+                assert KEYS.get(key, parameter.default) == parameter.default
 
 
 def test_committed_page_is_the_generated_one():

@@ -18,9 +18,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from d2_balance.data.json_files import read_json
 from d2_balance.losses import Samples
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_json
 
 from ..criterion import watched
 from .calibration import LogitStatistics, fractal_dimension
