@@ -233,8 +233,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.COSINE.POWER = 1.0
     # Whether the temperature is learned.
     _C.COSINE.LEARNED = False
-    # Whether RoI heads align the class logits of a trained model (DisAlign, arXiv:2103.16370); train
-    # it with TRAINABLE ["box_predictor.align"].
+    # Whether RoI heads align the class logits of a trained model (DisAlign, arXiv:2103.16370);
+    # TRAINABLE ["box_predictor.align"] trains that alone.
     _C.DISALIGN = False
 
     # Suppression of overlapping boxes of a class in RoI heads at test time.

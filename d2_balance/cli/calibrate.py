@@ -1,5 +1,8 @@
-"""Measure what calibrations after training need: the fractal dimension of every class in the
-training set and, if the configuration has MODEL.WEIGHTS, mean and variance of its logits there."""
+"""Measure what calibrations after training need.
+
+These are the fractal dimension of every class in the training set and, if the config has
+MODEL.WEIGHTS, mean and variance of its logits there.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling import BalancedFCOS
 from d2_balance.modeling.compatibility import HEADS
+from d2_balance.modeling.criterion import watched
 from d2_balance.modeling.meta_arch.fcos import centerness_targets
 
 from ..conftest import CLASSES, make_inputs, small_cfg
@@ -147,19 +148,15 @@ def test_every_box_loss_trains(loss):
 
 
 @pytest.mark.parametrize("loss", ["SmoothL1", "GHMR"])
-def test_losses_on_deltas_see_strides_and_predictions_below_zero(loss, monkeypatch):
+def test_losses_on_deltas_see_strides_and_predictions_below_zero(loss):
     model = build_model(small_cfg("fcos", "MODEL.BALANCE.BOX_LOSS", loss))
     with torch.no_grad():
         model.head.bbox_pred.weight.zero_()
         model.head.bbox_pred.bias.fill_(-1.0)  # decoded to a box without area
-    seen, inputs = [], []
-    original = model.box_loss.compute
-    monkeypatch.setattr(
-        model.box_loss, "compute", lambda p, t: inputs.append((p, t)) or original(p, t)
-    )
-    seen = capture(monkeypatch, model)
-    _, grads = step(model, make_inputs())
-    (pred, target), (samples,) = inputs[0], seen
+    seen = []
+    with watched(model, lambda samples, boxes, cls, box: seen.append((samples, boxes))):
+        _, grads = step(model, make_inputs())
+    ((samples, (pred, target)),) = seen
     assert (pred == -1).all()
     stride = samples.boxes[:, 2] - samples.boxes[:, 0]
     centre = (samples.boxes[:, :2] + samples.boxes[:, 2:]) / 2

@@ -188,9 +188,12 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
     ("keys", "expected"),
     [
         ([NODE + "CAPACITY", 5], "capacity is 5; must be an integer of at least 6"),
-        ([NODE + "PER_CLASS", 0], "per_class=0"),
-        ([NODE + "CLASSES_PER_STEP", 0], "classes_per_step=0"),
-        ([NODE + "FEATURES_PER_CLASS", 0], "features_per_class=0"),
+        ([NODE + "PER_CLASS", 0], "per_class is 0; must be an integer of at least 1"),
+        ([NODE + "CLASSES_PER_STEP", 0], "classes_per_step is 0; must be an integer of at least 1"),
+        (
+            [NODE + "FEATURES_PER_CLASS", 0],
+            "features_per_class is 0; must be an integer",
+        ),
         (["MODEL.BALANCE.BOX_LOSS", "GHMR"], "BOX_LOSS GHMR counts all rows; BOX_LOSS that work"),
         (["MODEL.BALANCE.REWEIGHTERS", ["ISR"]], "REWEIGHTERS ISR compares the boxes of positives"),
         (["MODEL.BALANCE.GUIDED_SCALE", 2.0], "GUIDED_SCALE compares the boxes of positives"),

@@ -8,7 +8,7 @@ import math
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
-from d2_balance.data.checks.structure import configured_num_classes
+from d2_balance.data.checks.classes import configured_num_classes
 from d2_balance.data.class_counts import ClassCounts
 from d2_balance.modeling.postprocess.statistics import (
     CalibrationStatistics,

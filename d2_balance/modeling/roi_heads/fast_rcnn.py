@@ -140,12 +140,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         outputs = self.cls_loss.num_outputs(self.num_classes)
         if sigmoid and background_column:
             outputs = max(outputs, self.num_classes + 1)
-        if classifier == "cosine":
-            self.cls_score = CosineLinear(self.cls_score.in_features, outputs, **(cosine or {}))
-        elif outputs != self.num_classes + 1:
-            self.cls_score = nn.Linear(self.cls_score.in_features, outputs)
-            nn.init.normal_(self.cls_score.weight, std=0.01)
-            nn.init.zeros_(self.cls_score.bias)
+        self._set_classifier(outputs, classifier, cosine or {})
         self.align = DisAlign(self.cls_score.in_features, self.num_classes) if disalign else None
         self.calibration, self.test_nms = calibration, test_nms
         if sigmoid:
@@ -168,6 +163,15 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         if norcal_gamma:
             # of this dataset, not of the run whose weights are loaded
             self.register_buffer("class_count", class_count, persistent=False)
+
+    def _set_classifier(self, outputs: int, classifier: str, cosine: Mapping[str, Any]) -> None:
+        features = self.cls_score.in_features
+        if classifier == "cosine":
+            self.cls_score = CosineLinear(features, outputs, **cosine)
+        elif outputs != self.cls_score.out_features:
+            self.cls_score = nn.Linear(features, outputs)
+            nn.init.normal_(self.cls_score.weight, std=0.01)
+            nn.init.zeros_(self.cls_score.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:

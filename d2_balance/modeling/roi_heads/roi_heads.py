@@ -16,7 +16,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    Res5ROIHeads,
+    StandardROIHeads,
+    cascade_rcnn,
+    roi_heads,
+)
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -93,26 +99,16 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super().from_config(cfg, input_shape)
+        ours = {"FastRCNNOutputLayers": BalancedFastRCNNOutputLayers}
+        with renamed(vars(roi_heads), **ours), renamed(vars(cascade_rcnn), **ours):
+            ret = super().from_config(cfg, input_shape)
+        if normalized_masks(cfg):
+            ret["mask_head"].predictor = _normalized(ret["mask_head"], cfg)
         ret["proposal_sampler"] = build_proposal_sampler(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         ret["sampling_free"] = cfg.MODEL.BALANCE.SAMPLING_FREE
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         ret["maskness"] = cfg.MODEL.BALANCE.MASKNESS
-        return ret
-
-    @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        stock = super()._init_box_head
-        namespace = stock.__func__.__globals__
-        with renamed(namespace, FastRCNNOutputLayers=BalancedFastRCNNOutputLayers):
-            return stock(cfg, input_shape)
-
-    @classmethod
-    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        ret: dict[str, Any] = super()._init_mask_head(cfg, input_shape)
-        if normalized_masks(cfg):
-            ret["mask_head"].predictor = _normalized(ret["mask_head"], cfg)
         return ret
 
     def forward_with_given_boxes(
@@ -291,12 +287,3 @@ class BalancedRes5ROIHeads(BalancedROIHeads, Res5ROIHeads):
                 "set has objects without a mask; set MODEL.MASK_ON False or take a model with FPN."
             )
         return super().forward(images, features, proposals, targets)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super().from_config(cfg, input_shape)
-        channels = ret["box_predictor"].cls_score.in_features
-        ret["box_predictor"] = BalancedFastRCNNOutputLayers(
-            cfg, ShapeSpec(channels=channels, height=1, width=1)
-        )
-        return ret
