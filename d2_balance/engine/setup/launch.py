@@ -74,9 +74,11 @@ def _run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace)
     """Call `main(args)` and leave the process groups, also when it fails."""
     try:
         main(args)
-    except BaseException:
+    except BaseException as error:
         if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL may wait for the others
             leave_groups()
+        if isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is not None:
+            sys.exit(128 + signal.SIGINT)  # torch ends a started process with 0 otherwise
         raise
     leave_groups()
 
