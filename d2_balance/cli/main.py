@@ -32,6 +32,7 @@ COMMANDS = {
     "prior": "count the initial bias that foreground needs in a training set",
     "replay": "run the batch again whose loss was not finite",
     "rescore": "raise scores of rare classes before the cap of 300",
+    "sweep": "try remedies with several seeds, and say with intervals which of them helps",
     "show": "draw objects and detections, rare classes first",
     "train": "train or evaluate a detector, with resume",
 }
