@@ -1,5 +1,7 @@
-"""Try remedies on your data: train each with several seeds, stop the hopeless early, and say with
-intervals which of them helps, and what to set.
+"""Try remedies on your data, and say with intervals which of them helps.
+
+Each remedy is trained with several seeds, the hopeless are stopped early, and the report ends with
+what to set.
 """
 
 from __future__ import annotations

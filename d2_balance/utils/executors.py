@@ -1,8 +1,8 @@
 """Where commands run: processes of this machine, a Ray cluster, or SLURM through submitit.
 
-An executor starts a `Job` and returns a handle that is polled. A machine that goes away is told from
-a command that failed: `poll` raises `JobLostError`, and whoever started the job may start it again.
-Neither Ray nor submitit is imported before it is asked for.
+An executor starts a `Job` and returns a handle that is polled. A machine that goes away is told
+from a command that failed: `poll` raises `JobLostError`, and whoever started the job may start it
+again. Neither Ray nor submitit is imported before it is asked for.
 """
 
 from __future__ import annotations
