@@ -21,6 +21,7 @@ from d2_balance.engine import BalancedTrainer, read_config
 from d2_balance.engine.hooks.beta_decay import BetaDecay
 from d2_balance.engine.setup.validate import check_losses_are_used, check_registered_names
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
+from d2_balance.modeling.postprocess.statistics import CalibrationStatistics
 from d2_balance.reweight import REWEIGHTERS
 from d2_balance.sampling import PROPOSAL_SAMPLERS
 from d2_balance.utils.config_tree import leaves
@@ -81,6 +82,10 @@ def cpu_cfg(file, directory):
     path = str(directory / "statistics.json")
     ClassCounts(counts, counts * 2, 100_000, names).save(path)
     cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = path
+    if cfg.MODEL.BALANCE.CALIBRATION.NAME == "fracal":  # "" counts on the training set
+        path = str(directory / "calibration.json")
+        CalibrationStatistics(tuple(names), (1.5,) * classes).save(path)
+        cfg.MODEL.BALANCE.CALIBRATION.STATISTICS = path
     return cfg
 
 

@@ -40,7 +40,8 @@ def inert_remedies(cfg: CfgNode, model: nn.Module) -> list[str]:
         counts = ClassCounts.from_config(cfg)
     except (ValueError, AttributeError, KeyError):  # datasets and models of others
         return found
-    return found + list(_of_sampler(cfg, counts)) + list(_of_norcal(cfg, counts))
+    checks = (_of_sampler, _of_norcal, _of_proposal_sampler, _of_beta_decay)
+    return found + [text for check in checks for text in check(cfg, counts)]
 
 
 def _of_loss(loss: Any) -> Iterator[str]:
@@ -89,6 +90,30 @@ def _of_sampler(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
 def _of_norcal(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
     if cfg.MODEL.BALANCE.NORCAL.GAMMA and _equal(counts.image_count):
         yield "MODEL.BALANCE.NORCAL: all classes are equally frequent; their order stays."
+
+
+def _of_proposal_sampler(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
+    name = cfg.MODEL.BALANCE.PROPOSAL_SAMPLER
+    node = cfg.MODEL.BALANCE.get(name.upper(), {})
+    key, wanted = "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+    if "ROIS_PER_IMAGE" in node:
+        key, wanted = f"MODEL.BALANCE.{name.upper()}.ROIS_PER_IMAGE", node.ROIS_PER_IMAGE
+    proposals = cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN
+    if name and not cfg.MODEL.LOAD_PROPOSALS and wanted >= proposals:
+        yield (
+            f"{name}: {key} {wanted} is not below MODEL.RPN.POST_NMS_TOPK_TRAIN {proposals}; no "
+            "proposal is left out."
+        )
+
+
+def _of_beta_decay(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
+    node = cfg.MODEL.BALANCE.BETA_DECAY
+    falls = node.AMOUNT > 0 and (node.MODE != "floor" or node.PERIOD < cfg.SOLVER.MAX_ITER)
+    if node.ENABLED and not falls:
+        yield (
+            f"BETA_DECAY: AMOUNT is {node.AMOUNT:g}, PERIOD {node.PERIOD} and SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}; beta never falls."
+        )
 
 
 def _rarest(frequency: Tensor) -> float:

@@ -46,6 +46,16 @@ LONG_TAIL, EVEN = [400, 120, 40, 8, 2, 1], [100] * CLASSES
              "DATALOADER.REPEAT_THRESHOLD", "0.05"],
             "RepeatFactorTrainingSampler: .*THRESHOLD 0.05; .*10.00%. No image is repeated",
         ),
+        (
+            LONG_TAIL,
+            [BALANCE + "PROPOSAL_SAMPLER", "OHEM", BALANCE + "OHEM.ROIS_PER_IMAGE", "40"],
+            "OHEM: .*ROIS_PER_IMAGE 40 is not below .*TRAIN 40; no proposal is left out",
+        ),
+        (
+            LONG_TAIL,
+            [BALANCE + "BETA_DECAY.ENABLED", "True", "SOLVER.MAX_ITER", "10000"],
+            "BETA_DECAY: AMOUNT is 0.01, PERIOD 10000 and .*MAX_ITER 10000; beta never falls",
+        ),
         (EVEN, [BALANCE + "NORCAL.GAMMA", "0.6"], "NORCAL: all classes are equally frequent"),
     ],
 )  # fmt: skip
@@ -63,6 +73,8 @@ def test_what_changes_nothing_is_named_once(tmp_path, images, overrides, text):
         [BALANCE + "CLS_LOSS", "Federated", BALANCE + "FEDERATED.NUM_SAMPLED", "3"],
         [BALANCE + "CLS_LOSS", "BalancedSoftmax"],
         [BALANCE + "CLS_LOSS", "GHMC"],
+        [BALANCE + "PROPOSAL_SAMPLER", "OHEM", BALANCE + "OHEM.ROIS_PER_IMAGE", "39"],
+        [BALANCE + "BETA_DECAY.ENABLED", "True", "SOLVER.MAX_ITER", "10001"],
         [BALANCE + "NORCAL.GAMMA", "0.6"],
         ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler",
          "DATALOADER.REPEAT_THRESHOLD", "0.05"],

@@ -25,6 +25,10 @@ from ..criterion import watched
 from .calibration import LogitStatistics, fractal_dimension
 
 KEY = "MODEL.BALANCE.CALIBRATION.STATISTICS"
+_NOT_HERE = (
+    f"MODEL.BALANCE.CALIBRATION.NAME 'fracal' counts on DATASETS.TRAIN, which is not here; set {KEY} "
+    "to a file of `d2-balance calibrate`"
+)
 
 
 @dataclass(frozen=True)
@@ -109,24 +113,23 @@ def dataset_dimensions(names: tuple[str, ...], num_classes: int) -> Tensor:
     Raises:
         ValueError: a dataset is not registered on this machine.
     """
-    missing = [name for name in names if name not in DatasetCatalog]
-    if missing or not names:
-        raise ValueError(
-            f"MODEL.BALANCE.CALIBRATION.NAME 'fracal' counts on DATASETS.TRAIN {names}, which is "
-            f"not here; set {KEY} to a file of `d2-balance calibrate`."
-        )
+    try:
+        records = [record for name in names for record in DatasetCatalog.get(name)]
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{_NOT_HERE}: {error}") from error
+    if not records:
+        raise ValueError(f"{_NOT_HERE}.")
     cx, cy, classes = [], [], []
-    for name in names:
-        for record in DatasetCatalog.get(name):
-            for annotation in record.get("annotations", ()):
-                if annotation.get("iscrowd", 0):
-                    continue
-                x0, y0, x1, y1 = BoxMode.convert(
-                    list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
-                )
-                cx.append((x0 + x1) / 2 / record["width"])
-                cy.append((y0 + y1) / 2 / record["height"])
-                classes.append(annotation["category_id"])
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if annotation.get("iscrowd", 0):
+                continue
+            x0, y0, x1, y1 = BoxMode.convert(
+                list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
+            )
+            cx.append((x0 + x1) / 2 / record["width"])
+            cy.append((y0 + y1) / 2 / record["height"])
+            classes.append(annotation["category_id"])
     columns = (torch.tensor(values, dtype=torch.float64) for values in (cx, cy))
     return fractal_dimension(*columns, torch.tensor(classes, dtype=torch.int64), num_classes)
 
