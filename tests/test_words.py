@@ -49,10 +49,7 @@ ROOTS = [
     "scripts",
     "tests",
 ]
-# Rooms that do not pass yet.
-NOT_CLEAN = {
-    "d2_balance", "tests",
-}  # fmt: skip
+NOT_CLEAN = ("d2_balance/modeling/", "tests/modeling/")  # do not pass yet
 # Quotations, names that are not ours, and tables of prints: file (from the root) and the text.
 QUOTED = {
     ("tests/test_words.py", ""),
@@ -89,11 +86,12 @@ def problems(file, text):
     return result
 
 
-@pytest.mark.parametrize("root", [root for root in ROOTS if root not in NOT_CLEAN])
+@pytest.mark.parametrize("root", ROOTS)
 def test_the_words_are_those_of_the_field(root):
     result = []
     for file in files(root):
-        result += problems(file, (ROOT / file).read_text(encoding="utf-8"))
+        if not file.startswith(NOT_CLEAN):
+            result += problems(file, (ROOT / file).read_text(encoding="utf-8"))
     assert not result, "\n".join(["", *result])
 
 

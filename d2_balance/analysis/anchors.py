@@ -2,7 +2,7 @@
 
 An object is matched if an anchor has the IoU with it from which anchors are positive; in the RPN,
 whose 0.7 few objects have, the IoU from which a proposal is foreground for the RoI heads. An object
-that is not reached still gets the anchors of its highest IoU where the model allows low-quality
+without a matching anchor still gets the anchors of its highest IoU if the model has low-quality
 matches, but these few fit badly: the class trains little and loses at high IoU. It looks like an
 effect of rarity, and is none.
 """
@@ -58,7 +58,7 @@ class AnchorReport:
         edge: shorter sides of these images in training, the smallest and the largest, in pixels.
         objects: (K,) objects that were looked at.
         threshold: IoU from which an object is reached; None without anchors (FCOS).
-        low_quality: whether an object that is not reached gets its best anchors all the same.
+        low_quality: whether an object without a matching anchor gets its best anchors all the same.
         sizes: MODEL.ANCHOR_GENERATOR.SIZES, by level.
         reached: (K,) of the objects, those that an anchor reaches; None without anchors.
         suggested: sizes that reach more, or None.
@@ -79,7 +79,7 @@ class AnchorReport:
     suggested_reached: np.ndarray | None = None
 
     def missed(self, suggested: bool = False) -> np.ndarray:
-        """(K,) share of the objects of each class that is not reached; NaN without objects.
+        """(K,) fraction of each class's objects without a matching anchor; NaN without objects.
 
         Args:
             suggested: True: with the suggested sizes.

@@ -134,7 +134,7 @@ def plot_sizes(found: Analysis) -> Figure:
 
 
 def plot_missed(found: Analysis, order: Sequence[int]) -> Figure:
-    """Share of objects that are not reached, before and with the suggestion."""
+    """Fraction of objects without a matching anchor, before and with the suggestion."""
     figure = new_figure(7, 0.8 + 0.34 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))[::-1]

@@ -75,7 +75,7 @@ def _class_table(found: Analysis) -> Table:
         headers.append("median size (pixels)")
         columns.append([_pixels(n) for n in plots.median_sizes(found)])
     if anchors is not None and anchors.reached is not None:
-        headers.append("not reached")
+        headers.append("unmatched")
         columns.append([_percent(n) for n in anchors.missed()])
     if found.repeat is not None:
         headers.append("r(c)")
@@ -160,7 +160,7 @@ def _reach(found: Analysis) -> Iterator[Part]:
     order = [k for k in np.argsort(-np.nan_to_num(missed), kind="stable") if missed[k] > 0][:15]
     if not order:
         return
-    headers = ["class", "objects", "not reached"]
+    headers = ["class", "objects", "unmatched"]
     if report.suggested is not None:
         headers.append("with the sizes below")
     rows = []

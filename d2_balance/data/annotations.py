@@ -230,7 +230,7 @@ class Annotations:
 
     @functools.cached_property
     def data(self) -> dict[str, Any]:
-        """The usable content as the dicts of a COCO file, every field read as the columns have it."""
+        """The usable content as the dicts of a COCO file, every field as the columns have it."""
         images = []
         for n, image_id in enumerate(self.image_id.tolist()):
             height, width = self.size[n].tolist()
@@ -273,7 +273,11 @@ class Annotations:
         bad_mask = np.where(self.usable, self.mask_problem, -1)
         return BadAnnotations(
             self.path,
-            {r: ids(self.box_problem == n) for n, r in enumerate(BOX_PROBLEMS) if (self.box_problem == n).any()},
+            {
+                r: ids(self.box_problem == n)
+                for n, r in enumerate(BOX_PROBLEMS)
+                if (self.box_problem == n).any()
+            },
             ids(self.clipped),
             ids(self.trimmed & self.usable),
             {r: ids(bad_mask == n) for n, r in enumerate(MASK_PROBLEMS) if (bad_mask == n).any()},
@@ -325,7 +329,7 @@ def locate(source: str, key: str = "--dataset") -> Location:
         DatasetCatalog.get(source)  # rendered on first use
     if path and "://" not in path and not os.path.isfile(path):
         raise ValueError(
-            f"{key}: {source!r} needs {path}, which does not exist; $DETECTRON2_DATASETS must point "
+            f"{key}: {source!r} needs {path}, which is missing; $DETECTRON2_DATASETS must point "
             "to the directory of the datasets"
         )
     style = {"lvis": "lvis"}.get(metadata.get("evaluator_type", ""), "coco")
@@ -336,7 +340,8 @@ def load_annotations(source: str, key: str = "--dataset", style: str | None = No
     """Read the annotations of a dataset, by its file or by its registered name.
 
     Args:
-        source, key: see `locate`.
+        source: see `locate`.
+        key: see `locate`.
         style: "coco" or "lvis"; None: by the registration, else by what the file holds.
 
     Raises:

@@ -92,9 +92,12 @@ def keep_place(path: str, state: list[int] | None, key: str) -> None:
     """
     if state is None or state != file_state(path):
         return
-    with contextlib.suppress(OSError), atomic_path(_place_file(path)) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"path": os.path.abspath(path), "state": state, "content": key}, file)
+    with (
+        contextlib.suppress(OSError),
+        atomic_path(_place_file(path)) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+    ):
+        json.dump({"path": os.path.abspath(path), "state": state, "content": key}, file)
 
 
 def load(key: str) -> tuple[Columns, dict[str, Any]] | None:

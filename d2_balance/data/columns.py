@@ -184,7 +184,7 @@ def parse_columns(content: bytes, path: str, masks: BinaryIO | _Nowhere) -> dict
 
 
 def _with_constants(content: bytes, path: str) -> Any:
-    """A file that msgspec refuses: one with NaN and Infinity, which become texts, or a broken one."""
+    """A file that msgspec refuses: with NaN or Infinity, which become strings, or corrupt."""
     try:
         return json.loads(content, parse_constant=str)
     except (ValueError, RecursionError):
@@ -334,7 +334,7 @@ def _image_labels(
         if unknown:
             raise ValueError(
                 f"{path}: image {image_id}: {key!r} holds {_some(unknown)}; only ids of the "
-                "file's 'categories' are allowed"
+                "file's 'categories' can be used"
             )
         classes = (categories.index[i] for i in listed)
         found.append([k for k in classes if k >= 0])
@@ -559,7 +559,7 @@ class _References:
         for key, (table, ids, where) in self.wrong.items():
             raise ValueError(
                 f"{self._path}: {key!r} {_some(ids)} of {len(where)} annotation(s) (ids "
-                f"{_some(where)}) is not in {table!r}; only ids listed there are allowed"
+                f"{_some(where)}) is not in {table!r}; must be an id listed there"
             )
 
 

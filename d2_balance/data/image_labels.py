@@ -101,7 +101,7 @@ class ImageLabels:
         if wrong:
             raise ValueError(
                 f"{record.get('file_name', 'an image')}: {' / '.join(IMAGE_LABEL_KEYS)} hold "
-                f"{wrong[:5]}; allowed are the category ids of the {self.num_classes} classes of "
+                f"{wrong[:5]}; must be category ids of the {self.num_classes} classes of "
                 f"{', '.join(self.dataset_names)}"
             )
         return classes

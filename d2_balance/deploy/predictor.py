@@ -241,7 +241,8 @@ class Predictor:
 
         Args:
             frames: arrays as for `__call__`, read as they are needed.
-            batch_size, paste_masks: as for `predict`.
+            batch_size: as for `predict`.
+            paste_masks: as for `predict`.
         """
         items = (
             (index, self.preprocess(self._in_format(frame))) for index, frame in enumerate(frames)

@@ -46,10 +46,10 @@ class StepTrainer(SimpleTrainer):
     """Runs the steps of a run.
 
     With `micro_batches` of n a batch is split into n parts that count as n ranks: the statistics
-    of the losses (positives, densities, class counts) are summed over them in a first pass without
-    gradient, and the state of the losses moves once per step. Losses that join ranks have then the
-    gradients of the whole batch. What each rank does for itself each micro-batch does for itself:
-    batch norm in training mode, losses that rank their samples, Detectron2's own losses.
+    of the losses (positives, densities, class counts) are summed over them in a first forward pass
+    under `no_grad`, and the state of the losses moves once per step. Losses that are all-reduced
+    have then the gradients of the whole batch. What each rank does for itself each micro-batch does
+    for itself: batch norm in training mode, losses that rank their samples, Detectron2's losses.
 
     Args:
         model: wrapped in DDP or not.

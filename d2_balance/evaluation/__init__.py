@@ -1,6 +1,7 @@
 """AP by frequency group and by class, with LVIS and COCO rules."""
 
 from importlib import import_module
+from typing import Any
 
 _MODULES = {
     "APTable": "matching",
@@ -16,7 +17,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a name when it is asked for: files are evaluated without torch and Detectron2."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

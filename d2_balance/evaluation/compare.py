@@ -464,6 +464,7 @@ def comparison_page(
 
 
 def gain_headers(runs: Sequence[Run]) -> list[str]:
+    """Return the headers of the table of gains."""
     return ["class", "group", "training images", *(run.name for run in runs), "gain"]
 
 

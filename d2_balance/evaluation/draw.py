@@ -1,6 +1,7 @@
 """Ground truth and detections on their images, drawn by Detectron2's Visualizer.
 
-Objects have the colour of their class's frequency group, or of their class if there is one group. Images come by their rarest class.
+Objects have the colour of their class's frequency group, or of their class if there is one group.
+Images come by their rarest class.
 """
 
 import json
@@ -55,7 +56,7 @@ class Classes:
     index: Mapping[int, int]
 
     def colour(self, k: int) -> str:
-        """Return the colour of a class: that of its group, or its own if there is one group only."""
+        """Return the colour of a class: that of its group, or its own if there is one group."""
         if len(set(self.groups)) > 1:
             return GROUP_COLOURS[self.groups[k]]
         return COLOURS[k % len(COLOURS)]

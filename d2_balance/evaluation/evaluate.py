@@ -83,7 +83,7 @@ def measure(
     }
     if cuts is not None and train is None and truth.training_image_count is None:
         raise ValueError(
-            f"the cuts {cuts[0]} and {cuts[1]} are numbers of training images, and {truth.name} does "
+            f"the cuts {cuts[0]} and {cuts[1]} are numbers of training images; {truth.name} does "
             "not say them; name the training set with --train"
         )
     given = None if train is None else train.image_count()
@@ -193,7 +193,8 @@ def ground_notes(
         counts = {reason: len(ids) for reason, ids in report.bad_masks.items()}
         total = sum(counts.values())
         notes.append(
-            f"{total} objects of {truth.path} with bad masks do not count in mask AP, nor detections of them: {counts}"
+            f"{total} objects of {truth.path} with bad masks do not count in mask AP, nor do "
+            f"detections of them: {counts}"
         )
     left_out = max((grounds[task].left_out for task in tasks), default=0)
     if left_out:

@@ -207,7 +207,7 @@ class COCOGroupEvaluator(DatasetEvaluator):
         return [note]
 
     def _merge(self) -> tuple[Predictions, bool]:
-        """Save all ranks' predictions as one file and read it; and whether the model gives masks."""
+        """Save all ranks' predictions as one file and read it; also whether there are masks."""
         assert self._files is not None
         ranks = list(range(comm.get_world_size())) if self._distributed else [comm.get_rank()]
         directory = self._output_dir or self._files.directory
@@ -422,7 +422,7 @@ def build_evaluator(
     if evaluator_type in _DETECTRON2:
         return _DETECTRON2[evaluator_type](dataset_name, output_dir)
     raise ValueError(
-        f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r} in its metadata; it must be one of "
+        f"dataset {dataset_name!r} has evaluator_type {evaluator_type!r}; it must be one of "
         + ", ".join(sorted([*_BY_GROUP, *_DETECTRON2]))
     )
 

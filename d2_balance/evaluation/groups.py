@@ -22,7 +22,7 @@ def check_groups(groups: Mapping[str, str] | None) -> None:
     """
     for name, group in (groups or {}).items():
         if group not in GROUPS:
-            raise ValueError(f"groups: class {name!r} is in {group!r}; allowed are r, c, f")
+            raise ValueError(f"groups: class {name!r} is in {group!r}; must be r, c or f")
 
 
 def training_counts(

@@ -429,16 +429,17 @@ def _results(dataset: Any, truth: GroundTruth, detections: Detections) -> Any:
 class Ranked:
     """Detections in the order of their scores, with their status at every IoU threshold.
 
-    AP of all sizes is computed from it as often as one likes, without matching again: of some of the
-    detections (re-scoring), or of images with weights (resampling). Matches stay as they are, because
-    what is taken away is the tail of an image and class, or everything of an image.
+    AP of all sizes is computed from it as often as one likes, without matching again: of some
+    detections (re-scoring), or of images with weights (resampling). Matches stay as they are,
+    because what is taken away is the tail of an image and class, or everything of an image.
 
     Args:
         matcher: the matches of every detection that may count.
 
     Attributes:
-        order: (D,) the detections by class, falling score and image, as indices in those of `matcher`.
-        image, category: (D,) of the ordered detections.
+        order: (D,) indices in the detections of `matcher`, by class, falling score and image.
+        image: (D,) of the ordered detections.
+        category: (D,) of the ordered detections.
         status: (T, D) RIGHT, WRONG or IGNORED.
         objects: (K,) objects that count.
     """
@@ -484,8 +485,9 @@ def interpolated(
     """AP as the mean over 101 recalls of the largest precision at that recall or beyond.
 
     Args:
-        category: (n,) class of each right detection, ascending; within a class the best comes first.
-        recall, precision: (n,) reached with it.
+        category: (n,) class of each right detection, ascending; the best of a class first.
+        recall: (n,) reached with it.
+        precision: (n,) reached with it.
         objects: (K,) number of objects; it may be of weights.
 
     Returns:

@@ -252,7 +252,7 @@ def _spans(path: str) -> list[tuple[int, int]]:
     return spans
 
 
-def read_objects(path: str) -> Iterator[tuple[int, int, Any]]:
+def read_objects(path: str) -> Iterator[tuple[int, int, Any]]:  # noqa: C901  one loop
     """Yield (first byte, end, value) of each entry of a JSON list, reading chunk by chunk.
 
     Raises:
@@ -260,7 +260,7 @@ def read_objects(path: str) -> Iterator[tuple[int, int, Any]]:
     """
     decoder = json.JSONDecoder()
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115  closed below
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     with file:
@@ -295,8 +295,8 @@ def read_objects(path: str) -> Iterator[tuple[int, int, Any]]:
                 continue
             if ended:
                 raise ValueError(
-                    f"{path}: not valid JSON at byte {base + gap.end()}; the list is broken, or the "
-                    "file ends too early: copy or write it again"
+                    f"{path}: not valid JSON at byte {base + gap.end()}; the list is corrupt or "
+                    "the file ends too early: copy or write it again"
                 )
             more = file.read(max(_CHUNK, len(text) - position)).decode("latin-1")
             ended = not more
@@ -466,7 +466,7 @@ class DetectionTexts:
 
     def __init__(self, predictions: Predictions):
         self.predictions = predictions
-        self._file = open(predictions.path, "rb")
+        self._file = open(predictions.path, "rb")  # noqa: SIM115  until close()
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def text(self, row: int) -> str:

@@ -73,7 +73,7 @@ def check_fields(settings: Mapping[str, Any], kind: str, where: str) -> None:
     """Checks the values of a stage, or of an input; a field of None is left out.
 
     Raises:
-        ValueError: naming the field and what is allowed.
+        ValueError: naming the field and what it must be.
     """
     for key, value in settings.items():
         field = OWN.get((kind, key)) or FIELDS[key]

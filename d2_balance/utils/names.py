@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:
-    """The end of a message: names that look like `name`, or all that are allowed if few."""
+    """The end of a message: names that look like `name`, or all of them if few."""
     allowed = sorted(allowed)
     similar = get_close_matches(name, allowed, n=3, cutoff=0.6)
     if similar:

@@ -45,7 +45,7 @@ def test_partial_is_what_is_not_exhaustive(names):
     assert mask.shape == (2, 6) and mask.dtype == torch.bool
     assert _listed(mask) == [[2, 4], []]
     assert labels.not_exhaustive(batch[1:], "cpu") is None
-    with pytest.raises(ValueError, match="hold .7.; allowed are the category ids of the 6"):
+    with pytest.raises(ValueError, match="hold .7.; must be category ids of the 6"):
         labels.not_exhaustive([_input([], not_exhaustive_category_ids=[7])], "cpu")
 
 

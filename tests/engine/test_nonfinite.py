@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_named(dataset, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_class_of_a_spoilt_classifier_is_named(dataset, tmp_path, kind):
+def test_the_class_of_a_corrupt_classifier_is_named(dataset, tmp_path, kind):
     trainer = start(tmp_path, kind=kind, action=nan_bias)
     error = failure(trainer)
     assert error.classes == ("class3",) and error.losses == ("loss_cls",)
@@ -219,7 +219,7 @@ def checkpoints(directory):
 
 @pytest.mark.parametrize("at", [3, 5])
 @pytest.mark.parametrize("period", [1, 100])  # how often Detectron2 itself looks at the losses
-def test_the_step_is_not_taken_and_nothing_spoilt_is_saved(dataset, tmp_path, at, period):
+def test_the_step_is_not_taken_and_nothing_corrupt_is_saved(dataset, tmp_path, at, period):
     trainer = start(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "1", at=at, change=bad_box)
     trainer._trainer.gather_metric_period = period
     evaluations = []

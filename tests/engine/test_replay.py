@@ -34,7 +34,7 @@ def test_a_planted_nan_is_reproduced_with_its_image_and_class(dataset, tmp_path,
     assert f"  {seen[0]['file_name']}: a ground truth box is not finite, {name}\n" in text
 
 
-def test_spoilt_weights_are_reproduced(dataset, tmp_path, capsys):
+def test_corrupt_weights_are_reproduced(dataset, tmp_path, capsys):
     failure(start(tmp_path, action=nan_weights))
     capsys.readouterr()
     assert main(["replay", saved_file(tmp_path)]) == 0
@@ -42,7 +42,7 @@ def test_spoilt_weights_are_reproduced(dataset, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loss", ["GHMC", "EQLv2"])
-def test_the_class_of_a_spoilt_classifier_is_reproduced(dataset, tmp_path, capsys, loss):
+def test_the_class_of_a_corrupt_classifier_is_reproduced(dataset, tmp_path, capsys, loss):
     kind = "faster" if loss == "EQLv2" else "retinanet"
     failure(start(tmp_path, "MODEL.BALANCE.CLS_LOSS", loss, kind=kind, action=nan_bias))
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Bad input: one message that names the key or file and says what is allowed."""
+"""Bad input: one message that names the key or file and says what it must be."""
 
 import json
 import re

@@ -133,5 +133,5 @@ def test_given_groups_and_cut_points_replace_the_defaults(sets, rng):
     evaluator = COCOGroupEvaluator(name, train_image_count=counts, groups=groups)
     sets.feed(evaluator, dataset, {})
     assert [r["group"] for r in evaluator.per_class.values()] == list("fffrrr")
-    with pytest.raises(ValueError, match="'class1' is in 'x'; allowed are r, c, f"):
+    with pytest.raises(ValueError, match="'class1' is in 'x'; must be r, c or f"):
         COCOGroupEvaluator(name, groups={"class1": "x"})

@@ -85,7 +85,7 @@ def test_one_wait_is_counted():
 
 @pytest.mark.parametrize("name", DENSE)
 def test_peak_memory_in_tensors_of_the_logits(name):
-    rows, classes = 100_000, 20  # many pieces, as in a dense head
+    rows, classes = 100_000, 20  # many chunks, as in a dense head
     loss = build(CLS_LOSSES, name, num_classes=7)
     if name == "EFL":
         loss = CLS_LOSSES.get(name)(num_classes=classes)

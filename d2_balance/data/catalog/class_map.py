@@ -107,7 +107,7 @@ def resolve_class_map(
     Raises:
         ValueError: names that a side does not have (with the closest that it has), names that
             several classes of a side share, or one source class in two lines. Maps of many source
-            classes to one target class are allowed.
+            classes to one target class are fine.
     """
     source_ids, target_ids = _by_text(source), _by_text(target)
     ids: dict[int, int] = {}

@@ -23,7 +23,7 @@ def register_from_config(cfg: CfgNode) -> list[str]:
         The names, in the order of the lists.
 
     Raises:
-        ValueError: naming the entry, if it has another form, if its file or directory does not exist
+        ValueError: naming the entry, if it has another form, if its file or directory is missing,
             or if its name belongs to another dataset.
     """
     entries = cfg.DATASETS.REGISTER

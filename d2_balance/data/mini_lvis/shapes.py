@@ -94,7 +94,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
             points.append((math.sin(t) ** 3, -(y + 2.5) / 16))
         return points
-    raise ValueError(f"unknown shape {shape!r}; allowed are {', '.join(SHAPES)}")
+    raise ValueError(f"unknown shape {shape!r}; must be one of {', '.join(SHAPES)}")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class BestModel(HookBase):
             self._look(self.trainer.iter)
 
     def _look(self, iteration: int) -> None:
-        """Take note of what was measured in an iteration; every rank must call this."""
+        """Record what was measured in an iteration; every rank must call this."""
         value, when = self.trainer.storage.latest().get(self._metric, (None, -1))
         value = comm.all_gather(float(value) if when == iteration else None)[0]
         if value is None or not math.isfinite(value):

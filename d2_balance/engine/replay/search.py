@@ -44,7 +44,7 @@ class Suspects:
 
 
 class Replay:
-    """Runs a batch of this rank once more, in training mode and without gradient.
+    """Runs a batch of this rank once more, in training mode and under `no_grad`.
 
     Buffers are as before afterwards; nothing waits for other ranks.
 

@@ -103,7 +103,7 @@ def _in_a_word(value: Any, known: Any) -> Any:
 def config_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     """Read a YAML file and those that it is based on.
 
-    Tags that run Python are allowed, as in Detectron2, whose own zoo has them.
+    Tags that run Python are read, as in Detectron2, whose own zoo has them.
 
     Args:
         name: see `find_config`.

@@ -63,9 +63,9 @@ def _hint(entry: str, names: Sequence[str]) -> str:
     depth = entry.count(".") + 1
     parts = set()
     for name in names:
-        pieces = name.split(".")
+        names = name.split(".")
         for length in {depth, 1}:
-            parts |= {".".join(pieces[i : i + length]) for i in range(len(pieces) - length + 1)}
+            parts |= {".".join(names[i : i + length]) for i in range(len(names) - length + 1)}
     return closest(entry, (part for part in parts if not part.isdigit())) or (
         "it must be a part such as roi_heads.box_predictor, or the whole name."
     )

@@ -1,6 +1,6 @@
 """Checks of a configuration and its data before anything is built.
 
-Every message names the key or the file and says what is allowed. What is quick comes first.
+Every message names the key or the file and says what it must be. What is quick comes first.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -83,8 +84,8 @@ class Member:
         """A key by content, which puts models in an order that does not depend on the caller's."""
         found = hashlib.sha256()
         with open(self.columns.path, "rb") as file:
-            for piece in iter(lambda: file.read(1 << 20), b""):
-                found.update(piece)
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                found.update(chunk)
         found.update(repr(self.class_map and sorted(self.class_map.ids.items())).encode())
         return found.hexdigest()
 
@@ -121,7 +122,7 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Member], method: str, iou: float, max_dets: int):
         if method not in METHODS:
-            raise ValueError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
+            raise ValueError(f"method {method!r} is unknown; must be one of {', '.join(METHODS)}")
         if not 0 <= iou < 1:
             raise ValueError(f"the IoU threshold is {iou}; must be a number in [0, 1)")
         if max_dets < 0:
@@ -165,7 +166,7 @@ class Ensemble:
     def merge(self, images: int) -> Iterator[list[Merged]]:
         """Yield the result for each of the dataset's images, best score first."""
         starts = np.searchsorted(self._image, np.arange(images + 1)).tolist()
-        for first, end in zip(starts[:-1], starts[1:], strict=True):
+        for first, end in pairwise(starts):
             found = self._merge_image(first, end) if end > first else []
             found.sort(key=lambda m: (-m.score, m.category, m.box or [], m.model, m.row))
             yield found[: self.max_dets] if self.max_dets else found
@@ -178,7 +179,7 @@ class Ensemble:
         category, score = category.tolist(), self._score[part].tolist()
         model, box = self._model[part].tolist(), self._box[part].tolist()
         found: list[Merged] = []
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in pairwise(edges):
             groups = cluster(box[a:b], score[a:b], model[a:b], self.iou, self.method == "wbf")
             for group in groups:
                 members = [a + n for n in group]
@@ -319,7 +320,9 @@ def merge_files(
             or None for names and synsets).
         dataset: name or annotation file of the images and of the result's classes.
         output: file to write, atomically; it must be new.
-        method, iou, max_dets: see `Ensemble`.
+        method: see `Ensemble`.
+        iou: see `Ensemble`.
+        max_dets: see `Ensemble`.
 
     Returns:
         What each file gave and what came out, as text.

@@ -66,11 +66,13 @@ class Rescoring:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is unknown; allowed are {', '.join(METHODS)}")
+            raise ValueError(
+                f"method {self.method!r} is unknown; must be one of {', '.join(METHODS)}"
+            )
         for letter, factor in self.factors.items():
             if letter not in GROUPS or not 0 < factor < float("inf"):
                 raise ValueError(
-                    f"factor {letter!r}: {factor!r}; allowed are the groups {', '.join(GROUPS)} "
+                    f"factor {letter!r}: {factor!r}; must be one of the groups {', '.join(GROUPS)} "
                     "with numbers above 0"
                 )
         if not 0 <= self.gamma < float("inf"):
@@ -212,7 +214,7 @@ class Cap:
         return kept
 
 
-def fit(
+def fit(  # noqa: C901  the search and what it asks for
     measure: Measure,
     groups: Mapping[str, str],
     counts: Mapping[str, int] | None,
@@ -460,7 +462,8 @@ def apply_factors(
     table = _change_table(
         changes(predictions, scores, truth.class_names, rule.groups, max_dets), max_dets
     )
-    return f"{output}: {len(rows):,} detections; {changed:,} of {len(predictions):,} scores changed\n{table}"
+    counts = f"{changed:,} of {len(predictions):,} scores changed"
+    return f"{output}: {len(rows):,} detections; {counts}\n{table}"
 
 
 def _check_output(output: str, max_dets: int, least: int = 1) -> None:
