@@ -98,7 +98,7 @@ def _uses(stage: Stage, recipe: Recipe, lists: ClassLists) -> Iterator[tuple[str
             if source and path:
                 path = os.path.normpath(os.path.join(recipe.directory, path))
                 sides = [(name, partial(lists.of_set, name)) for name in (source, target)]
-                yield f"inputs[{number}]", path, *sides
+                yield f"inputs[{number}]", path, sides[0], sides[1]
     if stage.kind == "train":
         cfg = read_training_config(stage, recipe)
         found = [

@@ -39,7 +39,7 @@ class DataSets:
         """A dataset that a stage has made."""
         self._known[name] = (file, directory)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         from detectron2.data import DatasetCatalog
 
         return name in self._known or name in DatasetCatalog

@@ -132,9 +132,9 @@ def _predict(work: Work) -> None:
         images = work.datasets.load(name)
         other = work.datasets.load(stage["classes"])
         name = f"{stage.name}_images"
-        file = work.path("images.json")
-        write_json(file, images_of(images, root, other))
-        entries = [*entries, [name, file, root]]
+        images_file = work.path("images.json")
+        write_json(images_file, images_of(images, root, other))
+        entries = [*entries, [name, images_file, root]]
     _register(config, entries)
     config["DATASETS"]["TEST"] = [name]
     config["OUTPUT_DIR"] = work.path("run")

@@ -3,7 +3,7 @@
 A trial is a remedy with a seed. A worker claims one by Optuna's own compare-and-set from WAITING to
 RUNNING, so that two workers never have the same. Optuna's journal files know no heartbeat; here a
 worker writes one for each trial that it runs, in every storage alike, and a trial whose worker is
-dead is closed and put back under the same remedy and seed. Its training goes on from its
+dead is closed and queued again under the same remedy and seed. Its training goes on from its
 checkpoint.
 """
 
@@ -182,7 +182,7 @@ class Study:
             self._note(trial, "beat", now)
 
     def requeue_dead(self) -> list[FrozenTrial]:
-        """Close trials whose worker is dead and put them back; return those that were put back."""
+        """Close trials whose worker is dead and queue them again; return those."""
         back = []
         for trial in self.trials():
             dead = trial.state == TrialState.RUNNING and self._is_dead(trial)
