@@ -106,7 +106,7 @@ class Resampled:
             (T, K) in [0, 1], NaN without objects.
         """
         objects = np.bincount(self._object_category, weights[self._object_image], self.num_classes)
-        total = np.append(0.0, np.cumsum(weights[self._image]))
+        total = _sums(weights, self._image)
         values = [level.average_precision(weights, total, objects) for level in self._levels]
         return np.stack(values)
 
@@ -154,14 +154,21 @@ class _Level:
     def average_precision(
         self, weights: np.ndarray, total: np.ndarray, objects: np.ndarray
     ) -> np.ndarray:
-        hits = np.append(0.0, np.cumsum(weights[self.image]))
+        hits = _sums(weights, self.image)
         found = hits[1:] - hits[self.first]
         counted = total[self.end] - total[self.begin]
         if len(self.ignored):
-            lost = np.append(0.0, np.cumsum(weights[self.ignored]))
+            lost = _sums(weights, self.ignored)
             counted = counted - (lost[self.ignored_end] - lost[self.ignored_begin])
         recall = found / np.maximum(objects, 1e-300)[self.category]
         return interpolated(self.category, recall, found / np.maximum(counted, 1e-300), objects)
+
+
+def _sums(weights: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(n + 1,) running sums of the weights of (n,) images, from 0."""
+    sums = np.zeros(len(image) + 1)
+    np.cumsum(weights.take(image), out=sums[1:])
+    return sums
 
 
 def strata_of(matcher: Matcher, groups: Sequence[str | None]) -> np.ndarray:

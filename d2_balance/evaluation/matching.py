@@ -29,6 +29,7 @@ SIZES = ("all", "small", "medium", "large")
 """Size ranges of COCO and LVIS: areas below 32*32, up to 96*96, and above, in square pixels."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
+_RECALLS_AND_END = np.append(RECALLS, 2.0)
 IGNORED, WRONG, RIGHT = -1, 0, 1
 """Status of a detection: it does not count, has no object, or has one."""
 _OUTSIDE = -1.0  # an area outside of every size range: the engine ignores such an object
@@ -479,6 +480,14 @@ class Ranked:
         return values
 
 
+def _recalls_reached(recall: np.ndarray) -> np.ndarray:
+    """How many of RECALLS are at most each recall: a quick `searchsorted(side="right")`."""
+    at = (recall * 100).astype(np.int32)  # one off at most
+    at += _RECALLS_AND_END.take(at + 1) <= recall
+    at -= RECALLS.take(at) > recall
+    return at + 1
+
+
 def interpolated(
     category: np.ndarray, recall: np.ndarray, precision: np.ndarray, objects: np.ndarray
 ) -> np.ndarray:
@@ -499,7 +508,7 @@ def interpolated(
     # one running maximum from the end, kept within a class by steps of 2 between classes
     level = 2.0 * (category[-1] - category)
     envelope = np.maximum.accumulate((precision + level)[::-1])[::-1] - level
-    reached = np.searchsorted(RECALLS, recall, side="right")
+    reached = _recalls_reached(recall)
     first = np.append(True, category[1:] != category[:-1])
     points = np.diff(reached, prepend=0)
     points[first] = reached[first]

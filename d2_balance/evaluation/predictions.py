@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -33,6 +35,7 @@ _BETWEEN = re.compile(rb"\}\s*,\s*\{")
 _SPACE = re.compile(rb"[\s,]*")
 _MASKS = 128  # masks whose runs are checked together
 _SHOWN = 5
+_NOTHING = (math.nan,) * 4  # the box of a detection without one
 
 
 @dataclass(eq=False)
@@ -131,65 +134,67 @@ def read_predictions(
 def _read_typed(path: str, truth: Annotations, classes: Annotations) -> Predictions | None:
     """Read a file without a flaw; None if anything is unusual."""
     decoder = msgspec.json.Decoder(list[_Detection])
-    ids = truth.image_id
-    index = None if ids.dtype.kind == "i" else {i: n for n, i in enumerate(ids.tolist())}
-    order = np.argsort(ids, kind="stable") if index is None else None
-    nothing = (math.nan,) * 4
-    columns: list[tuple[np.ndarray, ...]] = []
+    index = _Index(truth.image_id)
+    columns = [
+        (
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int64),
+            np.zeros(0),
+            np.zeros((0, 4)),
+            np.zeros(0, bool),
+        )
+    ]
     for _, text in progress(_chunks(path), f"reading {path}", unit="chunks"):
         found = decoder.decode(text)
         n = len(found)
-        if order is None:
-            image = np.fromiter((index.get(d.image_id, -1) for d in found), np.int32, n)
-        else:
-            given = np.fromiter((d.image_id for d in found), np.int64, n)
-            place = np.searchsorted(ids, given, sorter=order).clip(max=max(len(ids) - 1, 0))
-            image = order[place].astype(np.int32) if len(ids) else np.full(n, -1, np.int32)
-            if len(ids):
-                image[ids[image] != given] = -1
-        box = np.array([nothing if d.bbox is None else d.bbox for d in found]).reshape(-1, 4)
-        mask = np.fromiter((d.segmentation is not None for d in found), bool, n)
-        category = np.fromiter((d.category_id for d in found), np.int64, n)
-        score = np.fromiter((d.score for d in found), np.float64, n)
-        if (
-            (image < 0).any()
-            or not np.isfinite(score).all()
-            or not (mask | ~np.isnan(box[:, 0])).all()
-        ):
+        image = index([d.image_id for d in found])
+        category = np.fromiter(map(attrgetter("category_id"), found), np.int64, n)
+        score = np.fromiter(map(attrgetter("score"), found), np.float64, n)
+        boxes = [_NOTHING if b is None else b for b in map(attrgetter("bbox"), found)]
+        box = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * n).reshape(-1, 4)
+        masks = list(map(attrgetter("segmentation"), found))
+        has_mask = np.fromiter((m is not None for m in masks), bool, n)
+        usual = (
+            (image >= 0).all()
+            and np.isfinite(score).all()
+            and (has_mask | ~np.isnan(box[:, 0])).all()
+            and not (box[:, 2:] < 0).any()
+            and not np.isinf(box).any()
+            and _sound_masks([m for m in masks if m is not None], image[has_mask], truth)
+        )
+        if not usual:
             return None
-        if (box[:, 2:] < 0).any() or np.isinf(box).any():
-            return None
-        if mask.any() and not _sound_masks(found, image, truth):
-            return None
-        columns.append((image, category, score, box, mask))
-    if not columns:
-        columns = [
-            (
-                np.zeros(0, np.int32),
-                np.zeros(0, np.int64),
-                np.zeros(0),
-                np.zeros((0, 4)),
-                np.zeros(0, bool),
-            )
-        ]
-    predictions = Predictions(
-        path, *(np.concatenate(parts) for parts in zip(*columns, strict=True))
-    )
-    if not np.isin(predictions.category, classes.category_id).all():
-        return None
-    return predictions
+        columns.append((image, category, score, box, has_mask))
+    joined = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    predictions = Predictions(path, *joined)
+    return predictions if np.isin(predictions.category, classes.category_id).all() else None
 
 
-def _sound_masks(found: Sequence[_Detection], image: np.ndarray, truth: Annotations) -> bool:
-    at = [n for n, d in enumerate(found) if d.segmentation is not None]
-    masks = [found[n].segmentation for n in at]
-    sizes = np.array([m.size for m in masks])
-    if (sizes != truth.size[image[at]]).any():
+class _Index:
+    """Positions of ids in an array of them, -1 for others."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self._ids, self._places = ids, {i: n for n, i in enumerate(ids.tolist())}
+        self._order = np.argsort(ids, kind="stable") if ids.dtype.kind == "i" else None
+
+    def __call__(self, given: list[int | str]) -> np.ndarray:
+        if self._order is None or not len(self._ids):
+            return np.fromiter((self._places.get(i, -1) for i in given), np.int32, len(given))
+        wanted = np.fromiter(given, np.int64, len(given))
+        at = np.searchsorted(self._ids, wanted, sorter=self._order).clip(max=len(self._ids) - 1)
+        image = self._order[at].astype(np.int32)
+        image[self._ids[image] != wanted] = -1
+        return image
+
+
+def _sound_masks(masks: Sequence[_Mask], image: np.ndarray, truth: Annotations) -> bool:
+    """Whether masks have the sizes of their images, and runs that fill them."""
+    sizes = np.array([m.size for m in masks], dtype=np.int64).reshape(-1, 2)
+    if (sizes != truth.size[image]).any():
         return False
-    filled = (sizes[:, 0] * sizes[:, 1]).tolist()
-    counts = [m.counts for m in masks]
+    pixels, counts = np.prod(sizes, axis=1).tolist(), [m.counts for m in masks]
     return all(
-        all_fill(counts[a : a + _MASKS], filled[a : a + _MASKS])
+        all_fill(counts[a : a + _MASKS], pixels[a : a + _MASKS])
         for a in range(0, len(counts), _MASKS)
     )
 
@@ -315,14 +320,13 @@ def _decoded(value: Any, text: str, path: str) -> Any:
 def _read_checked(path: str, truth: Annotations, classes: Annotations) -> Predictions:
     """Read any valid file; raises where there is a flaw."""
     checks = _Checks(path, truth, classes)
-    nothing = (math.nan,) * 4
     rows: list[tuple] = []
     spans: list[tuple[int, int]] = []
     objects = progress(read_objects(path), f"reading {path}", unit="detections")
     for start, end, detection in objects:
         checks.add(detection)
         image = checks.index.get(detection["image_id"], -1)
-        box = detection.get("bbox") or nothing
+        box = detection.get("bbox") or _NOTHING
         mask = detection.get("segmentation") is not None
         rows.append((image, detection["category_id"], detection["score"], *box, mask))
         spans.append((start, end))

@@ -8,7 +8,13 @@ import pytest
 
 from d2_balance.data.annotations import load_annotations
 from d2_balance.evaluation import bootstrap
-from d2_balance.evaluation.matching import GroundTruth, Matcher, select
+from d2_balance.evaluation.matching import (
+    RECALLS,
+    GroundTruth,
+    Matcher,
+    _recalls_reached,
+    select,
+)
 from d2_balance.evaluation.predictions import read_predictions
 
 from .small_sets import small_dataset, small_detections
@@ -143,3 +149,10 @@ def test_seeds_widen_an_interval():
     assert np.isnan(alone.training)
     summary = bootstrap.seeds_summary([{"AP": 10.0}, {"AP": 12.0}])
     assert summary == {"AP": (11, pytest.approx(2**0.5), 2)}
+
+
+def test_recalls_that_are_reached_are_those_of_a_search():
+    counts = np.arange(1, 300)
+    recall = np.concatenate([np.arange(n + 1) / n for n in counts])
+    expected = np.searchsorted(RECALLS, recall, side="right")
+    assert (_recalls_reached(recall) == expected).all()
