@@ -13,14 +13,16 @@ import re
 import resource
 import signal
 import statistics
-import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from d2_balance.utils.executors import STOP_SECONDS, Job, run_job
 from d2_balance.utils.files import atomic_path
+from d2_balance.utils.lock import directory_lock
 
 CONFIG, RESULT, LOG = "trial.yaml", "result.json", "trial.log"
 _TOLD = re.compile(r"(?:Error|error): (.+)")
@@ -148,14 +150,14 @@ def _peak_bytes(directory: str) -> int:
 def main(directory: str, gpus: int) -> int:
     """Train a trial to its end and write its result; return the status of the training.
 
-    SIGTERM reaches the training as well, which saves a checkpoint; this process waits for it.
+    A signal is passed on to the training, which saves a checkpoint. A training of this directory that
+    another sweep has left is waited for: it was told to end with its parent.
     """
     arguments = [sys.executable, "-m", "d2_balance", "train", "--resume"]
     arguments += ["--config-file", os.path.join(directory, CONFIG)]
     arguments += ["--num-gpus", str(gpus)] if gpus else []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    status = subprocess.run(arguments, check=False).returncode
+    _wait_for_lock(directory)
+    status = run_job(Job(arguments, os.path.join(directory, LOG)))
     if status:
         return 128 - status if status < 0 else status
     result = json.dumps(collect(directory), indent=1)
@@ -163,6 +165,18 @@ def main(directory: str, gpus: int) -> int:
     with atomic_path(path, sync=True) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(result)
     return 0
+
+
+def _wait_for_lock(directory: str) -> None:
+    end = time.monotonic() + STOP_SECONDS + 20
+    while True:
+        try:
+            with directory_lock(directory):
+                return
+        except ValueError:
+            if time.monotonic() > end:
+                return  # the training says in its own words who holds it
+            time.sleep(1)
 
 
 if __name__ == "__main__":
