@@ -150,8 +150,8 @@ def _peak_bytes(directory: str) -> int:
 def main(directory: str, gpus: int) -> int:
     """Train a trial to its end and write its result; return the status of the training.
 
-    A signal is passed on to the training, which saves a checkpoint. A training of this directory that
-    another sweep has left is waited for: it was told to end with its parent.
+    A signal is passed on to the training, which saves a checkpoint. A training of this directory
+    that another sweep has left is waited for: it was told to end with its parent.
     """
     arguments = [sys.executable, "-m", "d2_balance", "train", "--resume"]
     arguments += ["--config-file", os.path.join(directory, CONFIG)]
