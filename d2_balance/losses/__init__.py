@@ -16,6 +16,7 @@ from .cross_entropy import (
 )
 from .dr import DRLoss, dr_loss
 from .drop_loss import DropLoss, drop_loss
+from .ecm import ECMLoss, ecm_loss
 from .efl import EFLLoss, equalized_focal_loss
 from .eql import EQLLoss, eql_loss
 from .eqlv2 import EQLv2Loss, eqlv2_loss
@@ -45,6 +46,7 @@ __all__ = [
     "DIoULoss",
     "DRLoss",
     "DropLoss",
+    "ECMLoss",
     "EFLLoss",
     "EQLLoss",
     "EQLv2Loss",
@@ -73,6 +75,7 @@ __all__ = [
     "diou_loss",
     "dr_loss",
     "drop_loss",
+    "ecm_loss",
     "eql_loss",
     "eqlv2_loss",
     "equalized_focal_loss",

@@ -52,6 +52,12 @@ def eqlv2_loss(
     return sigmoid_ce_loss(logits, target) * weight
 
 
+def objectness_probabilities(logits: Tensor) -> Tensor:
+    """(R, K + 1) probabilities of sigmoid logits whose last column is background."""
+    prob = logits.sigmoid()
+    return torch.cat([prob[:, :-1] * (1 - prob[:, -1:]), prob[:, -1:]], dim=1)
+
+
 @CLS_LOSSES.register("EQLv2")
 class EQLv2Loss(ClassificationLoss):
     """Equalization loss v2 (arXiv:2012.08548) for sigmoid RoI heads.
@@ -138,8 +144,7 @@ class EQLv2Loss(ClassificationLoss):
         return with_grad(samples.logits, *intermediate)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        prob = logits.sigmoid()
-        return torch.cat([prob[:, :-1] * (1 - prob[:, -1:]), prob[:, -1:]], dim=1)
+        return objectness_probabilities(logits)
 
     def log_values(self) -> dict[str, Tensor]:
         positive, negative = self.class_weights()

@@ -172,6 +172,22 @@ def _scores(parts: Parts) -> str | None:
     return None
 
 
+def _entries(parts: Parts) -> str | None:
+    for reweighter in parts.reweighters:
+        if getattr(reweighter, "needs_entries", False) and not has_class_columns_only(
+            parts.cls_loss
+        ):
+            return (
+                f"MODEL.BALANCE.{_name(reweighter).upper()}.TARGET {reweighter.target} weights single "
+                f"classes of a sample and CLS_LOSS {_name(parts.cls_loss)} has no sigmoid of the "
+                "classes alone; set it to samples. CLS_LOSS that work: "
+                + _names(
+                    cls for _, cls in CLS_LOSSES if cls.elementwise and has_class_columns_only(cls)
+                )
+            )
+    return None
+
+
 def _proposals(parts: Parts) -> str | None:
     if parts.proposal_sampler is None:
         return None
@@ -230,6 +246,7 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
     _coupled_boxes,
     _rows,
     _scores,
+    _entries,
     _proposals,
     _guided,
     _calibration,

@@ -150,6 +150,17 @@ def _total(loss: Tensor, weight: Tensor | None, elementwise: bool, denominator: 
     return loss.sum() / denominator.to(loss.dtype)
 
 
+def _product(factor: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Product of weights (R,) or (R, C); None is all 1."""
+    if factor is None or other is None:
+        return other if factor is None else factor
+    if factor.dim() < other.dim():
+        factor = factor.unsqueeze(1)
+    elif other.dim() < factor.dim():
+        other = other.unsqueeze(1)
+    return factor * other
+
+
 def detection_losses(
     samples: Samples,
     cls_loss: ClassificationLoss,
@@ -220,17 +231,17 @@ def _detection_losses(
     if normalizer.watcher is not None:
         normalizer.watcher(samples, boxes, cls, box)
 
-    cls_rows, box_rows = samples.sample_weight, None
+    cls_factor, box_factor = samples.sample_weight, None
     for reweighter in reweighters:
         on_cls, on_box = reweighter(samples, cls, box)
-        cls_rows = on_cls if cls_rows is None else cls_rows if on_cls is None else cls_rows * on_cls
-        box_rows = on_box if box_rows is None else box_rows if on_box is None else box_rows * on_box
+        cls_factor = _product(cls_factor, on_cls)
+        box_factor = _product(box_factor, on_box)
     denominator = normalizer.value()
     if cls_loss.couples_boxes:
         box = cls_loss.coupled_box_loss(samples, cls, box, intermediate)
     else:
-        box = _total(box, box_rows, box_loss.elementwise, denominator)
-    cls = _total(cls, cls_rows, cls_loss.elementwise, denominator)
+        box = _total(box, box_factor, box_loss.elementwise, denominator)
+    cls = _total(cls, cls_factor, cls_loss.elementwise, denominator)
     cls, box = cls * cls_weight, box * box_weight
     if guided is not None:
         cls = guided(cls, box)

@@ -17,6 +17,9 @@ class Reweighter(nn.Module, Named):
     needs_scores: bool = False
     """True: it reads class scores off the logits, which must be plain sigmoid or softmax."""
 
+    needs_entries: bool = False
+    """True: it weights single classes of a sample, which needs a sigmoid loss of K columns."""
+
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()
 
@@ -31,6 +34,6 @@ class Reweighter(nn.Module, Named):
             box: (P, 4) or (P,) elementwise box loss.
 
         Returns:
-            Weights (R,) of the classification loss and (P,) of the box loss; None: all 1.
+            Weights (R,) or (R, C) of the classification loss and (P,) of the box loss; None: all 1.
         """
         raise NotImplementedError

@@ -43,12 +43,12 @@ def test_unknown_reweighter_is_named():
 
 @pytest.mark.parametrize("key", ["MODEL.BALANCE.CLSLOSS", "MODEL.BALANCE.GHMC.BIN", "MODEL.BALANS"])
 def test_unknown_key_is_named(key):
-    with pytest.raises((KeyError, AssertionError), match=key.split(".")[-1]):
+    with pytest.raises(ValueError, match=key.split(".")[-1]):
         small_cfg("faster", key, "1")
 
 
 def test_a_key_of_an_earlier_version_says_the_new_name():
-    with pytest.raises(KeyError, match=r"MODEL\.BALANCE\.EQL\.LAMBDA;"):
+    with pytest.raises(ValueError, match=r"MODEL\.BALANCE\.EQL\.LAMBDA;"):
         small_cfg("faster", "MODEL.BALANCE.EQL.LAMBDA_", "0.1")
 
 
