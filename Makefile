@@ -46,7 +46,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml scripts/install_detectron2.py scripts/detectron2-864913f.sha1
+$(STAMP): pyproject.toml setup.py d2_balance/cli/install_detectron2.py d2_balance/cli/detectron2-864913f.sha1
 	@if [ ! -e $(VENV) ]; then \
 		$(PYTHON) -c '$(CHECK_VERSION)' && $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c '$(CHECK_VERSION)' || { \
@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml scripts/install_detectron2.py scripts/detectron2-864913
 	@$(BIN)/python -c '$(CHECK_PAIR)' || { \
 		echo "This torch and torchvision do not work together. Name a pair, for example"; \
 		echo "  make setup TORCH=\"torch==2.4.1 torchvision==0.19.1\""; exit 1; }
-	$(BIN)/python scripts/install_detectron2.py
+	$(BIN)/d2-balance install-detectron2
 	@touch $@
 	@echo "Set up in $(VENV). $(BIN)/d2-balance doctor shows what is there."
 

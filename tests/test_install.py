@@ -1,10 +1,9 @@
-"""scripts/install_detectron2.py on small wheels made here; no network."""
+"""`d2-balance install-detectron2` on small wheels made here; no network."""
 
 import ast
 import base64
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -17,12 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from d2_balance.cli import install_detectron2 as script
+from d2_balance.cli.main import main
+
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location(
-    "install_detectron2", ROOT / "scripts" / "install_detectron2.py"
-)
-script = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(script)
 
 UPSTREAM = {
     "detectron2/__init__.py": b"from detectron2.part import NAME\n__version__ = '0.6'\n",
@@ -229,8 +226,8 @@ def test_a_failure_ends_with_status_1_and_one_message(monkeypatch, capsys):
         raise script.InstallError("no network")
 
     monkeypatch.setattr(script, "install", fail)
-    assert script.main([]) == 1
-    assert capsys.readouterr() == ("", "install_detectron2: no network\n")
+    assert main(["install-detectron2"]) == 1
+    assert capsys.readouterr() == ("", "d2-balance install-detectron2: error: no network\n")
 
 
 def test_wheel_records_every_file_with_its_hash(tmp_path):

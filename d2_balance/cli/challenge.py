@@ -13,7 +13,7 @@ from .main import CommandError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `d2-balance challenge`."""
-    parser.add_argument("recipe", help="YAML file, see configs/recipes")
+    parser.add_argument("recipe", help="YAML file, or its name, such as recipes/mini_lvis.yaml")
     parser.add_argument("--output", metavar="DIRECTORY", help="in place of the recipe's `output`")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of each training")
@@ -25,12 +25,13 @@ def run(args: argparse.Namespace) -> int:
     from detectron2.data import DatasetCatalog
 
     import d2_balance.data  # noqa: F401  registers the built-in sets
+    from d2_balance.engine.setup.config_file import find_config
     from d2_balance.recipes.recipe import Recipe
     from d2_balance.recipes.runner import Runner, check_names
     from d2_balance.recipes.stages import StageError
     from d2_balance.recipes.training import check_configs
 
-    recipe = Recipe.read(args.recipe)
+    recipe = Recipe.read(find_config(args.recipe))
     if args.check:
         check_configs(recipe)
         check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})

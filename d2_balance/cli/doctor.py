@@ -141,7 +141,7 @@ def check_detectron2(usable: bool) -> list[Finding]:
         return [Finding("Detectron2", _not_tried("detectron2"))]
     package = _load("detectron2")
     if _missing(package) == "detectron2":
-        remedy = f"{sys.executable} scripts/install_detectron2.py, or compile it: {UPSTREAM}"
+        remedy = f"{sys.executable} -m d2_balance install-detectron2, or compile it: {UPSTREAM}"
         return [Finding("Detectron2", "not installed", remedy, True)]
     # The package itself imports little; the other two reach what a training needs.
     for module in (package, _load("detectron2.engine"), _load("detectron2.model_zoo")):

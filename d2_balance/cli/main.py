@@ -15,18 +15,22 @@ from contextlib import contextmanager
 from d2_balance.utils.errors import is_deliberate
 from d2_balance.utils.progress import QUIET
 
-# name -> one line of help; the module is d2_balance/cli/NAME.py. It offers `add_arguments(parser)`
-# and `run(args)`, which returns the exit status; its docstring is the command's description. Only
-# the module that is called is imported, so that `doctor` runs without torch and Detectron2.
+# name -> one line of help; the module is d2_balance/cli/NAME.py, with _ for -. It offers
+# `add_arguments(parser)` and `run(args)`, which returns the exit status; its docstring is the
+# command's description. Only the module that is called is imported, so that `doctor` runs without
+# torch and Detectron2.
 COMMANDS = {
     "analyze": "show which imbalance a dataset has, and what to set",
     "calibrate": "measure what calibrations after training need",
     "challenge": "run a recipe of stages, with resume",
     "classmap": "say which classes of two datasets are the same",
     "compare": "put evaluations side by side: groups and classes that gain",
+    "convert-weights": "convert weights of mmdet, EQL's and BAGS's releases",
     "doctor": "print versions, datasets, and what to do about the missing",
     "ensemble": "merge predictions of models, experts included",
     "eval": "evaluate a file of predictions, by frequency group and class",
+    "export": "export a trained model to TorchScript or ONNX",
+    "install-detectron2": "install Detectron2's Python files from the package registry",
     "methods": "list every method, and which go together",
     "predict": "detect in images, directories and videos with a trained model",
     "prior": "count the initial bias that foreground needs in a training set",
@@ -62,7 +66,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         if name != command:
             commands.add_parser(name, help=line)
             continue
-        module = importlib.import_module(f"d2_balance.cli.{name}")
+        module = importlib.import_module(f"d2_balance.cli.{name.replace('-', '_')}")
         chosen = commands.add_parser(name, help=line, description=module.__doc__)
         module.add_arguments(chosen)
         chosen.add_argument("--quiet", action="store_true", help="show no progress")

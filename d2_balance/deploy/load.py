@@ -18,17 +18,15 @@ from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.model_classes import (
     FILE,
     ModelClasses,
-    class_activation,
     class_thresholds,
     read_checkpoint,
 )
 from d2_balance.engine.hooks.ema import FILE as AVERAGED
-from d2_balance.engine.resume.checkpoint import BalancedCheckpointer
+from d2_balance.engine.resume.checkpoint import BalancedCheckpointer, check_classifier
 from d2_balance.engine.setup.config_file import merge_overrides
 from d2_balance.engine.setup.lazy import SAVED as LAZY
 from d2_balance.engine.setup.lazy import read_run
 from d2_balance.engine.setup.run import last_checkpoint, use_cpu_without_cuda
-from d2_balance.losses import CLS_LOSSES
 from d2_balance.utils.names import closest
 
 from .predictor import Predictor
@@ -79,7 +77,6 @@ def load(
     cfg.freeze()
     model = build(cfg)
     _load_weights(model, path)
-    _check_classifier(model, cfg, path, classes)
     if score_threshold is None and classes.score_thresholds and not class_thresholds(model):
         score_threshold = dict(zip(classes.names, classes.score_thresholds, strict=True))
     predictor = Predictor(model, cfg, classes, path, **images)
@@ -213,27 +210,8 @@ class _StrictCheckpointer(BalancedCheckpointer):
 
 
 def _load_weights(model: nn.Module, path: str) -> None:
+    check_classifier(model, path)
     checkpointer = _StrictCheckpointer(model, save_to_disk=False)
     checkpointer.path = path
     checkpointer.load(path)
     model.eval()
-
-
-def _check_classifier(model: nn.Module, cfg: CfgNode, path: str, classes: ModelClasses) -> None:
-    """Refuse a model whose scores are made in another way than those it was trained with.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    trained = classes.activation
-    text = read_checkpoint(path).get("config") if path.endswith(".pth") else None
-    if trained is None and text:
-        name = CfgNode.load_cfg(text).get("MODEL", {}).get("BALANCE", {}).get("CLS_LOSS", "")
-        trained = CLS_LOSSES.get(name).activation if name and name in CLS_LOSSES else None
-    own = class_activation(model)
-    if trained and own and trained != own:
-        raise ValueError(
-            f"{path} was trained with {trained} scores, and MODEL.BALANCE.CLS_LOSS "
-            f"{cfg.MODEL.BALANCE.CLS_LOSS!r} makes {own} scores; set the loss that it was trained "
-            "with"
-        )

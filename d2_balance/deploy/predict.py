@@ -18,8 +18,8 @@ from multiprocessing import get_all_start_methods, get_context
 from typing import IO, Any
 
 import cv2
+import msgspec
 import numpy as np
-import orjson
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -391,7 +391,7 @@ class _Results:
             self.images.append(one.record)
             for detection in one.detections:
                 self._file.write(b",\n" if self._report.detections else b"[\n")
-                self._file.write(orjson.dumps(detection))
+                self._file.write(msgspec.json.encode(detection))
                 self._report.detections += 1
             self._report.images += 1
             if video is not None and one.drawn is not None:
@@ -417,7 +417,7 @@ def _results(output: str, predictor: Predictor, report: PredictionReport) -> Ite
         "annotations": [],
     }
     with atomic_path(os.path.join(output, DATASET)) as temporary, open(temporary, "wb") as file:
-        file.write(orjson.dumps(dataset, option=orjson.OPT_INDENT_2))
+        file.write(msgspec.json.format(msgspec.json.encode(dataset), indent=1))
 
 
 class _Video:

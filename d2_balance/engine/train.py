@@ -19,6 +19,7 @@ from d2_balance.data import register_from_config
 from .errors import Interrupted, RunStopped
 from .hooks.nonfinite import NonFiniteLossError
 from .resume.checkpoint import load_trained
+from .setup.config_file import find_config
 from .setup.launch import PROGRAM
 from .setup.lazy import read_run, save_lazy
 from .setup.run import output_lock, prepare_run, short_messages, use_cpu_without_cuda
@@ -42,6 +43,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """
     with ExitStack() as stack:
         with short_messages(PROGRAM):
+            if args.config_file:  # may be the name of a config of this package
+                args.config_file = find_config(args.config_file)
             cfg, trainer_class = _set_up(args, stack)
             if args.eval_only:
                 model = trainer_class.build_model(cfg)

@@ -14,7 +14,7 @@ from d2_balance.cli import main as cli
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_a_module_that_parses_and_runs(name):
-    module = importlib.import_module(f"d2_balance.cli.{name}")
+    module = importlib.import_module(f"d2_balance.cli.{name.replace('-', '_')}")
     assert callable(module.add_arguments)
     assert callable(module.run)
     assert name in cli.build_parser().format_help()

@@ -183,7 +183,7 @@ def test_without_detectron2_the_remedy_is_the_script(replace):
     replace("detectron2", None)
     (found,) = doctor.check_detectron2(usable=True)
     assert (found.value, found.blocking) == ("not installed", True)
-    assert "scripts/install_detectron2.py" in found.remedy
+    assert "d2_balance install-detectron2" in found.remedy
 
 
 def test_a_missing_requirement_of_detectron2_is_not_a_missing_detectron2(replace):

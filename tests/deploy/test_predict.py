@@ -167,6 +167,7 @@ def test_ctrl_c_keeps_what_was_done(run, images, tmp_path, monkeypatch, caplog):
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.delenv(progress_module.QUIET, raising=False)
     clock = iter([0.0, 4.0, 11.0, 15.0, 22.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     assert list(progress("abcd", "predicting")) == list("abcd")

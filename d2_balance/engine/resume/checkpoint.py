@@ -253,6 +253,26 @@ class BalancedCheckpointer(DetectionCheckpointer):
         return content
 
 
+def check_classifier(model: nn.Module, weights: str) -> None:
+    """Refuse weights of a classifier that makes scores in another way than the model.
+
+    Args:
+        model: as the config builds it.
+        weights: MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: naming both ways and the key.
+    """
+    saved = ModelClasses.of_weights(weights)
+    trained = None if saved is None else saved.activation
+    own = class_activation(model)
+    if trained and own and trained != own:
+        raise ValueError(
+            f"{weights} was trained with {trained} scores, and the config makes {own} scores; set "
+            "MODEL.BALANCE.CLS_LOSS to the loss that it was trained with."
+        )
+
+
 def load_trained(model: nn.Module, weights: str) -> None:
     """Load the weights of a trained model, to be evaluated.
 
@@ -263,14 +283,7 @@ def load_trained(model: nn.Module, weights: str) -> None:
     Raises:
         ValueError: the file cannot be read, or its classifier makes scores in another way.
     """
-    saved = ModelClasses.of_weights(weights)
-    trained = None if saved is None else saved.activation
-    own = class_activation(model)
-    if trained and own and trained != own:
-        raise ValueError(
-            f"{weights} was trained with {trained} scores, and the config makes {own} scores; set "
-            "MODEL.BALANCE.CLS_LOSS to the loss that it was trained with."
-        )
+    check_classifier(model, weights)
     BalancedCheckpointer(model, save_to_disk=False).load(weights)
 
 

@@ -1,16 +1,12 @@
-#!/usr/bin/env python3
 """Install Detectron2, which PyPI does not carry under its own name, from the registry alone.
 
 The PyPI wheel LabGym 3.1.2 holds Detectron2's Python files at upstream commit 864913f, with the
-words `LabGym.detectron2` where upstream says `detectron2`. This script downloads that wheel,
+words `LabGym.detectron2` where upstream says `detectron2`. This command downloads that wheel,
 turns the words back, compares every file with the hashes of upstream's files
 (`detectron2-864913f.sha1`, git blob hashes) and installs the result as a package of its own, so
 that `pip show detectron2` and `pip uninstall detectron2` work. The compiled operators
-(`detectron2._C`) are not part of it. A Detectron2 that can be imported already is kept.
-
-It needs the standard library and pip, and installs into the interpreter that runs it:
-
-    python scripts/install_detectron2.py [--wheel labgym-3.1.2-py3-none-any.whl]
+(`detectron2._C`) are not part of it. A Detectron2 that can be imported already is kept. What
+Detectron2 itself requires comes with `pip install "d2-balance[detectron2]"`.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -34,7 +31,6 @@ SOURCE_PREFIX = "LabGym/"
 COMMIT = "864913f0e57e87a75c8cc0c7d79ecbd774fc669b"
 VERSION = f"0.6+{COMMIT[:7]}"
 HASH_LIST = Path(__file__).with_name("detectron2-864913f.sha1")
-LICENSE_FILE = Path(__file__).parent.parent / "LICENSE"
 
 # What upstream's setup.py lists at that commit, less its entry for Python 3.6.
 REQUIREMENTS = (
@@ -55,7 +51,7 @@ REQUIREMENTS = (
     "packaging",
 )
 
-# Run in a process of its own, so that the import neither sees the directory this script is called
+# Run in a process of its own, so that the import neither sees the directory this is called
 # from nor leaves a half-imported package behind here.
 PROBE = """
 import importlib.metadata, json
@@ -100,7 +96,7 @@ def find_detectron2(python: str) -> tuple[str, str] | None:
         raise InstallError(
             f"Detectron2 {report['version'] or ''} is there but cannot be imported "
             f"({report['error']}). Install what it misses, or remove it with "
-            f"`{python} -m pip uninstall detectron2` and call this script again."
+            f"`{python} -m pip uninstall detectron2` and call this command again."
         )
     return (report["version"], report["file"]) if report["file"] else None
 
@@ -116,7 +112,7 @@ def download(python: str, directory: Path) -> Path:
     _pip(
         python,
         f"download the wheel of {SOURCE_PROJECT} {SOURCE_VERSION} from the package registry "
-        "(with one fetched elsewhere, call this script with --wheel FILE)",
+        "(with one fetched elsewhere, call this command with --wheel FILE)",
         "download",
         "--no-deps",  # LabGym's own requirements are not needed
         "--ignore-requires-python",  # LabGym's limit on Python, not Detectron2's
@@ -198,7 +194,7 @@ def build_wheel(files: Mapping[str, bytes], directory: Path, license_text: bytes
         *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
         "",
         f"Unchanged Python files of upstream commit {COMMIT},",
-        "without the compiled operators; put here by d2-balance's scripts/install_detectron2.py.",
+        "without the compiled operators; put here by `d2-balance install-detectron2`.",
         "",
     ]
     tags = ["Wheel-Version: 1.0", "Generator: d2-balance", "Root-Is-Purelib: true"]
@@ -243,7 +239,7 @@ def install(python: str, source: Path | None, sha256: str, hash_list: Path) -> s
         check_sha256(wheel, sha256)
         files = extract_package(wheel)
         check_files(files, read_hash_list(hash_list))
-        built = build_wheel(files, directory, LICENSE_FILE.read_bytes())
+        built = build_wheel(files, directory, license_text())
         _pip(python, f"install {built.name}", "install", "--no-deps", "--no-index", str(built))
     present = find_detectron2(python)
     if present is None:
@@ -279,20 +275,29 @@ def _record_hash(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def license_text() -> bytes:
+    """Return Apache 2.0, the licence of Detectron2 and of this package."""
+    in_checkout = Path(__file__).parents[2] / "LICENSE"
+    if in_checkout.is_file():
+        return in_checkout.read_bytes()
+    text = importlib.metadata.distribution("d2-balance").read_text("licenses/LICENSE")
+    if text is None:
+        raise InstallError("d2-balance was installed without its LICENSE; install it again.")
+    return text.encode()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `d2-balance install-detectron2`."""
     parser.add_argument(
         "--wheel", type=Path, help="a LabGym 3.1.2 wheel that lies here already; no download"
     )
-    arguments = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Install it and say where; 1 if that is not possible."""
     try:
-        print(install(sys.executable, arguments.wheel, SOURCE_SHA256, HASH_LIST))
+        print(install(sys.executable, args.wheel, SOURCE_SHA256, HASH_LIST))
     except InstallError as error:
-        print(f"install_detectron2: {error}", file=sys.stderr)
+        print(f"d2-balance install-detectron2: error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
