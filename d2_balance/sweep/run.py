@@ -133,7 +133,7 @@ class Sweep:
         return (left + waiting * mean) / max(self.executor.slots, 1)
 
     def _adopt(self) -> None:
-        """Put back trials of dead workers; one that had finished meanwhile is taken as it is."""
+        """Queue again trials of dead workers; one that had finished meanwhile is taken as it is."""
         for trial in self.study.requeue_dead():
             self.event(f"{self._label(trial)}: its worker died; it goes on from its checkpoint")
 
