@@ -41,7 +41,7 @@ def another(value):
     if isinstance(value, list):
         return [*value, "Name"]
     if isinstance(value, tuple):
-        return (*value, 10 * value[-1])
+        return (*value, 10 * value[-1] if value else 2.0)
     return f"{value}x" if isinstance(value, str) else value + 1
 
 
