@@ -92,3 +92,20 @@ def test_traced_model_equals_the_eager_one(kind):
         with torch.no_grad():
             found = adapter.outputs_schema(traced(image))
         assert_equal(found, eager(model, [{"image": image}]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("faster", ("CLASSIFIER", "cosine")),
+        ("mask", ("MASK_PREDICTOR", "normalized")),
+        ("faster", ("DISALIGN", True)),
+        ("faster", ("TEST_NMS.METHOD", "gaussian")),
+        ("retinanet", ("CALIBRATION.NAME", "logit_adjustment")),
+    ],
+)
+def test_what_cannot_be_scripted_says_so(kind, override, counts_file):
+    key, value = override
+    keys = ["MODEL.BALANCE.CLASS_COUNTS_FILE", counts_file, "MODEL.BALANCE." + key, value]
+    with pytest.raises(ValueError, match="cannot be (scripted; trace the model|exported)"):
+        scripting_with_instances(built(kind, *keys), FIELDS)

@@ -59,6 +59,12 @@ class _Temperature(nn.Module):
         else:
             self.register_buffer("temperature", torch.tensor(float(temperature)))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError(
+            "MODEL.BALANCE.CLASSIFIER cosine and MASK_PREDICTOR normalized cannot be scripted; trace "
+            "the model."
+        )
+
     @property
     def tau(self) -> Tensor:
         """0-d temperature."""
