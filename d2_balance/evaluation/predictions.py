@@ -9,6 +9,7 @@ D: detections of the file.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import mmap
@@ -122,10 +123,15 @@ def read_predictions(
             classes that the datasets lack.
     """
     classes = classes or truth
+    collecting = gc.isenabled()
+    gc.disable()  # millions of boxes, none of which is part of a cycle
     try:
         read = _read_typed(path, truth, classes)
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError, ValueError, OverflowError):
         read = None
+    finally:
+        if collecting:
+            gc.enable()
     # One that is wrong, or written in an unusual way, is read again by the slower one, which says
     # what is wrong.
     return _read_checked(path, truth, classes) if read is None else read
@@ -147,13 +153,17 @@ def _read_typed(path: str, truth: Annotations, classes: Annotations) -> Predicti
     for _, text in progress(_chunks(path), f"reading {path}", unit="chunks"):
         found = decoder.decode(text)
         n = len(found)
-        image = index([d.image_id for d in found])
+        image = index(list(map(attrgetter("image_id"), found)))
         category = np.fromiter(map(attrgetter("category_id"), found), np.int64, n)
         score = np.fromiter(map(attrgetter("score"), found), np.float64, n)
-        boxes = [_NOTHING if b is None else b for b in map(attrgetter("bbox"), found)]
+        boxes = list(map(attrgetter("bbox"), found))
+        if None in boxes:
+            boxes = [_NOTHING if b is None else b for b in boxes]
         box = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * n).reshape(-1, 4)
         masks = list(map(attrgetter("segmentation"), found))
-        has_mask = np.fromiter((m is not None for m in masks), bool, n)
+        has_mask = np.zeros(n, dtype=bool)
+        if masks.count(None) < n:
+            has_mask[:] = [m is not None for m in masks]
         usual = (
             (image >= 0).all()
             and np.isfinite(score).all()
