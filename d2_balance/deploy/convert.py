@@ -183,8 +183,8 @@ def from_mmdet(state: State, style: str = "pytorch") -> Converted:
         )
     else:
         masks = "roi_heads.mask_head.predictor.weight" in model
-        folder = "COCO-InstanceSegmentation/mask" if masks else "COCO-Detection/faster"
-        config = f"{folder}_rcnn_R_50_FPN_1x.yaml"
+        base = "COCO-InstanceSegmentation/mask" if masks else "COCO-Detection/faster"
+        config = f"{base}_rcnn_R_50_FPN_1x.yaml"
         if first:
             _background_last(model)
             overrides += ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"]
@@ -228,7 +228,7 @@ def from_bags(state: State, bins: Any, style: str = "pytorch") -> Converted:
     num_classes = len(own)
     renamed = dict(state)
     for part in ("weight", "bias"):
-        # what `from_mmdet` turns from background first to last, is put back here
+        # what `from_mmdet` turns from background first to last, is turned back here
         renamed[f"bbox_head.fc_cls.{part}"] = state[f"bbox_head.fc_cls.{part}"][: num_classes + 1]
     converted = from_mmdet(renamed, style)
     for part in ("weight", "bias"):
@@ -272,7 +272,7 @@ def from_eql(state: State, counts: ClassCounts | None = None) -> Converted:
         raise ValueError(f"{key} is missing; this is no checkpoint of eql.detectron2")
     num_classes = len(state[key])
     masks = any(name.startswith("roi_heads.mask_head.") for name in state)
-    folder = "COCO-InstanceSegmentation/mask" if masks else "COCO-Detection/faster"
+    base = "COCO-InstanceSegmentation/mask" if masks else "COCO-Detection/faster"
     overrides: list[Any] = [*_BALANCED, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes]
     overrides += ["MODEL.RESNETS.DEPTH", _depth(state, "backbone.bottom_up.res{}.", range(2, 6))]
     overrides += ["MODEL.BALANCE.BACKGROUND_COLUMN", False]
@@ -288,7 +288,7 @@ def from_eql(state: State, counts: ClassCounts | None = None) -> Converted:
     else:
         overrides += ["MODEL.BALANCE.CLS_LOSS", "EQL"]
         model["roi_heads.box_predictor.cls_loss.class_frequency"] = counts.frequency
-    return Converted(model, f"{folder}_rcnn_R_50_FPN_1x.yaml", overrides, notes)
+    return Converted(model, f"{base}_rcnn_R_50_FPN_1x.yaml", overrides, notes)
 
 
 _Rule = tuple[re.Pattern, str | Callable[[re.Match], str]]

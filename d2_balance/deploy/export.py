@@ -81,7 +81,7 @@ def export(
         model_format: one of `FORMATS`.
         path: file of the exported model; the labels go to the same name with the ending `.json`.
         images: paths of images on which the exported model must give what the eager one gives; at
-            least one. Several sizes show that the model takes any size.
+            least one. Different sizes show that the model takes any size.
 
     Returns:
         The largest differences.

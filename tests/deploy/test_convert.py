@@ -166,12 +166,12 @@ def test_retinanet_of_mmdet(tmp_path):
         if match := re.fullmatch(r"head\.(cls_score|bbox_pred)\.(\w+)", new):
             new = f"bbox_head.retina_{'cls' if match[1] == 'cls_score' else 'reg'}.{match[2]}"
             size = len(value) // 9
-            pieces = []
+            parts = []
             for ratio in range(3):  # mmdet: by ratio, then size
                 for scale in range(3):
                     anchor = scale * 3 + ratio  # Detectron2: by size, then ratio
-                    pieces.append(value[anchor * size : (anchor + 1) * size])
-            value = torch.cat(pieces)
+                    parts.append(value[anchor * size : (anchor + 1) * size])
+            value = torch.cat(parts)
         named[new] = value
     path = save(tmp_path, named, CLASSES=NAMES)
     (note,) = convert(path, "mmdet", str(tmp_path / "o"))

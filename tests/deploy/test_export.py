@@ -42,7 +42,7 @@ MODELS = {
 
 @pytest.fixture
 def images(tmp_path):
-    """Four images of several sizes."""
+    """Four images of different sizes."""
     paths = []
     for i, size in enumerate([(50, 70), (70, 50), (64, 96), (40, 40)]):
         pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
