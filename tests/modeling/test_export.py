@@ -69,7 +69,7 @@ def test_scripted_model_equals_the_eager_one(kind):
     expected = eager(model, images)
     assert_equal(scripted(model, images), expected)
     # the model that was scripted is as it was, and trains
-    assert model.state_dict().keys() == weights.keys() or kind != "retinanet"
+    assert model.state_dict().keys() == weights.keys()
     assert_equal(eager(model, images), expected)
 
 
