@@ -19,10 +19,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from d2_balance.analysis.tail import lambda_for_tail_ratio
 from d2_balance.data import ClassCounts, register_from_config
 from d2_balance.data.mini_lvis.dataset import build_mini_lvis
 from d2_balance.engine import read_config
-from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
+from d2_balance.losses.eql import tail_ratio, tail_weight
 
 TAIL = 0.1  # tail ratio (TR): 2 to 10 % is the useful range (section 4.3 of the paper)
 

@@ -2,7 +2,7 @@
 
 An object is matched if an anchor has the IoU with it from which anchors are positive; in the RPN,
 whose 0.7 few objects have, the IoU from which a proposal is foreground for the RoI heads. An object
-without a matching anchor still gets the anchors of its highest IoU if the model has low-quality
+that is unmatched still gets the anchors of its highest IoU where the model allows low-quality
 matches, but these few fit badly: the class trains little and loses at high IoU. It looks like an
 effect of rarity, and is none.
 """
@@ -20,6 +20,7 @@ from d2_balance.data.priors.foreground import PartCount, training_size
 from d2_balance.data.priors.sample_counts import ROI_HEADS, RPN, AnchorCounter, row_counters
 from d2_balance.utils.progress import progress
 
+from .images import sample_images
 from .table import DataTable
 
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0, 2.828)
@@ -58,7 +59,7 @@ class AnchorReport:
         edge: shorter sides of these images in training, the smallest and the largest, in pixels.
         objects: (K,) objects that were looked at.
         threshold: IoU from which an object is reached; None without anchors (FCOS).
-        low_quality: whether an object without a matching anchor gets its best anchors all the same.
+        low_quality: whether an unmatched object gets its best anchors all the same.
         sizes: MODEL.ANCHOR_GENERATOR.SIZES, by level.
         reached: (K,) of the objects, those that an anchor reaches; None without anchors.
         suggested: sizes that reach more, or None.
@@ -79,7 +80,7 @@ class AnchorReport:
     suggested_reached: np.ndarray | None = None
 
     def missed(self, suggested: bool = False) -> np.ndarray:
-        """(K,) fraction of each class's objects without a matching anchor; NaN without objects.
+        """Return the (K,) fraction of unmatched objects of each class; NaN without objects.
 
         Args:
             suggested: True: with the suggested sizes.
@@ -147,20 +148,6 @@ def anchor_report(
     )
 
 
-def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
-    """Indices of up to `count` images with objects: one of each class first, then at random."""
-    rng = np.random.default_rng(seed)
-    image, label = table.image[~table.crowd], table.label[~table.crowd]
-    known = np.unique(image)
-    if len(known) <= count:
-        return known
-    order = rng.permutation(len(image))
-    _, first = np.unique(label[order], return_index=True)
-    needed = np.unique(image[order][first])[:count]
-    rest = rng.permutation(np.setdiff1d(known, needed))
-    return np.sort(np.concatenate([needed, rest[: count - len(needed)]]))
-
-
 def images_in_training(cfg: CfgNode, table: DataTable, images: np.ndarray) -> list[ResizedImage]:
     """Sizes, boxes and labels of some images as training resizes them; crowds left out."""
     order = np.argsort(table.image, kind="stable")
@@ -214,11 +201,11 @@ def _best_change(
         groups.append(np.flatnonzero(~large))
     if not groups:
         return None
-    share = {
+    matched = {
         c: np.array([r[g].sum() / objects[g].sum() for g in groups]) for c, r in reached.items()
     }
-    stock = share[1.0, 1.0]
-    allowed = {c: s for c, s in share.items() if (s >= stock - LOSS).all()}
+    stock = matched[1.0, 1.0]
+    allowed = {c: s for c, s in matched.items() if (s >= stock - LOSS).all()}
     best = max(s.min() for s in allowed.values())
     if best - stock.min() < WORTH:
         return None

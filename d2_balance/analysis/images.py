@@ -10,11 +10,26 @@ from d2_balance.data.checks.images import image_head, is_deep
 from d2_balance.utils.progress import progress
 
 from .source import Source
+from .table import DataTable
 
 MISSING = "image that does not exist"
 UNREADABLE = "image that cannot be read"
 OTHER_SIZE = "image of another size than the file says"
 DEEP = "image of more than 8 bits per channel, which is read as one colour: convert it to 8 bits"
+
+
+def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
+    """Return indices of up to `count` images with objects, one of each class first."""
+    rng = np.random.default_rng(seed)
+    image, label = table.image[~table.crowd], table.label[~table.crowd]
+    known = np.unique(image)
+    if len(known) <= count:
+        return known
+    order = rng.permutation(len(image))
+    _, first = np.unique(label[order], return_index=True)
+    needed = np.unique(image[order][first])[:count]
+    rest = rng.permutation(np.setdiff1d(known, needed))
+    return np.sort(np.concatenate([needed, rest[: count - len(needed)]]))
 
 
 def check_images(source: Source, images: np.ndarray) -> dict[str, list]:

@@ -11,6 +11,7 @@ from d2_balance.utils.progress import progress
 from d2_balance.utils.text import table
 
 from .parts import Plot, Section, Table, Text
+from .remedies import inert, suggestions
 from .report import Analysis
 from .sections import sections
 from .suggest import advice, settings, to_yaml
@@ -45,6 +46,10 @@ def as_text(found: Analysis, base: Base = Base()) -> str:
         blocks.append(f"== {section.title}")
         blocks += [block for block in map(_block, section.parts) if block]
     blocks.append(f"== {WHAT_TO_SET}")
+    blocks += [f"WARNING: {line}" for line in inert(found)]
+    blocks += [
+        f"{n}. {s.name}: {s.reason} {s.effect}" for n, s in enumerate(suggestions(found), start=1)
+    ]
     blocks += advice(found)
     lines = settings(found, base.given)
     if lines:
@@ -64,6 +69,11 @@ def as_page(found: Analysis, base: Base = Base()) -> Page:
     for section in progress(made, "drawing", unit="sections"):
         _add(page, section)
     page.heading(WHAT_TO_SET)
+    for line in inert(found):
+        page.text(line, "warning")
+    rows = [[s.name, s.reason, s.effect] for s in suggestions(found)]
+    if rows:
+        page.table(rows, ["remedy", "what the data say", "what it would do here"])
     for line in advice(found):
         page.text(line)
     lines = settings(found, base.given)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.plotting import GROUP_COLOURS, count_ticks, new_figure, style_axes
 
-from .anchors import AnchorReport
 from .report import Analysis
 from .tail import tail_at
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .anchors import AnchorReport
 
 NAMED = 60  # classes whose names fit below an axis
 GREY, LIGHT = "#555555", "#BBBBBB"
@@ -40,6 +40,8 @@ def box_sizes(found: Analysis) -> tuple[np.ndarray, str]:
 
 
 def _scale(found: Analysis, size: tuple[int, int]) -> float:
+    import torch
+
     from d2_balance.data.priors.foreground import training_size
 
     height, width = training_size(found.cfg, size, torch.zeros(0, 4))[0]
@@ -59,9 +61,12 @@ def median_sizes(found: Analysis) -> np.ndarray:
 
 def plot_classes(found: Analysis) -> Figure:
     """Images of each class by rank, coloured by group; objects as dots."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     order, counts = found.order, found.statistics
-    images = counts.image_count.numpy()[order]
-    objects = counts.instance_count.numpy()[order]
+    images = counts.image_count[order]
+    objects = counts.instance_count[order]
     colours = [GROUP_COLOURS[found.groups[k]] for k in order]
     figure = new_figure(9, 4)
     axes = figure.add_subplot()
@@ -98,6 +103,10 @@ def plot_levels(report: AnchorReport) -> Figure:
 
 def plot_sizes(found: Analysis) -> Figure:
     """Histogram of box sizes by group, and the sizes of anchors."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import NullFormatter
+
     sizes, place = box_sizes(found)
     sizes = np.maximum(sizes, 1)
     label = found.table.label[~found.table.crowd]
@@ -134,7 +143,7 @@ def plot_sizes(found: Analysis) -> Figure:
 
 
 def plot_missed(found: Analysis, order: Sequence[int]) -> Figure:
-    """Fraction of objects without a matching anchor, before and with the suggestion."""
+    """Draw the fraction of unmatched objects, before and with the suggestion."""
     figure = new_figure(7, 0.8 + 0.34 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))[::-1]
@@ -154,8 +163,11 @@ def plot_missed(found: Analysis, order: Sequence[int]) -> Figure:
 
 def plot_tail(found: Analysis) -> Figure:
     """TR over lambda, as the step function that it is."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     counts = found.statistics
-    frequency = np.unique(counts.frequency.numpy())
+    frequency = np.unique(counts.frequency)
     frequency = frequency[frequency > 0]
     # just above each class frequency; the classes of that frequency are tail from there on
     values = np.array([tail_at(counts, np.nextafter(f, 2)).ratio for f in frequency])
@@ -181,15 +193,17 @@ def plot_tail(found: Analysis) -> Figure:
     marks = [mark for mark in marks if low <= mark <= high]
     axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="lambda (share of images)", ylabel="TR (%)", ylim=(0, None))
+    axes.set(xlabel="lambda (fraction of images)", ylabel="TR (%)", ylim=(0, None))
     style_axes(axes, "y")
     return figure
 
 
 def plot_repeats(found: Analysis) -> Figure:
     """Images of each class, and how often an epoch shows it with the suggested threshold."""
+    from matplotlib.patches import Patch
+
     order = found.order
-    images = found.statistics.image_count.numpy()[order]
+    images = found.statistics.image_count[order]
     shown = found.repeat.shown[order]
     figure = new_figure(9, 3.6)
     axes = figure.add_subplot()
@@ -232,6 +246,8 @@ def _step(count: int) -> int:
 
 
 def _count_axis(axes: Axes, values: np.ndarray, label: str = "number") -> None:
+    from matplotlib.ticker import NullFormatter
+
     high = max(float(values.max()), 2.0)
     axes.set_yscale("log")
     low = 0.5 if values.min() < 1 else max(float(values.min()) / 2, 0.5)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from detectron2.config import CfgNode
 
-from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.groups import LVIS_CUTS
-from d2_balance.losses.eql import lambda_for_tail_ratio
 
-from .anchors import AnchorReport, anchor_report, sample_images
-from .images import check_images
+from .images import check_images, sample_images
 from .source import Source
-from .table import EMPTY_VERIFIED, DataTable
+from .table import EMPTY_VERIFIED, DataTable, Statistics
 from .tail import (
     RepeatFactors,
     Tail,
     common_border,
+    lambda_for_tail_ratio,
     repeat_factors,
     suggested_tail,
     suggested_threshold,
     tail_at,
 )
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+    from .anchors import AnchorReport
 
 USUAL_RATIOS = (0.02, 0.05, 0.10)
 LVIS_THRESHOLD = 0.001  # DATALOADER.REPEAT_THRESHOLD of Detectron2's LVIS configs
@@ -51,7 +54,7 @@ class Analysis:
 
     source: Source
     cfg: CfgNode | None
-    statistics: ClassCounts
+    statistics: Statistics
     groups: list[str]
     cuts: tuple[int, int] | None
     filter_empty: bool
@@ -72,7 +75,7 @@ class Analysis:
     def order(self) -> np.ndarray:
         """(K,) classes from the most frequent to the rarest, by images and then by objects."""
         counts = self.statistics
-        return np.lexsort((-counts.instance_count.numpy(), -counts.image_count.numpy()))
+        return np.lexsort((-counts.instance_count, -counts.image_count))
 
 
 def analyze(
@@ -98,8 +101,6 @@ def analyze(
         ValueError: no image has an object, or the model has no anchors or anchor points.
     """
     table, notes = source.table, [source.note] if source.note else []
-    if table is not None:
-        notes += table.hints
     filter_empty = cfg is None or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     if table is None:
         statistics, problems = source.counts, {}
@@ -117,6 +118,8 @@ def analyze(
         repeats = _repeats(table, cfg, repeat, filter_empty)
         problems |= check_images(source, sample_images(table, max_images, 0))
         if cfg is not None:
+            from .anchors import anchor_report  # needs Detectron2
+
             anchors = anchor_report(cfg, table, max_images)
         else:
             notes.append("Give --config-file to see what its anchors make of the objects.")
@@ -138,7 +141,7 @@ def analyze(
 
 
 def _tails(
-    statistics: ClassCounts, lambda_: float | None, ratio: float | None, tail: Tail | None
+    statistics: Statistics, lambda_: float | None, ratio: float | None, tail: Tail | None
 ) -> list[Tail]:
     values = [] if lambda_ is None else [lambda_]
     wanted = USUAL_RATIOS if lambda_ is None and ratio is None else [] if ratio is None else [ratio]

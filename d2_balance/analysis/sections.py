@@ -41,13 +41,13 @@ def _classes(found: Analysis) -> Iterator[Part]:
     for note in found.notes:
         yield Text(note)
     rows = []
-    objects = counts.instance_count.sum().clamp(min=1)
+    objects = max(counts.instance_count.sum(), 1)
     for letter, name in GROUPS.items():
         own = [k for k, group in enumerate(found.groups) if group == letter]
         images = [int(counts.image_count[k]) for k in own]
         span = f"{min(images):,} to {max(images):,}" if own else "-"
-        share = f"{100 * float(counts.instance_count[own].sum() / objects):.1f} %"
-        rows.append([name, len(own), span, share])
+        fraction = f"{100 * float(counts.instance_count[own].sum() / objects):.1f} %"
+        rows.append([name, len(own), span, fraction])
     yield Table(["group", "classes", "images per class", "objects"], rows)
     yield Text(
         "Groups are those of the annotation file."
@@ -115,7 +115,8 @@ def _foreground(found: Analysis) -> Iterator[Part]:
     yield Text(
         f"Optimal prior pi* = N_f / (N C) = {prior.positives:,} / ({prior.rows:,} x "
         f"{prior.outputs:,}) = {prior.prior:.3g}, bias {prior.bias:.2f}. Cross-entropy over all "
-        "rows starts lowest there; focal loss is made for 0.01, and drawn rows have another share. "
+        "anchors starts lowest there; focal loss is made for 0.01, and sampled anchors have "
+        "another fraction of foreground. "
         "`d2-balance prior` writes it to a file for MODEL.BALANCE.PRIOR_FILE."
     )
 
@@ -135,7 +136,7 @@ def _boxes(found: Analysis) -> Iterator[Part]:
     total = max(int(bins.sum()), 1)
     rows = [[n, f"{c:,}", _percent(c / total)] for n, c in zip(names, bins.tolist(), strict=True)]
     yield Text(f"Size of a box is the root of its area, in pixels of {place}.")
-    yield Table(["size", "objects", "share"], rows)
+    yield Table(["size", "objects", "fraction"], rows)
     report = found.anchors
     yield Plot(
         lambda: plots.plot_sizes(found),
@@ -197,7 +198,7 @@ def _tail(found: Analysis) -> Iterator[Part]:
         yield Text("There is no tail: even the rarest class holds more than 10 % of the images.")
     else:
         yield Text(
-            f"TR is the share of images of tail classes; 2 to 10 % is useful. Suggested: "
+            f"TR is the fraction of images of tail classes; 2 to 10 % is useful. Suggested: "
             f"{found.tail.lambda_:.6g}."
         )
     yield Plot(lambda: plots.plot_tail(found), "Tail ratio TR over lambda.")
@@ -256,7 +257,7 @@ def _labels(found: Analysis) -> Iterator[Part]:
         ["present, but not marked completely", f"{open_pairs / images:.2f} an image", ""],
         ["image and class known", f"{known:,}", _percent(known / (images * classes))],
     ]
-    yield Table(["label", "number", "share"], rows)
+    yield Table(["label", "number", "fraction"], rows)
     both = len(np.intersect1d(*keys))
     if both:
         yield Text(f"{both:,} classes are marked as absent in images that show them.", True)
@@ -267,8 +268,11 @@ def _labels(found: Analysis) -> Iterator[Part]:
 
 
 def _problems(found: Analysis) -> Iterator[Part]:
-    if not found.problems:
+    hints = found.table.hints if found.table is not None else []
+    yield from (Text(hint, True) for hint in hints)
+    if not found.problems and not hints:
         yield Text("No duplicates, no empty images, no broken annotations.")
+    if not found.problems:
         return
     rows = []
     for text, ids in found.problems.items():
@@ -277,8 +281,8 @@ def _problems(found: Analysis) -> Iterator[Part]:
     yield Table(["what", "number", "ids"], rows)
 
 
-def _percent(share: float) -> str:
-    return "-" if np.isnan(share) else f"{100 * share:.1f} %"
+def _percent(fraction: float) -> str:
+    return "-" if np.isnan(fraction) else f"{100 * fraction:.1f} %"
 
 
 def _pixels(size: float) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from d2_balance.data.annotations import locate, read_annotations
-from d2_balance.data.catalog.metadata import id_map
-from d2_balance.data.catalog.register import load_dataset, register_json
-from d2_balance.data.class_counts import ClassCounts
 
-from .table import DataTable
+from .table import DataTable, Statistics
+
+if TYPE_CHECKING:
+    from d2_balance.data.class_counts import ClassCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Source:
 
     name: str
     table: DataTable | None
-    counts: ClassCounts | None = None
+    counts: Statistics | None = None
     note: str = ""
     image_root: str = ""
 
@@ -45,6 +46,8 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
             wrong in it.
     """
     if files:
+        from d2_balance.data.catalog.register import register_json
+
         register_json(dataset, *files, key="--register")
     place = locate(dataset, "dataset")
     if not place.path:
@@ -58,16 +61,34 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
     return Source(dataset, DataTable.from_annotations(dataset, found), image_root=place.image_root)
 
 
-def _class_counts(path: str) -> ClassCounts | None:
-    """Counts of a file of `ClassCounts.save`, None for another file."""
+def _class_counts(path: str) -> Statistics | None:
+    """Return the counts of a file of `ClassCounts.save`, None for another file."""
     with open(path, "rb") as file:
         saved = re.match(rb'\s*{\s*"num_images"', file.read(100))
-    return ClassCounts.load(path) if saved else None
+    if not saved:
+        return None
+    from d2_balance.data.class_counts import ClassCounts
+
+    return _statistics(ClassCounts.load(path))
+
+
+def _statistics(counts: ClassCounts) -> Statistics:
+    return Statistics(
+        counts.image_count.numpy(),
+        counts.instance_count.numpy(),
+        counts.num_images,
+        tuple(counts.class_names),
+        counts.file_groups,
+    )
 
 
 def _from_loader(name: str) -> Source:
     """Detectron2's dicts; only counts where images have no size or objects no box."""
     from detectron2.data import MetadataCatalog
+
+    from d2_balance.data.catalog.metadata import id_map
+    from d2_balance.data.catalog.register import load_dataset
+    from d2_balance.data.class_counts import ClassCounts
 
     records = load_dataset(name)
     metadata = MetadataCatalog.get(name)
@@ -83,4 +104,5 @@ def _from_loader(name: str) -> Source:
     if whole:
         return Source(name, DataTable.from_dicts(name, records, classes, id_map(name), groups))
     counts = ClassCounts.from_dataset_dicts(records, len(classes), classes, groups)
-    return Source(name, None, counts, "The set gives no sizes or boxes: only classes are counted.")
+    note = "The set gives no sizes or boxes: only classes are counted."
+    return Source(name, None, _statistics(counts), note)

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.structures import BoxMode
 
 from d2_balance.data.annotations import Annotations, count_classes
 from d2_balance.data.checks.annotations import NO_MASK
-from d2_balance.data.class_counts import ClassCounts
+from d2_balance.data.groups import LVIS_CUTS, groups_from_counts
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
 DUPLICATE = "duplicate: the same class and box once more in the image"
@@ -24,6 +22,41 @@ EMPTY = "image without objects"
 EMPTY_VERIFIED = "image without objects, but with classes verified to be absent"
 CROWDS_ONLY = "image with crowds only"
 UNSEEN = "class without an object"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Class counts as a training sees them; `ClassCounts` without torch.
+
+    Attributes:
+        image_count: (K,) int64 images that show each class.
+        instance_count: (K,) int64 objects of each class.
+        num_images: number of images.
+        class_names: K names.
+        file_groups: K letters r, c, f of the file, or None.
+    """
+
+    image_count: np.ndarray
+    instance_count: np.ndarray
+    num_images: int
+    class_names: tuple[str, ...]
+    file_groups: tuple[str, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """(K,) float64 fraction of the images that show each class."""
+        return self.image_count / self.num_images
+
+    def group(self, cuts: tuple[int, int] | None = None) -> list[str]:
+        """Return K letters r, c, f: by cut points, else the file's, else by those of LVIS."""
+        if cuts is None and self.file_groups is not None:
+            return list(self.file_groups)
+        return groups_from_counts(self.image_count.tolist(), cuts or LVIS_CUTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +102,7 @@ class DataTable:
         """K."""
         return len(self.class_names)
 
-    def statistics(self, filter_empty: bool = True) -> ClassCounts:
+    def statistics(self, filter_empty: bool = True) -> Statistics:
         """Class counts as a training sees them.
 
         Args:
@@ -86,12 +119,8 @@ class DataTable:
         counts = count_classes(
             self.image[shown], self.label[shown], self.num_classes, len(self.sizes)
         )
-        return ClassCounts(
-            torch.from_numpy(counts.image_count),
-            torch.from_numpy(counts.instance_count),
-            kept,
-            self.class_names,
-            self.file_groups,
+        return Statistics(
+            counts.image_count, counts.instance_count, kept, self.class_names, self.file_groups
         )
 
     def kept_images(self, filter_empty: bool) -> np.ndarray:
@@ -162,6 +191,8 @@ class DataTable:
             class_index: from the ids of image-level labels to classes; None: class = id - 1.
             file_groups: K letters r, c, f, or None.
         """
+        from detectron2.structures import BoxMode
+
         objects = [(n, a) for n, record in enumerate(records) for a in record["annotations"]]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for _, a in objects]
         class_index = class_index or {n + 1: n for n in range(len(class_names))}

@@ -2,7 +2,7 @@
 
     r(c) = max(1, sqrt(t / f(c))),    r(I) = max over the classes c of image I of r(c)
 
-with f(c) the share of images that show class c. An epoch has sum_I r(I) images on average, and
+with f(c) the fraction of images that show class c. An epoch has sum_I r(I) images on average, and
 class c is shown sum over its images of r(I) times.
 
 Source: Gupta et al., LVIS, arXiv:1908.03195, appendix B.2.
@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from d2_balance.data.class_counts import ClassCounts
 from d2_balance.data.groups import LVIS_CUTS
-from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
 
-from .table import DataTable
+from .table import DataTable, Statistics
 
 WANTED_RATIOS = (0.06, 0.10)  # 2 to 10 % is the useful range of TR (arXiv:2003.05176)
 LONGEST_EPOCH = 1.5  # times the images: beyond it, repeats cost more than a longer schedule
@@ -66,9 +65,7 @@ def repeat_factors(table: DataTable, threshold: float, filter_empty: bool = True
     return RepeatFactors(threshold, float(largest[keep].mean()), factor, shown)
 
 
-def common_border(
-    statistics: ClassCounts, groups: list[str], cuts: tuple[int, int] | None
-) -> float:
+def common_border(statistics: Statistics, groups: list[str], cuts: tuple[int, int] | None) -> float:
     """The frequency that parts common from frequent classes, in (0, 1].
 
     Args:
@@ -85,7 +82,7 @@ def common_border(
 
 
 def suggested_threshold(
-    table: DataTable, statistics: ClassCounts, border: float, filter_empty: bool = True
+    table: DataTable, statistics: Statistics, border: float, filter_empty: bool = True
 ) -> RepeatFactors | None:
     """The threshold for RepeatFactorTrainingSampler.
 
@@ -102,7 +99,7 @@ def suggested_threshold(
     Returns:
         None where no class is below any threshold that is worth it: repeating would do nothing.
     """
-    frequency = np.unique(statistics.frequency.numpy())
+    frequency = np.unique(statistics.frequency)
     below = frequency[(frequency > 0) & (frequency < border)]
     candidates = [border, *below[::-1]]  # an epoch grows with the threshold
     low, high = 0, len(candidates)
@@ -125,7 +122,7 @@ class Tail:
     Attributes:
         lambda_: classes below it are tail.
         classes: number of tail classes.
-        ratio: TR(lambda), share of the class-image pairs that are tail's, in [0, 1].
+        ratio: TR(lambda), fraction of the class-image pairs that are tail's, in [0, 1].
     """
 
     lambda_: float
@@ -133,14 +130,42 @@ class Tail:
     ratio: float
 
 
-def tail_at(statistics: ClassCounts, lambda_: float) -> Tail:
-    """Number of tail classes and TR of a lambda."""
-    tail = tail_weight(statistics.frequency, lambda_, "step")
-    ratio = float(tail_ratio(tail, statistics.image_count)) if len(tail) else 0.0
+def tail_at(statistics: Statistics, lambda_: float) -> Tail:
+    """Return the number of tail classes and TR of a lambda."""
+    tail = statistics.frequency < lambda_
+    images = int(statistics.image_count.sum())
+    ratio = float(statistics.image_count[tail].sum()) / max(images, 1)
     return Tail(lambda_, int(tail.sum()), ratio)
 
 
-def suggested_tail(statistics: ClassCounts) -> Tail | None:
+def lambda_for_tail_ratio(
+    class_frequency: ArrayLike, image_count: ArrayLike, ratio: float
+) -> float:
+    """Return the largest lambda whose tail ratio does not pass the wanted one.
+
+    Args:
+        class_frequency: (K,) fraction of training images that show the class.
+        image_count: (K,) training images of each class.
+        ratio: wanted TR, in [0, 1].
+
+    Returns:
+        lambda, half-way between the last tail class and the next class; 0 if not even the rarest
+        classes fit.
+    """
+    frequency, count = np.asarray(class_frequency, np.float64), np.asarray(image_count)
+    order = np.argsort(frequency, kind="stable")
+    frequency, fraction = frequency[order], np.cumsum(count[order]) / max(count.sum(), 1)
+    last = np.ones(len(frequency), dtype=bool)  # classes of equal frequency go together
+    last[:-1] = frequency[1:] > frequency[:-1]
+    fits = np.flatnonzero(last & (fraction <= ratio))
+    if not len(fits):
+        return 0.0
+    place = int(fits[-1])
+    above = frequency[place + 1] if place + 1 < len(frequency) else 1.0
+    return float((frequency[place] + above) / 2)
+
+
+def suggested_tail(statistics: Statistics) -> Tail | None:
     """The largest tail of up to 6 % of the class-image pairs, else of up to 10 %.
 
     Returns:

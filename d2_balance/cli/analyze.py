@@ -8,11 +8,10 @@ annotations; each line of YAML has its reason.
 from __future__ import annotations
 
 import argparse
-import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance analyze`."""
+    """Add the arguments of `d2-balance analyze`."""
     parser.add_argument(
         "dataset",
         help="a registered training set, an annotation file in COCO or LVIS style, or a file "
@@ -44,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images",
         type=_positive,
         default=200,
-        help="images whose anchors are looked at, drawn with seed 0 (default 200)",
+        help="images whose anchors are looked at, sampled with seed 0 (default 200)",
     )
-    parser.add_argument("--lambda", dest="lambda_", type=_share, help="print TR of this lambda")
+    parser.add_argument("--lambda", dest="lambda_", type=_fraction, help="print TR of this lambda")
     parser.add_argument(
-        "--tail-ratio", type=_share, help="print lambda for this TR, for example 0.08"
+        "--tail-ratio", type=_fraction, help="print lambda for this TR, for example 0.08"
     )
     parser.add_argument(
         "--set",
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
@@ -82,13 +81,13 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables and writes the files; 2 where the user has to change something."""
+    """Print the tables and write the files."""
     print(analyze_and_save(args))
     return 0
 
 
 def analyze_and_save(args: argparse.Namespace) -> str:
-    """The report for the console; writes page and YAML where they were asked for.
+    """Return the report for the console; write page and YAML if they were asked for.
 
     Raises:
         ValueError: the data or the configuration cannot be used.
@@ -97,8 +96,6 @@ def analyze_and_save(args: argparse.Namespace) -> str:
     from d2_balance.analysis.output import Base, as_page, as_text, suggestion
     from d2_balance.analysis.report import analyze
     from d2_balance.analysis.source import load
-    from d2_balance.data import register_from_config
-    from d2_balance.engine import read_config
     from d2_balance.utils.files import check_new, write_text
 
     check_new([args.html, args.yaml], args.overwrite)  # before the work
@@ -106,9 +103,13 @@ def analyze_and_save(args: argparse.Namespace) -> str:
         raise ValueError("--set changes keys of a --config-file, and there is none")
     if args.cuts and args.cuts[0] > args.cuts[1]:
         raise ValueError(f"--cuts {args.cuts[0]} {args.cuts[1]}: RARE must not be above COMMON")
-    base = Base(_config_path(args.config_file), args.opts)
-    cfg = read_config(base.file, base.given) if base.file else None
-    if cfg is not None:
+    base, cfg = Base("", args.opts), None
+    if args.config_file:
+        from d2_balance.data import register_from_config
+        from d2_balance.engine import find_config, read_config
+
+        base = Base(find_config(args.config_file), args.opts)
+        cfg = read_config(base.file, base.given)
         register_from_config(cfg)
     found = analyze(
         load(args.dataset, args.register),
@@ -126,17 +127,3 @@ def analyze_and_save(args: argparse.Namespace) -> str:
         write_text(args.yaml, suggestion(found, base, args.yaml))
         text += f"\n\nsettings written to {args.yaml}"
     return text
-
-
-def _config_path(config_file: str) -> str:
-    """The path of a configuration file, or of one of the model zoo."""
-    if not config_file or os.path.isfile(config_file):
-        return config_file
-    from detectron2 import model_zoo
-
-    try:
-        return model_zoo.get_config_file(config_file)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--config-file: {config_file} is neither a file nor in Detectron2's model zoo"
-        ) from error

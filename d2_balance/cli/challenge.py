@@ -12,16 +12,19 @@ from .main import CommandError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance challenge`."""
+    """Add the arguments of `d2-balance challenge`."""
     parser.add_argument("recipe", help="YAML file, or its name, such as recipes/mini_lvis.yaml")
     parser.add_argument("--output", metavar="DIRECTORY", help="in place of the recipe's `output`")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of each training")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="stages that run side by side, if they can (default 1)"
+    )
     parser.add_argument("--check", action="store_true", help="check the recipe, run nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the recipe; 2 where the user has to change something, 1 where a stage has failed."""
+    """Run the recipe."""
     from detectron2.data import DatasetCatalog
 
     import d2_balance.data  # noqa: F401  registers the built-in sets
@@ -40,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
             "exists (files were not looked for)"
         )
         return 0
-    runner = Runner(recipe, args.output or recipe.output, resume=args.resume, gpus=args.num_gpus)
+    output = args.output or recipe.output
+    runner = Runner(recipe, output, resume=args.resume, gpus=args.num_gpus, jobs=args.jobs)
     try:
         print(runner.run())
     except StageError as error:
-        stage = next(s.name for s in recipe.stages if s.name not in runner.done)
-        raise CommandError(f"stage {stage}: {error}") from error
+        raise CommandError(str(error)) from error
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Add the arguments of `d2-balance classmap`."""
     parser.add_argument("source", help="dataset, or annotation file, whose classes are mapped")
     parser.add_argument("target", help="dataset, or annotation file, with the classes to map to")
     parser.add_argument("--map", metavar="FILE", help="class map to check, YAML or JSON")
@@ -20,20 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 2 where a file or a name in it cannot be used."""
-    from d2_balance.data.catalog.class_map import load_class_map, write_class_map
+    """Print the report."""
+    from d2_balance.data.class_map import load_class_map, write_class_map
 
     if args.map and args.output:
         raise ValueError("--map checks a file and --output writes one; give one of them")
     source, target = categories(args.source), categories(args.target)
-    found = load_class_map(args.map, source, target, (args.source, args.target))
+    class_map = load_class_map(args.map, source, target, (args.source, args.target))
     if args.output:
         write_class_map(args.output, source, target)
     for title, names in (
-        ("matched", [a if a == b else f"{a} -> {b}" for a, b in found.matched]),
-        ("left out by null", found.left_out),
-        (f"only in {args.source}", found.unmatched),
-        (f"only in {args.target}", found.uncovered),
+        ("matched", [a if a == b else f"{a} -> {b}" for a, b in class_map.matched]),
+        ("left out by null", class_map.left_out),
+        (f"only in {args.source}", class_map.unmatched),
+        (f"only in {args.target}", class_map.uncovered),
     ):
         if names:
             print(f"{len(names)} {title}:")
@@ -49,18 +49,19 @@ def categories(name: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is neither, or cannot be read.
     """
+    if os.path.isfile(name):
+        from d2_balance.data.columns import check_categories
+        from d2_balance.utils.files import read_json
+
+        data = read_json(name)
+        listed = data.get("categories") if isinstance(data, dict) else None
+        if not isinstance(listed, list):
+            raise ValueError(f"{name}: the list 'categories' is missing")
+        return check_categories(listed, name)
     from detectron2.data import DatasetCatalog
 
     from d2_balance.data.catalog.metadata import target_categories
-    from d2_balance.data.columns import check_categories
-    from d2_balance.utils.files import read_json
 
-    if os.path.isfile(name):
-        data = read_json(name)
-        found = data.get("categories") if isinstance(data, dict) else None
-        if not isinstance(found, list):
-            raise ValueError(f"{name}: the list 'categories' is missing")
-        return check_categories(found, name)
     if name in DatasetCatalog:
         return target_categories(name)
     raise ValueError(f"{name!r} is neither a file nor a registered dataset")

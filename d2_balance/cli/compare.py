@@ -13,7 +13,7 @@ FILES = ("compare.md", "compare.html", "compare_box.png", "compare_mask.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance compare`."""
+    """Add the arguments of `d2-balance compare`."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables and writes the files; 2 where the user has to change something."""
+    """Print the tables and write the files."""
     from d2_balance.evaluation import compare as comparison
     from d2_balance.utils.files import check_new
     from d2_balance.utils.text import table

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance ensemble`."""
+    """Add the arguments of `d2-balance ensemble`."""
     parser.add_argument(
         "predictions",
         nargs="*",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the merged file and prints what went in; 2 where the user has to change something."""
+    """Write the merged file and print what went in."""
     from d2_balance.evaluation.merge.ensemble import merge_files
 
     for expert in args.expert:

@@ -10,7 +10,7 @@ import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance eval`."""
+    """Add the arguments of `d2-balance eval`."""
     parser.add_argument(
         "predictions", help="JSON list of detections, in the result format of COCO and LVIS"
     )
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables and writes the files; 2 where the user has to change something."""
+    """Print the tables and write the files."""
     from d2_balance.data.annotations import load_annotations
     from d2_balance.evaluation.evaluate import measure
     from d2_balance.evaluation.per_class import write_csv

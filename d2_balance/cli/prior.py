@@ -17,7 +17,7 @@ COMMON_PRIORS = (0.01, 0.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance prior`."""
+    """Add the arguments of `d2-balance prior`."""
     parser.add_argument("--config-file", required=True, help="YAML file of the model and its data")
     parser.add_argument("--output", help="JSON file to write, for MODEL.BALANCE.PRIOR_FILE")
     parser.add_argument(
@@ -51,7 +51,7 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table and writes the file; 2 where the user has to change something."""
+    """Print the table and write the file."""
     print(count_and_save(args))
     return 0
 
@@ -81,7 +81,7 @@ def count_and_save(args: argparse.Namespace) -> str:
 
 def report(prior: ForegroundPrior) -> str:
     """Return the table as text."""
-    from d2_balance.utils.text import table
+    from d2_balance.utils.text import plural, table
 
     rows = []
     for name, part in prior.parts.items():
@@ -90,10 +90,10 @@ def report(prior: ForegroundPrior) -> str:
         rows.append([name, *counts, f"{part.prior:.3e}", f"{part.bias:.3f}", *losses])
     headers = ["part", "N_f", "N", "C", "prior", "bias"]
     headers += ["loss there", *(f"at {value:g}" for value in COMMON_PRIORS)]
-    images = f"{prior.num_images:,} images"
+    images = plural(prior.num_images, "image")
     if prior.num_images < prior.total_images:
-        images += f" of {prior.total_images:,}, drawn with seed 0 (--max-images 0 counts all)"
-    notes = ["The loss is sigmoid cross-entropy at the start, over all rows, per positive."]
+        images += f" of {prior.total_images:,}, sampled with seed 0 (--max-images 0 counts all)"
+    notes = ["The loss is sigmoid cross-entropy at the start, over all samples, by positive."]
     if "ROIHeads" in prior.parts:
         notes.append(
             "ROIHeads: all proposals of the RPN, and of the positives the objects themselves only: "

@@ -10,17 +10,10 @@ Exit status: 0 where the loss is not finite again, 1 where it is finite, 2 for a
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-import torch
-from detectron2.config import CfgNode, get_cfg
-
-from d2_balance.config import add_balance_config
-from d2_balance.data.class_counts import FROM_CHECKPOINT
-from d2_balance.data.unreadable import image_name
-from d2_balance.engine.replay.saved_batch import load_saved_batch
-from d2_balance.engine.replay.search import Replay, first_non_finite
-from d2_balance.engine.step import PRECISIONS
-from d2_balance.engine.trainer import BalancedTrainer
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: as in the run, where it is there")
     parser.add_argument(
         "--precision",
-        choices=["fp32", *PRECISIONS],
+        choices=["fp32", "fp16", "bf16"],
         help="default: as in the run; fp32 says whether half precision is to blame",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the batch again and print what is not finite."""
+    """Run the batch, and print what is not finite."""
+    from d2_balance.data.unreadable import image_name
+    from d2_balance.engine.replay.saved_batch import load_saved_batch
+    from d2_balance.engine.replay.search import Replay, first_non_finite
+    from d2_balance.engine.step import PRECISIONS
+    from d2_balance.engine.trainer import BalancedTrainer
+
     saved = load_saved_batch(args.file)
     cfg = saved_config(saved["config"], args.device)
     model = BalancedTrainer.build_model(cfg)
@@ -78,6 +77,12 @@ def saved_config(text: str, device: str | None) -> CfgNode:
     Raises:
         ValueError: the config is of another version of the package.
     """
+    import torch
+    from detectron2.config import CfgNode, get_cfg
+
+    from d2_balance.config import add_balance_config
+    from d2_balance.data.class_counts import FROM_CHECKPOINT
+
     cfg = get_cfg()
     add_balance_config(cfg)
     try:

@@ -11,7 +11,7 @@ import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance rescore`."""
+    """Add the arguments of `d2-balance rescore`."""
     actions = parser.add_subparsers(dest="action", metavar="fit | apply", required=True)
     fit = actions.add_parser("fit", help="choose factors on held-out training images")
     apply = actions.add_parser("apply", help="write predictions with new scores, then cut")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fits or applies; 2 where the user has to change something."""
+    """Fit or apply."""
     from d2_balance.evaluation.merge.rescore import apply_factors, fit_factors
 
     if args.action == "apply":

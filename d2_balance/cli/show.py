@@ -9,7 +9,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `d2-balance show`."""
+    """Add the arguments of `d2-balance show`."""
     parser.add_argument("dataset", help="a registered dataset, or an annotation file")
     parser.add_argument(
         "--images", help="directory of the images, where an annotation file is given"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the files and prints their names; 2 where the user has to change something."""
+    """Write the files and print their names."""
     from d2_balance.evaluation.draw import draw_dataset
 
     paths = draw_dataset(

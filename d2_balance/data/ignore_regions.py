@@ -19,9 +19,9 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
 from .annotations import Annotations, read_annotations
-from .catalog.class_map import load_class_map
 from .catalog.metadata import id_map, target_categories
 from .catalog.register import resolve_path
+from .class_map import load_class_map
 from .records import changed
 
 KEY = "DATASETS.IGNORE_REGIONS"

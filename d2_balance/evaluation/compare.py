@@ -12,10 +12,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from d2_balance.data.annotations import load_annotations
 from d2_balance.data.groups import GROUPS
@@ -36,6 +35,10 @@ from . import bootstrap
 from .matching import GroundTruth, Matcher, select
 from .predictions import read_predictions
 from .record import TASKS, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 MOST_RUNS = 7

@@ -63,30 +63,6 @@ def tail_ratio(tail: Tensor, image_count: Tensor) -> Tensor:
     return (tail * count).sum() / count.sum().clamp(min=1)
 
 
-def lambda_for_tail_ratio(class_frequency: Tensor, image_count: Tensor, ratio: float) -> float:
-    """The largest step threshold whose tail ratio does not pass the wanted one.
-
-    Args:
-        class_frequency: (K,) fraction of training images that contain the class.
-        image_count: (K,) training images of each class.
-        ratio: wanted TR, in [0, 1].
-
-    Returns:
-        lambda, half-way between the last tail class and the next class; 0 if not even the rarest
-        classes fit.
-    """
-    frequency, order = class_frequency.double().sort()
-    fraction = image_count[order].double().cumsum(0) / image_count.sum().clamp(min=1)
-    last = torch.ones_like(frequency, dtype=torch.bool)  # classes of equal frequency go together
-    last[:-1] = frequency[1:] > frequency[:-1]
-    fits = (last & (fraction <= ratio)).nonzero().flatten()
-    if not len(fits):
-        return 0.0
-    most = int(fits[-1])
-    above = frequency[most + 1] if most + 1 < len(frequency) else torch.tensor(1.0)
-    return float((frequency[most] + above) / 2)
-
-
 def eql_loss(
     logits: Tensor,
     onehot: Tensor,

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from d2_balance.data.annotations import read_annotations
-from d2_balance.data.catalog.class_map import read_class_map, resolve_class_map
 from d2_balance.data.catalog.external import external_entries
 from d2_balance.data.catalog.metadata import target_categories
+from d2_balance.data.class_map import read_class_map, resolve_class_map
 from d2_balance.data.ignore_regions import region_files
 
 from .datasets import DataSets, chosen_classes

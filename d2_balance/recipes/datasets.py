@@ -126,7 +126,7 @@ def chosen_classes(
     Raises:
         ValueError: a name that the dataset does not have, or neither rule is given.
     """
-    from d2_balance.data.catalog.class_map import resolve_class_map
+    from d2_balance.data.class_map import resolve_class_map
 
     categories = sorted(categories, key=lambda c: c["id"])
     if keep:
@@ -140,24 +140,24 @@ def chosen_classes(
 _LABELS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
-def split(data: Mapping[str, Any], share: float, seed: int) -> tuple[dict, dict]:
-    """Two parts of a dataset by image: the rest, and the held-out share.
+def split(data: Mapping[str, Any], fraction: float, seed: int) -> tuple[dict, dict]:
+    """Two parts of a dataset by image: the rest, and the held-out one.
 
     An image's side depends on its id and the seed alone, so that adding images moves none.
 
     Raises:
-        ValueError: share is not in (0, 1), or a part is empty.
+        ValueError: fraction is not in (0, 1), or a part is empty.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share is {share}; must be a number in (0, 1)")
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}; must be a number in (0, 1)")
 
     def place(image: Mapping[str, Any]) -> str:
         return hashlib.sha256(f"{seed}/{image['id']}".encode()).hexdigest()
 
     ordered = sorted(data["images"], key=place)
-    count = round(share * len(ordered))
+    count = round(fraction * len(ordered))
     if not 0 < count < len(ordered):
-        raise ValueError(f"a share of {share} of {len(ordered)} images leaves a part empty")
+        raise ValueError(f"a fraction of {fraction} of {len(ordered)} images leaves a part empty")
     parts = []
     for images in (ordered[count:], ordered[:count]):
         ids = {image["id"] for image in images}

@@ -42,7 +42,7 @@ FIELDS: Mapping[str, Field] = {
         "[n, first], two integers, n at least 1 and first at least 0",
         lambda v: isinstance(v, list) and len(v) == 2 and _whole(v[0], 1) and _whole(v[1], 0),
     ),
-    "share": Field("a number in (0, 1)", lambda value: _number(value) and 0 < value < 1),
+    "fraction": Field("a number in (0, 1)", lambda value: _number(value) and 0 < value < 1),
     "seed": Field("an integer", lambda value: type(value) is int),
     "config": TEXT,
     "train": NAMES,

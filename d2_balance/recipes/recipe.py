@@ -44,8 +44,8 @@ _RESULT = {"predictions": PREDICTIONS}
 KINDS = {
     # a dataset with some classes of another: names, or [n, k] for each n-th class from k on
     "classes": Kind(("from",), ("keep", "every")),
-    # two datasets, <name>_rest and <name>_held, with a share of the images in the second
-    "split": Kind(("from", "share"), ("seed",)),
+    # two datasets, <name>_rest and <name>_held, with a fraction of the images in the second
+    "split": Kind(("from", "fraction"), ("seed",)),
     # `weights` is a stage, a file, or an address of the model zoo
     "train": Kind(("config", "train"), ("test", "overrides", "weights")),
     # `classes` is the dataset of the model's classes, where `dataset` has others
@@ -177,8 +177,8 @@ def _checked(entry: Any, where: str, before: list[Stage]) -> tuple[str, str, dic
     check_fields(settings, kind, where)
     if kind == "fit" and settings["dataset"] in settings["test"]:
         raise ValueError(
-            f"{where}: dataset {settings['dataset']!r} is one of test; it must have images "
-            "that nothing is evaluated on, as of a stage of kind split"
+            f"{where}: dataset {settings['dataset']!r} is one of test; it must have images that "
+            "nothing is evaluated on, as of a stage of kind split"
         )
     if kind == "classes" and bool(settings.get("keep")) == bool(settings.get("every")):
         raise ValueError(f"{where}: classes needs one of keep and every")

@@ -1,4 +1,4 @@
-"""Runs the stages of a recipe one after another, and goes on where a stopped run was.
+"""Run the stages of a recipe, and go on where a stopped run was.
 
 A stage that is done has a directory with `done.json` in the output. Others work in a directory of
 another name, which becomes theirs when they are done, so that a failure touches no finished output.
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -23,8 +22,9 @@ from .class_maps import ClassLists, check_class_maps
 from .datasets import DataSets
 from .recipe import Recipe, Stage, datasets_in, sets_of
 from .report import write_report
-from .stages import StageError, Work, add_sets, outputs_of, run_stage
+from .stages import StageError, Work, add_sets, outputs_of, seconds_of_stage
 from .training import check_configs, check_second_files, external_names, read_training_config
+from .workers import Result, Workers
 
 DONE, STARTED = "done.json", "started.json"
 
@@ -62,6 +62,7 @@ class Runner:
         output: directory of all stages.
         resume: go on in a directory that holds stages.
         gpus: processes of a training.
+        jobs: stages that run side by side, each in a process of its own, if it is above 1.
         say: receives one line for each stage.
 
     Raises:
@@ -78,9 +79,13 @@ class Runner:
         *,
         resume: bool = False,
         gpus: int = 1,
+        jobs: int = 1,
         say: Callable[[str], None] = print,
     ):
+        if jobs < 1:
+            raise ValueError(f"--jobs is {jobs}; must be at least 1")
         self.recipe, self.output, self.gpus, self.say = recipe, os.path.abspath(output), gpus, say
+        self.jobs = jobs
         self.datasets = DataSets(recipe.datasets)
         present = set(os.listdir(output)) if os.path.isdir(output) else set()
         if present - {LOCK_FILE} and not resume:
@@ -125,19 +130,48 @@ class Runner:
 
     def _run_all(self) -> str:
         os.makedirs(os.path.join(self.output, "logs"), exist_ok=True)
-        for number, stage in enumerate(self.recipe.stages, start=1):
-            label = f"[{number}/{len(self.recipe.stages)}] {stage.name} ({stage.kind})"
+        waiting = []
+        for stage in self.recipe.stages:
             if stage.name in self.done:
-                self.say(f"{label}: done before")
+                self.say(f"{self._label(stage)}: done before")
+                add_sets(stage, self._directory(stage), self.datasets)
             else:
-                self.say(f"{label} ...")
-                self._run(stage)
-                self.say(f"{label}: {self.done[stage.name]['seconds']:.0f} s")
-                write_report(self.recipe, self.output, self.done)
-            add_sets(stage, self._directory(stage), self.datasets)
+                waiting.append(stage)
+        with Workers(self.jobs) as workers:
+            failed = self._run_waiting(waiting, workers)
+        if failed:
+            raise StageError("; ".join(failed))
         return write_report(self.recipe, self.output, self.done)
 
-    def _run(self, stage: Stage) -> None:
+    def _run_waiting(self, waiting: list[Stage], workers: Workers) -> list[str]:
+        """Run stages as soon as what they need is done; after a failure no more are started.
+
+        Returns:
+            What failed, a sentence for each stage.
+        """
+        failed: list[str] = []
+        while waiting or workers.running:
+            ready = [s for s in waiting if all(name in self.done for name in s.needs)]
+            if ready and not failed and workers.free:
+                waiting.remove(ready[0])
+                self.say(f"{self._label(ready[0])} ...")
+                workers.start(self._begin(ready[0]))
+                continue
+            if not workers.running:
+                break
+            result = workers.wait()
+            try:
+                self._end(result)
+            except (StageError, OSError) as error:
+                failed.append(f"stage {result.work.stage.name}: {error}")
+        return failed
+
+    def _label(self, stage: Stage) -> str:
+        number = self.recipe.stages.index(stage) + 1
+        return f"[{number}/{len(self.recipe.stages)}] {stage.name} ({stage.kind})"
+
+    def _begin(self, stage: Stage) -> Work:
+        """Make the directory that a stage works in."""
         directory = self._directory(stage)
         trains = stage.kind == "train"
         place = directory if trains else os.path.join(self.output, f".{stage.name}.partial")
@@ -148,18 +182,24 @@ class Runner:
             self._write(os.path.join(place, STARTED), self._made_with(stage))
         log = os.path.join(self.output, "logs", f"{stage.name}.log")
         directories = {name: os.path.join(self.output, name) for name in self.done}
-        start = time.time()
-        try:
-            run_stage(Work(stage, place, self.recipe, self.datasets, directories, log, self.gpus))
-        except (ValueError, OSError) as error:
-            raise StageError(f"{error}") from error
-        finally:
-            seconds = time.time() - start + self._seconds_before(stage, place)
-            if trains:
-                self._write(os.path.join(place, "seconds.json"), seconds)
+        return Work(stage, place, self.recipe, self.datasets, directories, log, self.gpus)
+
+    def _end(self, result: Result) -> None:
+        """Finish a stage that has ended.
+
+        Raises:
+            StageError: it has failed.
+        """
+        stage, place = result.work.stage, result.work.directory
+        if result.error is not None:
+            raise StageError(result.error)
+        seconds = seconds_of_stage(result.work)
         self._finish(stage, place, seconds)
-        if not trains:
-            os.rename(place, directory)
+        if stage.kind != "train":
+            os.rename(place, self._directory(stage))
+        add_sets(stage, self._directory(stage), self.datasets)
+        self.say(f"{self._label(stage)}: {seconds:.0f} s")
+        write_report(self.recipe, self.output, self.done)
 
     def _finish(self, stage: Stage, place: str, seconds: float) -> None:
         missing = [f for f in outputs_of(stage) if not os.path.exists(os.path.join(place, f))]
@@ -244,14 +284,6 @@ class Runner:
             text = json.dumps(content, sort_keys=True, default=str)
             found[stage.name] = hashlib.sha256(text.encode()).hexdigest()
         return found
-
-    @staticmethod
-    def _seconds_before(stage: Stage, place: str) -> float:
-        path = os.path.join(place, "seconds.json")
-        if not os.path.isfile(path):
-            return 0.0
-        with open(path, encoding="utf-8") as file:
-            return float(json.load(file))
 
     @staticmethod
     def _write(path: str, content: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -20,13 +22,14 @@ from d2_balance.evaluation.merge.ensemble import merge_files
 from d2_balance.evaluation.merge.rescore import apply_factors, fit_factors
 from d2_balance.evaluation.predictions import read_predictions
 from d2_balance.evaluation.record import Evaluation
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, write_text
 
 from .datasets import DataSets, images_of, keep_classes, split, write_json
 from .recipe import Recipe, Stage, sets_of
 from .training import copy_node, merged, training_config
 
 PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
+SECONDS = "seconds.json"
 WEIGHTS = os.path.join("run", "model_final.pth")
 
 
@@ -71,8 +74,21 @@ def run_stage(work: Work) -> None:
         StageError: a process has failed.
         ValueError: the data do not allow it.
     """
-    with open(work.log, "a", encoding="utf-8") as log, redirect_stdout(log):
-        _ACTIONS[work.stage.kind](work)
+    start, before = time.time(), seconds_of_stage(work)
+    try:
+        with open(work.log, "a", encoding="utf-8") as log, redirect_stdout(log):
+            _ACTIONS[work.stage.kind](work)
+    finally:  # a training that is stopped goes on later
+        write_text(work.path(SECONDS), json.dumps(before + time.time() - start))
+
+
+def seconds_of_stage(work: Work) -> float:
+    """Return how long a stage has worked, over all of its runs."""
+    path = work.path(SECONDS)
+    if not os.path.isfile(path):
+        return 0.0
+    with open(path, encoding="utf-8") as file:
+        return float(json.load(file))
 
 
 def outputs_of(stage: Stage) -> list[str]:
@@ -101,7 +117,7 @@ def _classes(work: Work) -> None:
 
 def _split(work: Work) -> None:
     data = work.datasets.load(work.stage["from"]).data
-    parts = split(data, work.stage["share"], work.stage["seed"] or 0)
+    parts = split(data, work.stage["fraction"], work.stage["seed"] or 0)
     for name, part in zip(("rest.json", "held.json"), parts, strict=True):
         write_json(work.path(name), part)
 

@@ -1,15 +1,20 @@
 """Self-contained HTML pages: text, tables and images in one file that opens anywhere."""
 
+from __future__ import annotations
+
 import base64
 import html
 import io
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from .files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:62rem;margin:2rem auto;

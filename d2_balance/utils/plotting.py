@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import numpy as np
 
 from .files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#666666")
@@ -21,6 +24,9 @@ GROUP_COLOURS = {"r": "#D55E00", "c": "#009E73", "f": "#0072B2", None: "#666666"
 
 def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
     """Return a figure made without pyplot, so that a caller's own backend stays."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # commands without plots do without
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -89,8 +95,15 @@ def name_points(
     assert figure is not None
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
-    taken = [line.get_window_extent().padded(2) for line in axes.lines]
-    dots = axes.transData.transform([*points, *others])
+    taken = []
+    covered = [*points, *others]
+    for line in axes.lines:
+        vertices = np.asarray(line.get_xydata()).tolist()
+        if len(vertices) <= 2:
+            taken.append(line.get_window_extent().padded(2))
+        else:  # the box around a curve is mostly empty
+            covered += vertices
+    dots = axes.transData.transform(covered)
     reach = 4 * figure.dpi / 72  # radius of a point, and some air, in pixels
     written = 0
     for index in order[: 5 * limit]:

@@ -2,22 +2,26 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2_balance.analysis.remedies import RULES, Setting, decision_table, inert, suggestions
 from d2_balance.analysis.report import analyze
 from d2_balance.analysis.source import Source
-from d2_balance.analysis.suggest import Setting, advice, settings, to_yaml
+from d2_balance.analysis.suggest import advice, settings, to_yaml
 from d2_balance.analysis.table import DataTable
 from d2_balance.data import register_from_config
 from d2_balance.engine import BalancedTrainer, read_config
 from d2_balance.engine.setup.validate import validate
+from d2_balance.utils.blocks import with_blocks
 
 from ..conftest import small_cfg as any_cfg
 from .conftest import annotations, coco
 
+ROOT = Path(__file__).parents[2]
 QUICK = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "quick_schedules")
 LONG_TAIL = [[0]] * 30 + [[0, 1]] * 30 + [[1, 2]] * 2 + [[3]]
 
@@ -105,6 +109,54 @@ def test_what_is_set_already_is_not_suggested_again(table):
     found, _ = lines_of(table(LONG_TAIL), cfg)
     cfg.merge_from_list([part for line in found.items() for part in line])
     assert lines_of(table(LONG_TAIL), cfg)[0] == {}
+
+
+def test_remedies_are_ranked_with_the_figure_of_the_data_and_the_effect(table):
+    found = analyze(Source("made", table(LONG_TAIL)), small_cfg("faster", balanced=False))
+    ranked = suggestions(found)
+    assert [s.reach for s in ranked] == sorted((s.reach for s in ranked), reverse=True)
+    named = {s.name: s for s in ranked}
+    eql, repeats = named["EQL"], named["repeat factors"]
+    # 60, 32, 2 and 1 images: two classes are tail, with 3 of 95; three are below the border
+    assert eql.reason.startswith("2 classes of 4 hold 3.2 % of the images; the most frequent class")
+    assert "60 times" in eql.reason and eql.reach == 2 / 4
+    assert eql.fragment["MODEL"]["BALANCE"]["CLS_LOSS"] == "EQL"
+    assert f"up to {found.repeat.factor.max():.1f}" in repeats.effect
+    # what is set is not suggested again, and what it does is no longer news
+    cfg = found.cfg.clone()
+    cfg.merge_from_list([part for s in settings(found) for part in (s.key, s.value)])
+    assert suggestions(analyze(Source("made", table(LONG_TAIL)), cfg)) == []
+
+
+def test_out_of_reach_comes_first(table):
+    cfg = small_cfg(
+        "retinanet",
+        "MODEL.ANCHOR_GENERATOR.SIZES",
+        [[256], [300], [350], [400], [512]],
+        balanced=False,
+    )
+    small = table(LONG_TAIL, box=(4, 4, 10, 10))
+    first, *others = suggestions(analyze(Source("made", small), cfg))
+    assert first.name == "anchor sizes" and "No anchor reaches" in first.reason
+    assert all(first.reach >= other.reach for other in others)
+
+
+def test_a_remedy_that_does_nothing_here_is_named(table):
+    values = ["MODEL.BALANCE.CLS_LOSS", "EQL", "MODEL.BALANCE.EQL.LAMBDA", 0.01]
+    values += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
+    values += ["DATALOADER.REPEAT_THRESHOLD", 0.001]
+    loss, sampler = inert(analyze(Source("made", table(LONG_TAIL)), small_cfg("faster", *values)))
+    # the rarest class is in 1 of 63 images, 1.6 %
+    assert "EQL protects no class here: the rarest is in 1.6 % of the images" in loss
+    assert "LAMBDA is 1 %" in loss and "repeats nothing" in sampler
+    values[3] = 0.02
+    assert len(inert(analyze(Source("made", table(LONG_TAIL)), small_cfg("faster", *values)))) == 1
+
+
+def test_the_page_of_the_docs_holds_the_rules():
+    page = (ROOT / "docs" / "analyze.md").read_text(encoding="utf-8")
+    assert with_blocks(page, {"rules": decision_table()}) == page
+    assert len(RULES) == len({rule.remedy for rule in RULES})
 
 
 def test_yaml_has_a_reason_above_each_line():

@@ -10,9 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
+from d2_balance.analysis.tail import lambda_for_tail_ratio
 from d2_balance.cli import main as cli
 from d2_balance.data import ClassCounts
-from d2_balance.losses.eql import lambda_for_tail_ratio, tail_ratio, tail_weight
+from d2_balance.losses.eql import tail_ratio, tail_weight
 
 from ..analysis.conftest import coco
 
@@ -221,7 +222,7 @@ def test_bad_files_end_with_one_message(kind, message, files, capsys):
     [
         (
             ["--config-file", "none.yaml"],
-            "none.yaml is neither a file nor in Detectron2's model zoo",
+            "none.yaml' does not exist; it must be a file",
         ),
         (["--set", "SEED", "1"], "--set changes keys of a --config-file, and there is none"),
         (["--cuts", "9", "3"], "--cuts 9 3: RARE must not be above COMMON"),

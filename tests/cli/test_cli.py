@@ -2,14 +2,19 @@
 
 import errno
 import importlib
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from subprocess import PIPE
 from types import ModuleType
 
 import pytest
 
 from d2_balance.cli import main as cli
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -69,3 +74,60 @@ def test_wrong_usage_ends_with_status_2_and_the_usage(argv, capsys):
         cli.main(argv)
     assert caught.value.code == 2
     assert "usage: d2-balance" in capsys.readouterr().err
+
+
+LOADED = """
+import sys
+from d2_balance.cli.main import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+heavy = {"torch", "torchvision", "detectron2", "matplotlib", "cv2"} & set(sys.modules)
+print("LOADED", *sorted(heavy), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def loaded(directory, *arguments):
+    """The heavy packages that a command loads, when it runs without an error."""
+    command = [sys.executable, "-c", LOADED, *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.rpartition("LOADED")[2].split()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_loads_neither_torch_nor_detectron2(arguments, tmp_path):
+    assert loaded(tmp_path, *arguments) == []
+
+
+def test_commands_without_a_model_load_neither_torch_nor_detectron2(tmp_path):
+    data = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(4)],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": n % 4,
+                "category_id": 1 + n // 4,
+                "bbox": [1, 1, 5, 5],
+                "area": 25,
+            }
+            for n in range(1, 6)
+        ],
+        "categories": [{"id": n, "name": f"c{n}"} for n in (1, 2)],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in data["annotations"]]
+    (tmp_path / "found.json").write_text(json.dumps([d | {"score": 0.5} for d in found]))
+    for command in (
+        ["analyze", "data.json"],
+        ["classmap", "data.json", "data.json"],
+        ["ensemble", "found.json", "--dataset", "data.json", "--output", "merged.json"],
+        ["eval", "found.json", "--dataset", "data.json", "--json", "a.json"],
+        ["eval", "found.json", "--dataset", "data.json", "--json", "b.json", "--csv", "b.csv"],
+        ["compare", "a.json", "b.json"],
+        ["methods"],
+    ):
+        assert loaded(tmp_path, *command) == [], command

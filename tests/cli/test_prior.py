@@ -38,7 +38,7 @@ def test_the_command_prints_the_table_and_writes_the_file(config, tmp_path, caps
 
 def test_a_sample_says_so(config, capsys):
     assert cli.main(["prior", "--config-file", config, "--max-images", "1"]) == 0
-    assert "1 images of 2, drawn with seed 0" in capsys.readouterr().out
+    assert "1 image of 2, sampled with seed 0" in capsys.readouterr().out
 
 
 def test_an_existing_file_stays_without_overwrite(config, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2_balance.data.catalog.class_map import (
+from d2_balance.data.class_map import (
     load_class_map,
     read_class_map,
     resolve_class_map,

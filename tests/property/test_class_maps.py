@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2_balance.data.catalog.class_map import (
+from d2_balance.data.class_map import (
     load_class_map,
     read_class_map,
     resolve_class_map,

@@ -56,7 +56,7 @@ def recipe(**changes):
                 "from": "challenge_train",
                 "keep": ["often", "rare"],
             },
-            {"name": "parts", "kind": "split", "from": "challenge_train", "share": 0.4},
+            {"name": "parts", "kind": "split", "from": "challenge_train", "fraction": 0.4},
             {
                 "name": "expert",
                 "kind": "train",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2_balance.data.catalog.class_map import load_class_map
 from d2_balance.data.catalog.metadata import target_categories
+from d2_balance.data.class_map import load_class_map
 from d2_balance.engine.resume.data_stream import check_weights_of_sets
 from d2_balance.recipes.datasets import keep_classes, split
 from d2_balance.recipes.recipe import Recipe
@@ -71,7 +71,7 @@ def test_a_split_has_each_image_once():
     for part, own in zip((rest, held), ids, strict=True):
         assert {a["image_id"] for a in part["annotations"]} == own
     assert split(data, 0.25, 0)[1] == held != split(data, 0.25, 1)[1]
-    with pytest.raises(ValueError, match="share is 1"):
+    with pytest.raises(ValueError, match="fraction is 1"):
         split(data, 1, 0)
     with pytest.raises(ValueError, match="leaves a part empty"):
         split(data, 0.01, 0)

@@ -203,3 +203,39 @@ def test_other_settings_are_not_mixed_with_what_is_done(directory, fakes, capsys
         (directory / "small.yaml").read_text() + "\nOUTPUT_DIR: x\n"
     )
     assert run("--resume") == 2
+
+
+def test_stages_that_do_not_need_each_other_run_side_by_side(directory, capsys):
+    """Two datasets are made at once, by processes of their own, as one after the other."""
+    sets = [
+        {"name": "two", "kind": "classes", "from": "challenge_train", "keep": ["often", "rare"]},
+        {"name": "parts", "kind": "split", "from": "challenge_train", "fraction": 0.4},
+        {"name": "half", "kind": "split", "from": "two", "fraction": 0.5},
+    ]
+    recipe(stages=sets)
+    assert run() == 0
+    capsys.readouterr()
+    assert run("--output", "beside", "--jobs", "2") == 0
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:6]]
+    two, parts, half = (f"[{n}/3] {s['name']} ({s['kind']})" for n, s in enumerate(sets, start=1))
+    assert lines[:2] == [f"{two} ...", f"{parts} ..."]  # the second starts before the first ends
+    assert lines.index(f"{half} ...") > lines.index(two)
+    for file in ("two/annotations.json", "parts/held.json", "half/rest.json"):
+        assert Path("out", file).read_bytes() == Path("beside", file).read_bytes()
+    assert run("--output", "beside", "--jobs", "2", "--resume") == 0
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+def test_a_stage_that_fails_beside_another_is_named(directory, capsys):
+    sets = [
+        {"name": "none", "kind": "split", "from": "challenge_train", "fraction": 0.001},
+        {"name": "parts", "kind": "split", "from": "challenge_train", "fraction": 0.4},
+        {"name": "half", "kind": "split", "from": "parts_rest", "fraction": 0.5},
+    ]
+    recipe(stages=sets)
+    assert run("--jobs", "2") == 1
+    error = capsys.readouterr().err
+    assert "stage none: " in error and "leaves a part empty" in error
+    assert Path("out/parts/done.json").is_file()  # what ran beside it is kept
+    assert run("--jobs", "0") == 2
+    assert "--jobs is 0; must be at least 1" in capsys.readouterr().err

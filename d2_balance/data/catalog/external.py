@@ -20,10 +20,10 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..annotations import read_annotations
+from ..class_map import ClassMap, load_class_map
 from ..columns import IMAGE_LABEL_KEYS
 from ..ignore_regions import FIELD
 from ..records import Records, load_json
-from .class_map import ClassMap, load_class_map
 from .metadata import id_map, loaded_metadata, target_categories
 from .register import resolve_path
 

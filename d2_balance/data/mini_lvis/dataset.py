@@ -15,7 +15,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from iopath.common.file_io import file_lock
-from tqdm import tqdm
+
+from d2_balance.utils.progress import progress
 
 from ..groups import groups_from_counts
 from .scene import render_image
@@ -193,15 +194,8 @@ def _render(directory: str, num_images: dict[str, int]) -> None:
         "train": train_image_counts(num_images["train"]),
         "val": val_image_counts(num_images["val"]),
     }
-    progress = tqdm(
-        total=sum(num_images.values()),
-        desc="rendering mini_lvis",
-        unit="img",
-        delay=2,  # seconds; a short rendering shows no bar
-    )
-    with progress:
-        train = _render_split(directory, "train", counts["train"], num_images["train"], progress)
-        val = _render_split(directory, "val", counts["val"], num_images["val"], progress)
+    train = _render_split(directory, "train", counts["train"], num_images["train"])
+    val = _render_split(directory, "val", counts["val"], num_images["val"])
     # As in LVIS, counts and frequency groups of both files are those of the training set.
     categories = _categories(train["annotations"])
     for split, data in (("train", train), ("val", val)):
@@ -209,16 +203,15 @@ def _render(directory: str, num_images: dict[str, int]) -> None:
             json.dump(data | {"categories": categories}, f, separators=(",", ":"))
 
 
-def _render_split(
-    directory: str, split: str, counts: list[int], num_images: int, progress: tqdm
-) -> dict:
+def _render_split(directory: str, split: str, counts: list[int], num_images: int) -> dict:
     """Writes the images of one split; returns its LVIS data, still without categories."""
     os.makedirs(os.path.join(directory, split))
     seed = [SEED, list(NAMES.values()).index(split)]
     first_id = 1 if split == "train" else NUM_IMAGES["train"] + 1
     may_omit = {j for j, n in enumerate(train_image_counts()) if frequency_group(n) != "r"}
     images, annotations = [], []
-    for index, class_indices in enumerate(_plan(counts, num_images, np.random.default_rng(seed))):
+    plan = _plan(counts, num_images, np.random.default_rng(seed))
+    for index, class_indices in enumerate(progress(plan, f"rendering mini_lvis_{split}")):
         rng = np.random.default_rng([*seed, index])
         image_id = first_id + index
         image, record, objects = render_image(image_id, class_indices, may_omit, rng)
@@ -226,7 +219,6 @@ def _render_split(
         image.save(os.path.join(directory, file_name), quality=95, subsampling=0)
         images.append(record | {"file_name": file_name, "coco_url": f"mini_lvis/{file_name}"})
         annotations.extend(objects)
-        progress.update()
     annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
     info = {"description": "mini_lvis, rendered by d2_balance", "version": VERSION}
     return {"info": info, "images": images, "annotations": annotations}

@@ -11,17 +11,17 @@ synset; `null` on the right leaves the class out on purpose:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import yaml
-from detectron2.utils.file_io import PathManager
 
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, read_bytes
 
-from ..columns import category_name
+from .columns import category_name
 
 _KEYS = ("synset", "freebase_id", "mid")
 _SHOWN = 10
@@ -71,8 +71,7 @@ def read_class_map(path: str) -> dict[str, str | None]:
         ValueError: a file that cannot be read, is no mapping of texts, or names a class twice.
     """
     try:
-        with PathManager.open(path) as file:
-            entries = yaml.load(file, Loader=_UniqueLoader)
+        entries = yaml.load(read_bytes(path), Loader=_UniqueLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{path}: the class map cannot be read: {text}") from error
@@ -159,7 +158,7 @@ def write_class_map(
     Raises:
         FileExistsError: the file is there; edited maps are not replaced.
     """
-    if PathManager.exists(path):
+    if os.path.exists(path):
         raise FileExistsError(f"{path} exists; it may have been edited, and is not replaced")
     found = resolve_class_map(None, source, target)
     names = {c["id"]: category_name(c) for c in target}
