@@ -9,7 +9,8 @@ effect of rarity, and is none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +18,13 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from d2_balance.data.priors.foreground import PartCount, training_size
-from d2_balance.data.priors.sample_counts import ROI_HEADS, RPN, AnchorCounter, row_counters
+from d2_balance.data.priors.sample_counts import (
+    ROI_HEADS,
+    RPN,
+    AnchorCounter,
+    PointCounter,
+    row_counters,
+)
 from d2_balance.utils.progress import progress
 
 from .images import sample_images
@@ -111,7 +118,7 @@ def anchor_report(
             f"MODEL.PROPOSAL_GENERATOR.NAME {cfg.MODEL.PROPOSAL_GENERATOR.NAME} has no anchors to "
             "look at; RPN and BalancedRPN have"
         )
-    counter = counters[part]
+    counter = cast(AnchorCounter | PointCounter, counters[part])  # all parts but ROI_HEADS
     images = images_in_training(cfg, table, sample_images(table, max_images, seed))
     levels = [[0, 0] for _ in counter.levels]
     for size, boxes, _ in progress(images, "labelling anchors"):
@@ -122,23 +129,23 @@ def anchor_report(
     outputs = 1 if part == RPN else table.num_classes
     edges = [min(size) for size, _, _ in images]
     labels = np.concatenate([own for _, _, own in images])
-    common = {
-        "part": part,
-        "levels": [Level(n, *t) for n, t in zip(counter.levels, levels, strict=True)],
-        "prior": PartCount(positives, rows, outputs) if 0 < positives < rows else None,
-        "images": len(images),
-        "edge": (min(edges), max(edges)),
-        "objects": np.bincount(labels, minlength=table.num_classes),
-    }
+    report = AnchorReport(
+        part=part,
+        levels=[Level(n, *t) for n, t in zip(counter.levels, levels, strict=True)],
+        prior=PartCount(positives, rows, outputs) if 0 < positives < rows else None,
+        images=len(images),
+        edge=(min(edges), max(edges)),
+        objects=np.bincount(labels, minlength=table.num_classes),
+    )
     if not isinstance(counter, AnchorCounter):
-        return AnchorReport(**common)
+        return report
     threshold = counter.threshold
     if part == RPN:
         threshold = min(threshold, cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[-1])
     reached = _reached_by_change(cfg, counter, threshold, images, table.num_classes)
-    change = _best_change(reached, common["objects"])
-    return AnchorReport(
-        **common,
+    change = _best_change(reached, report.objects)
+    return replace(
+        report,
         threshold=threshold,
         low_quality=counter.low_quality,
         sizes=_sizes(cfg),

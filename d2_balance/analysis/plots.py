@@ -14,10 +14,13 @@ from .report import Analysis
 from .tail import tail_at
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .anchors import AnchorReport
+    from .table import DataTable
+    from .tail import RepeatFactors
 
 NAMED = 60  # classes whose names fit below an axis
 GREY, LIGHT = "#555555", "#BBBBBB"
@@ -25,7 +28,7 @@ GREY, LIGHT = "#555555", "#BBBBBB"
 
 def box_sizes(found: Analysis) -> tuple[np.ndarray, str]:
     """(S,) roots of box areas, and whose pixels they are in."""
-    table = found.table
+    table = _table(found)
     kept = ~table.crowd
     area = np.sqrt(table.boxes[kept, 2] * table.boxes[kept, 3])
     if found.cfg is None:
@@ -48,14 +51,19 @@ def _scale(found: Analysis, size: tuple[int, int]) -> float:
     return float(np.sqrt(height * width / (size[0] * size[1])))
 
 
+def _table(found: Analysis) -> DataTable:
+    if found.table is None:
+        raise ValueError(f"{found.source.name} has no boxes")
+    return found.table
+
+
 def median_sizes(found: Analysis) -> np.ndarray:
     """(K,) median size of the boxes of each class; NaN without objects."""
     sizes, _ = box_sizes(found)
-    label = found.table.label[~found.table.crowd]
+    table = _table(found)
+    label = table.label[~table.crowd]
     order = np.argsort(label, kind="stable")
-    parts = np.split(
-        sizes[order], np.searchsorted(label[order], np.arange(1, found.table.num_classes))
-    )
+    parts = np.split(sizes[order], np.searchsorted(label[order], np.arange(1, table.num_classes)))
     return np.array([np.median(part) if len(part) else np.nan for part in parts])
 
 
@@ -74,7 +82,7 @@ def plot_classes(found: Analysis) -> Figure:
     size = 14 if len(order) <= NAMED else 3
     seen = np.flatnonzero(objects)
     axes.plot(seen, objects[seen], ".", color="#1a1a1a", ms=size**0.5 * 1.6)
-    handles = [
+    handles: list[Artist] = [
         Patch(color=GROUP_COLOURS[g], label=f"{name}: images")
         for g, name in GROUPS.items()
         if g in found.groups
@@ -109,7 +117,8 @@ def plot_sizes(found: Analysis) -> Figure:
 
     sizes, place = box_sizes(found)
     sizes = np.maximum(sizes, 1)
-    label = found.table.label[~found.table.crowd]
+    table = _table(found)
+    label = table.label[~table.crowd]
     group = np.array(found.groups)[label]
     report = found.anchors
     lines = (
@@ -125,8 +134,8 @@ def plot_sizes(found: Analysis) -> Figure:
     axes = figure.add_subplot()
     shown = [g for g in GROUPS if (group == g).any()]
     colours = [GROUP_COLOURS[g] for g in shown]
-    axes.hist([sizes[group == g] for g in shown], bins, stacked=True, color=colours)
-    handles = [Patch(color=GROUP_COLOURS[g], label=GROUPS[g]) for g in shown]
+    axes.hist([sizes[group == g] for g in shown], bins.tolist(), stacked=True, color=colours)
+    handles: list[Artist] = [Patch(color=GROUP_COLOURS[g], label=GROUPS[g]) for g in shown]
     for size in lines:
         axes.axvline(size, color="#1a1a1a", lw=0.8, ls=":")
     if lines:
@@ -142,13 +151,13 @@ def plot_sizes(found: Analysis) -> Figure:
     return figure
 
 
-def plot_missed(found: Analysis, order: Sequence[int]) -> Figure:
+def plot_missed(found: Analysis, report: AnchorReport, order: Sequence[int]) -> Figure:
     """Draw the fraction of unmatched objects, before and with the suggestion."""
     figure = new_figure(7, 0.8 + 0.34 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))[::-1]
-    before = 100 * found.anchors.missed()[list(order)]
-    after = 100 * found.anchors.missed(suggested=True)[list(order)]
+    before = 100 * report.missed()[list(order)]
+    after = 100 * report.missed(suggested=True)[list(order)]
     axes.barh(places + 0.19, before, 0.36, color="#D55E00", label="sizes of the configuration")
     axes.barh(places - 0.19, after, 0.36, color="#0072B2", label="suggested sizes")
     for place, *values in zip(places, before, after, strict=True):
@@ -181,7 +190,7 @@ def plot_tail(found: Analysis) -> Figure:
         where="post",
         color="#0072B2",
     )
-    handles = [Patch(color="#009E73", alpha=0.15, label="useful: 2 to 10 %")]
+    handles: list[Artist] = [Patch(color="#009E73", alpha=0.15, label="useful: 2 to 10 %")]
     if found.tail is not None:
         axes.plot(found.tail.lambda_, 100 * found.tail.ratio, "o", color="#D55E00")
         label = f"suggested: {found.tail.lambda_:.3g}, {found.tail.classes} classes"
@@ -198,18 +207,18 @@ def plot_tail(found: Analysis) -> Figure:
     return figure
 
 
-def plot_repeats(found: Analysis) -> Figure:
+def plot_repeats(found: Analysis, repeat: RepeatFactors) -> Figure:
     """Images of each class, and how often an epoch shows it with the suggested threshold."""
     from matplotlib.patches import Patch
 
     order = found.order
     images = found.statistics.image_count[order]
-    shown = found.repeat.shown[order]
+    shown = repeat.shown[order]
     figure = new_figure(9, 3.6)
     axes = figure.add_subplot()
     _bars(axes, shown, "#56B4E9")
     _bars(axes, images, "#0072B2")
-    handles = [
+    handles: list[Artist] = [
         Patch(color="#0072B2", label="images"),
         Patch(color="#56B4E9", label="added by repeating"),
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from d2_balance.utils.text import plural, table
 
 from .table import EMPTY_VERIFIED
-from .tail import tail_at
+from .tail import Tail, tail_at
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -164,17 +164,16 @@ def _anchors(analysis: Analysis) -> Suggestion | None:
     )
 
 
-def _tail_text(analysis: Analysis) -> str:
-    tail = analysis.tail
+def _tail_text(tail: Tail) -> str:
     return f"Tail: {plural(tail.classes, 'class')}, {100 * tail.ratio:.1f} % of the images"
 
 
-def _tail_reason(analysis: Analysis) -> str:
+def _tail_reason(analysis: Analysis, tail: Tail) -> str:
     counts = analysis.statistics.image_count.tolist()
     seen = [n for n in counts if n]
     return (
-        f"{plural(analysis.tail.classes, 'class')} of {len(counts):,} hold "
-        f"{100 * analysis.tail.ratio:.1f} % of the images; the most frequent class is in "
+        f"{plural(tail.classes, 'class')} of {len(counts):,} hold "
+        f"{100 * tail.ratio:.1f} % of the images; the most frequent class is in "
         f"{max(seen) / min(seen):,.0f} times the images of the rarest."
     )
 
@@ -188,8 +187,8 @@ def _eql(analysis: Analysis) -> Suggestion | None:
         Setting(
             "MODEL.BALANCE.CLS_LOSS",
             "EQL",
-            f"{_tail_text(analysis)} (TR); the loss keeps frequent classes from pushing down their "
-            "scores.",
+            f"{_tail_text(analysis.tail)} (TR); the loss keeps frequent classes from pushing down "
+            "their scores.",
         ),
         Setting(
             "MODEL.BALANCE.EQL.LAMBDA",
@@ -201,7 +200,7 @@ def _eql(analysis: Analysis) -> Suggestion | None:
         f"{classes} below lambda {tail.lambda_:g} get no negative gradient from objects of others."
     )
     reach = tail.classes / analysis.statistics.num_classes
-    return Suggestion("EQL", _tail_reason(analysis), effect, tuple(settings), reach)
+    return Suggestion("EQL", _tail_reason(analysis, analysis.tail), effect, tuple(settings), reach)
 
 
 def _efl(analysis: Analysis) -> Suggestion | None:
@@ -210,12 +209,12 @@ def _efl(analysis: Analysis) -> Suggestion | None:
     loss = Setting(
         "MODEL.BALANCE.CLS_LOSS",
         "EFL",
-        f"{_tail_text(analysis)}; the loss weighs the examples of classes that learn little.",
+        f"{_tail_text(analysis.tail)}; the loss weighs the examples of classes that learn little.",
     )
     effect = f"The focus rises for {plural(analysis.tail.classes, 'class')} as they fall behind."
     reach = analysis.tail.classes / analysis.statistics.num_classes
     settings = (*_balanced_parts(analysis.cfg), loss)
-    return Suggestion("EFL", _tail_reason(analysis), effect, settings, reach)
+    return Suggestion("EFL", _tail_reason(analysis, analysis.tail), effect, settings, reach)
 
 
 def _repeat(analysis: Analysis) -> Suggestion | None:

@@ -102,8 +102,11 @@ def analyze(
     """
     table, notes = source.table, [source.note] if source.note else []
     filter_empty = cfg is None or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    problems: dict[str, list] = {}
     if table is None:
-        statistics, problems = source.counts, {}
+        if source.counts is None:
+            raise ValueError(f"{source.name} has neither images nor counts of its classes")
+        statistics = source.counts
     else:
         table.statistics()  # refuses a set without an object
         problems = dict(table.problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from d2_balance.data.groups import GROUPS
 from . import plots
 from .parts import Part, Plot, Section, Table, Text
 from .report import Analysis
+from .tail import RepeatFactors
+
+if TYPE_CHECKING:
+    from .anchors import AnchorReport
 
 MANY = 40  # classes, above which a table of all of them is folded and left to the page
 SHOWN_IDS = 20
@@ -144,13 +149,12 @@ def _boxes(found: Analysis) -> Iterator[Part]:
         + (", and the sizes of anchors as lines." if report and report.sizes else "."),
     )
     if report is not None and report.reached is not None:
-        yield from _reach(found)
+        yield from _reach(found, report, report.reached)
 
 
-def _reach(found: Analysis) -> Iterator[Part]:
-    report = found.anchors
+def _reach(found: Analysis, report: AnchorReport, reached: np.ndarray) -> Iterator[Part]:
     missed, objects = report.missed(), report.objects
-    total = 1 - report.reached.sum() / max(objects.sum(), 1)
+    total = 1 - reached.sum() / max(objects.sum(), 1)
     text = (
         f"{_percent(total)} of the objects that were looked at have no anchor with an IoU of "
         f"{report.threshold:g} or more."
@@ -185,9 +189,9 @@ def _reach(found: Analysis) -> Iterator[Part]:
             True,
         )
         yield Plot(
-            lambda: plots.plot_missed(found, order),
-            "Share of objects that no anchor reaches, with the sizes of the configuration and with "
-            "the suggested ones.",
+            lambda: plots.plot_missed(found, report, order),
+            "Fraction of objects that no anchor reaches, with the sizes of the configuration and "
+            "with the suggested ones.",
         )
 
 
@@ -208,21 +212,21 @@ def _repeats(found: Analysis) -> Iterator[Part]:
     if not found.repeats:
         return
     rows = []
-    for repeat in found.repeats:
-        gain = repeat.factor.max()
-        what = "suggested" if found.repeat is repeat or _same(found, repeat) else ""
-        cells = [f"{repeat.threshold:g}", str(repeat.repeated), f"{gain:.2f}"]
-        rows.append([*cells, f"{repeat.epoch:.2f}", what])
+    for shown in found.repeats:
+        what = "suggested" if _same(found, shown) else ""
+        cells = [f"{shown.threshold:g}", str(shown.repeated), f"{shown.factor.max():.2f}"]
+        rows.append([*cells, f"{shown.epoch:.2f}", what])
     headers = ["DATALOADER.REPEAT_THRESHOLD", "classes repeated", "largest r(c)", "epoch", ""]
     yield Table(headers, rows)
-    for repeat in found.repeats:
-        if not repeat.repeated:
+    for shown in found.repeats:
+        if not shown.repeated:
             yield Text(
-                f"A threshold of {repeat.threshold:g} does nothing here: no class is in fewer "
-                f"than {100 * repeat.threshold:g} % of the images.",
+                f"A threshold of {shown.threshold:g} does nothing here: no class is in fewer "
+                f"than {100 * shown.threshold:g} % of the images.",
                 True,
             )
-    if found.repeat is None:
+    repeat = found.repeat
+    if repeat is None:
         yield Text("No threshold is suggested: repeating would change little or cost too much.")
         return
     yield Text(
@@ -230,13 +234,12 @@ def _repeats(found: Analysis) -> Iterator[Part]:
         "shows a class."
     )
     yield Plot(
-        lambda: plots.plot_repeats(found),
-        f"Images of each class, and effective counts with a threshold of "
-        f"{found.repeat.threshold:g}.",
+        lambda: plots.plot_repeats(found, repeat),
+        f"Images of each class, and effective counts with a threshold of {repeat.threshold:g}.",
     )
 
 
-def _same(found: Analysis, repeat) -> bool:
+def _same(found: Analysis, repeat: RepeatFactors) -> bool:
     return found.repeat is not None and found.repeat.threshold == repeat.threshold
 
 

@@ -48,7 +48,7 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
     if files:
         from d2_balance.data.catalog.register import register_json
 
-        register_json(dataset, *files, key="--register")
+        register_json(dataset, files[0], files[1], key="--register")
     place = locate(dataset, "dataset")
     if not place.path:
         return _from_loader(dataset)

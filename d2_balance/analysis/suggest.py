@@ -11,6 +11,8 @@ import yaml
 from .remedies import PLAIN_LOSSES, RULES, Setting, config_value
 
 if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
     from .report import Analysis
 
 
@@ -57,7 +59,7 @@ def advice(found: Analysis) -> list[str]:
             "for your model and include its anchors."
         )
     else:
-        lines += _other_data(found)
+        lines += _other_data(found, found.cfg)
     return lines
 
 
@@ -117,14 +119,14 @@ def _classes(found: Analysis) -> Iterator[Setting]:
         yield Setting("MODEL.MASK_ON", False, "No object has a mask.")
 
 
-def _other_data(found: Analysis) -> Iterator[str]:
+def _other_data(found: Analysis, cfg: CfgNode) -> Iterator[str]:
     from d2_balance.data.checks.classes import configured_num_classes
 
-    names = tuple(found.cfg.DATASETS.TRAIN)
+    names = tuple(cfg.DATASETS.TRAIN)
     count = found.statistics.num_classes
-    if count != configured_num_classes(found.cfg):
+    if count != configured_num_classes(cfg):
         yield (
-            f"The model has {configured_num_classes(found.cfg)} classes and the data {count}: "
+            f"The model has {configured_num_classes(cfg)} classes and the data {count}: "
             "DATASETS.TRAIN and DATASETS.TEST must name sets with these classes too; they are "
             f"{', '.join(names) or 'empty'} now."
         )
