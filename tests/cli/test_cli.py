@@ -4,8 +4,10 @@ import errno
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from subprocess import PIPE
 from types import ModuleType
@@ -13,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from d2_balance.cli import main as cli
+from d2_balance.utils import progress as progress_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +81,7 @@ def test_wrong_usage_ends_with_status_2_and_the_usage(argv, capsys):
 
 LOADED = """
 import sys
+import time
 from d2_balance.cli.main import main
 try:
     status = main(sys.argv[1:])
@@ -131,3 +135,46 @@ def test_commands_without_a_model_load_neither_torch_nor_detectron2(tmp_path):
         ["methods"],
     ):
         assert loaded(tmp_path, *command) == [], command
+
+
+def test_progress_in_a_pipe_is_lines_and_none_when_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "PERIOD", 0.0)
+    assert list(progress_module.progress("abc", "reading", unit="letters")) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("reading: 1 of 3 letters (33%)") and len(lines) == 3
+    assert all(line.isprintable() for line in lines)  # neither colours nor bars
+    monkeypatch.setenv(progress_module.QUIET, "1")
+    assert list(progress_module.progress("abc", "reading")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_keeps_its_traceback_and_an_interruption_has_none(failing, capsys):
+    failing(ValueError("raised by the test, which is no part of the package"))
+    with pytest.raises(ValueError, match="raised by the test"):
+        cli.main(["fail"])
+    failing(KeyboardInterrupt())
+    assert cli.main(["fail"]) == 130
+    assert capsys.readouterr().err == "d2-balance fail: interrupted\n"
+
+
+def test_sigterm_ends_a_command_with_status_143_after_its_cleaning(failing, monkeypatch, tmp_path):
+    """What a command has begun is undone: SIGTERM becomes SystemExit inside of it."""
+
+    class Terminated:
+        def __init__(self):
+            self.cleaned = False
+
+        def run(self, args):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            finally:
+                self.cleaned = True
+
+    command = Terminated()
+    failing(None)
+    monkeypatch.setattr(sys.modules["d2_balance.cli.fail"], "run", command.run)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fail"])
+    assert end.value.code == 143 and command.cleaned
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
