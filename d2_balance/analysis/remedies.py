@@ -239,7 +239,7 @@ def _repeat(analysis: Analysis) -> Suggestion | None:
     )
     return Suggestion(
         "repeat factors",
-        f"{classes} are in fewer than {100 * repeat.threshold:.2g} % of the images; "
+        f"{classes} are in fewer than {100 * repeat.threshold:.3g} % of the images; "
         f"{analysis.statistics.class_names[rarest]!r} is in {shown}.",
         f"Repeat factors up to {repeat.factor[rarest]:.1f}; an epoch has {repeat.epoch:.2f} times "
         "the images.",

@@ -135,7 +135,7 @@ def test_out_of_reach_comes_first(table):
         [[256], [300], [350], [400], [512]],
         balanced=False,
     )
-    small = table(LONG_TAIL, box=(4, 4, 10, 10))
+    small = table(LONG_TAIL, box=(4, 4, 40, 40))
     first, *others = suggestions(analyze(Source("made", small), cfg))
     assert first.name == "anchor sizes" and "No anchor reaches" in first.reason
     assert all(first.reach >= other.reach for other in others)
