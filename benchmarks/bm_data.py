@@ -6,7 +6,7 @@
 
 The defaults have the size of LVIS v1 train: 100,000 images, 1.27 million objects with polygons,
 1,203 classes. Every measurement runs in a process of its own, so that none finds a warm heap; each
-is repeated and the fastest counts. `MEASUREMENTS` lists them: another one is a function and a line.
+is repeated and the least counts. `MEASUREMENTS` lists them: another one is a function and a line.
 
 An epoch of repeat-factor sampling is the factors of all images and the indices of one pass. Masks
 are those of image-level labels, for every image once, in batches of 16.
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -81,46 +82,100 @@ def _circle(points: int) -> np.ndarray:
 
 def plain_load(path: str) -> float:
     """json.load of the file."""
-    start = time.perf_counter()
+    start = time.process_time()
     with open(path, encoding="utf-8") as file:
         data = json.load(file)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     del data
     return elapsed
 
 
-def first_statistics(path: str) -> float:
-    """Class statistics of a file that was never counted."""
+def first_read(path: str) -> float:
+    """Columns of a file that was never read: parsed, checked, written to the cache."""
     from d2_balance.data.annotations import read_annotations
 
     with tempfile.TemporaryDirectory() as directory:
         os.environ["D2_BALANCE_CACHE"] = directory
-        start = time.perf_counter()
-        read_annotations(path).class_counts()
-        return time.perf_counter() - start
+        start = time.process_time()
+        read_annotations(path)
+        return time.process_time() - start
 
 
-def cached_statistics(path: str) -> float:
-    """Class statistics of a file that was counted before, by the same path."""
+def cached_read(path: str) -> float:
+    """Columns of a file that was read before, by the same path."""
     from d2_balance.data.annotations import read_annotations
 
-    start = time.perf_counter()
-    read_annotations(path).class_counts()
-    return time.perf_counter() - start
+    start = time.process_time()
+    read_annotations(path)
+    return time.process_time() - start
 
 
-def moved_statistics(path: str) -> float:
-    """Class statistics of a file that was counted under another name: found by its hash."""
+def moved_read(path: str) -> float:
+    """Columns of a file that was read under another name: found by its hash."""
     from d2_balance.data.annotations import read_annotations
 
     link = f"{path}.moved"
     os.link(path, link)  # also changes the ctime, as a copy has another one
     try:
-        start = time.perf_counter()
-        read_annotations(link).class_counts()
-        return time.perf_counter() - start
+        start = time.process_time()
+        read_annotations(link)
+        return time.process_time() - start
     finally:
         os.remove(link)
+
+
+def cached_counts(path: str) -> float:
+    """Class counts and the report of a file that was read before."""
+    from d2_balance.data.annotations import read_annotations
+
+    start = time.process_time()
+    found = read_annotations(path)
+    found.class_counts()
+    assert not found.report.total
+    return time.process_time() - start
+
+
+def stock_records(path: str) -> float:
+    """Detectron2's own start: load_lvis_json's kin, filter, and the list that workers share."""
+    from detectron2.data import DatasetCatalog, DatasetFromList, get_detection_dataset_dicts
+    from detectron2.data.datasets import load_coco_json
+
+    start = time.process_time()
+    DatasetCatalog.register("stock", lambda: load_coco_json(path, ".", "stock"))
+    records = DatasetFromList(get_detection_dataset_dicts("stock"), copy=False)
+    assert records[0]["annotations"]
+    return time.process_time() - start
+
+
+def _lazy_records(path: str) -> float:
+    """Start of our training set: records, filter, repeat factors, the first 16 records."""
+    import numpy as np
+
+    from d2_balance.data import records as module
+    from d2_balance.data.annotations import read_annotations
+    from d2_balance.data.samplers import repeat_factors
+
+    # no images lie there; one listing of a directory is not what is measured
+    module.find_images = lambda source, _: [name.decode() for name in source.file_name]
+    start = time.process_time()
+    records = module.file_records(read_annotations(path), ".")
+    records = module.subset(records, np.flatnonzero(records.objects.with_objects()))
+    repeat_factors(records, 0.001)
+    for index in range(16):
+        assert records[index]["annotations"]
+    return time.process_time() - start
+
+
+def first_start(path: str) -> float:
+    """Start of a training on a file that was never read."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["D2_BALANCE_CACHE"] = directory
+        return _lazy_records(path)
+
+
+def second_start(path: str) -> float:
+    """Start of a training on a file that was read before."""
+    return _lazy_records(path)
 
 
 def _records(path: str) -> list[dict]:
@@ -148,9 +203,9 @@ def _repeat_factors(records: list[dict]):  # -> Tensor; torch is imported where 
 def repeat_factors(path: str) -> float:
     """Detectron2's factors, which the sampler's start needs once."""
     records = _records(path)
-    start = time.perf_counter()
+    start = time.process_time()
     _repeat_factors(records)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def repeat_factor_epoch(path: str) -> float:
@@ -159,10 +214,10 @@ def repeat_factor_epoch(path: str) -> float:
 
     factors = _repeat_factors(_records(path))
     indices = iter(RepeatFactorTrainingSampler(factors, seed=0))
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(int(factors.sum())):
         next(indices)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def class_aware_epoch(path: str) -> float:
@@ -170,11 +225,11 @@ def class_aware_epoch(path: str) -> float:
     from d2_balance.data.samplers import ClassAwareTrainingSampler
 
     records = _records(path)
-    start = time.perf_counter()
+    start = time.process_time()
     indices = iter(ClassAwareTrainingSampler(records, seed=0))
     for _ in range(len(records)):
         next(indices)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def image_level_masks(path: str) -> float:
@@ -192,17 +247,21 @@ def image_level_masks(path: str) -> float:
         record["instances"] = Instances((HEIGHT, WIDTH))
         record["instances"].gt_classes = torch.tensor(labels, dtype=torch.int64)
     labels = ImageLabels((), classes)
-    start = time.perf_counter()
+    start = time.process_time()
     for first in range(0, len(records), BATCH):
         labels.verified(records[first : first + BATCH], "cpu")
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 MEASUREMENTS: dict[str, Callable[[str], float]] = {
     "json.load": plain_load,
-    "class statistics, first call": first_statistics,
-    "class statistics, same file again": cached_statistics,
-    "class statistics, file under another name": moved_statistics,
+    "stock Detectron2, start of a training": stock_records,
+    "start of a training, file never read": first_start,
+    "start of a training, file read before": second_start,
+    "columns, file never read": first_read,
+    "columns, same file again": cached_read,
+    "columns, file under another name": moved_read,
+    "class counts and report": cached_counts,
     "repeat factors": repeat_factors,
     "repeat-factor epoch": repeat_factor_epoch,
     "class-aware epoch": class_aware_epoch,
@@ -210,19 +269,19 @@ MEASUREMENTS: dict[str, Callable[[str], float]] = {
 }
 
 
-def measure(name: str, path: Path, directory: str, repeats: int) -> float:
-    """Seconds of one measurement, the fastest of `repeats` processes."""
+def measure(name: str, path: Path, directory: str, repeats: int) -> tuple[float, float]:
+    """CPU seconds and peak GiB of one measurement, the least of `repeats` processes."""
     environment = {**os.environ, "D2_BALANCE_CACHE": directory}
     command = [sys.executable, __file__, "--measure", name, "--file", str(path)]
     runs = []
     for _ in range(repeats):
         out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        runs.append(float(out.stdout.split()[-1]))
-    return min(runs)
+        runs.append(tuple(map(float, out.stdout.split()[-2:])))
+    return min(run[0] for run in runs), min(run[1] for run in runs)
 
 
 def main() -> None:
-    """Prints one table of seconds and ratios to json.load."""
+    """Print one table of CPU seconds, ratios to stock Detectron2, and peak memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--objects", type=int, default=1_270_000)
@@ -233,7 +292,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(MEASUREMENTS[args.measure](args.file))
+        seconds = MEASUREMENTS[args.measure](args.file)
+        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(args.file or os.path.join(directory, "train.json"))
@@ -243,20 +303,26 @@ def main() -> None:
 
         cache = os.path.join(directory, "cache")
         os.environ["D2_BALANCE_CACHE"] = cache
-        time.sleep(2.1)  # a file of this age is known by its times, see `file_state`
+        time.sleep(2.1)  # a file of this age is known by its times, see `cache.file_state`
         read_annotations(
             str(path)
         ).class_counts()  # fills the cache for the measurements that need it
-        seconds = {name: measure(name, path, cache, args.repeats) for name in MEASUREMENTS}
+        figures = {name: measure(name, path, cache, args.repeats) for name in MEASUREMENTS}
         size = path.stat().st_size / 1e6
-    base = seconds["json.load"]
-    rows = [[name, f"{value:.3f}", f"{value / base:.3f}"] for name, value in seconds.items()]
+    stock = figures["stock Detectron2, start of a training"][0]
+    rows = [
+        [name, f"{cpu:.3f}", f"{cpu / stock:.3f}", f"{memory:.2f}"]
+        for name, (cpu, memory) in figures.items()
+    ]
     machine = {"machine": platform.machine(), "python": platform.python_version(), "MB": size}
-    print(f"{machine['machine']}, Python {machine['python']}, file of {size:.0f} MB")
-    print(tabulate(rows, ["what", "seconds", "times json.load"], tablefmt="github"))
+    load = os.getloadavg()[0]
+    print(
+        f"{machine['machine']}, Python {machine['python']}, load {load:.1f}, file of {size:.0f} MB"
+    )
+    print(tabulate(rows, ["what", "CPU seconds", "times stock", "GiB"], tablefmt="github"))
     if args.json:
         with atomic_path(args.json) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"about": machine, "seconds": seconds}, file, indent=1)
+            json.dump({"about": machine, "figures": figures}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ def add_balance_config(cfg: CfgNode) -> None:
     # and named, and one more ends the run.
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 10
 
+    # How factors of RepeatFactorTrainingSampler and WeightedRepeatFactorTrainingSampler follow from
+    # frequencies: "rfs" (LVIS), "rfs_linear" without the root, "irfs" by images and objects,
+    # "eirfs" exponential (its paper: REPEAT_THRESHOLD 1e-4).
+    cfg.DATALOADER.REPEAT_FORM = "rfs"
+
+    # Factor in the exponent of REPEAT_FORM "eirfs", above 0.
+    cfg.DATALOADER.REPEAT_ALPHA = 2.0
+
     # Detections that the evaluation counts: per image with LVIS rules, per image and class with
     # COCO rules; 0 takes the rules' own limits, 300 and 100. TEST.DETECTIONS_PER_IMAGE is what the
     # model gives.

@@ -282,6 +282,20 @@ METHODS = (
         file="d2_balance/data/samplers.py",
     ),
     Method(
+        ("DATALOADER.REPEAT_FORM irfs",),
+        "rare classes, by sampling on images and objects",
+        ("2305.08069",),
+        "configs/quick_schedules/faster_rcnn_R_18_irfs_mini_lvis.yaml",
+        file="d2_balance/data/samplers.py",
+    ),
+    Method(
+        ("DATALOADER.REPEAT_FORM eirfs",),
+        "rare classes, by sampling with exponential factors",
+        ("2503.21893",),
+        "configs/quick_schedules/faster_rcnn_R_18_eirfs_mini_lvis.yaml",
+        file="d2_balance/data/samplers.py",
+    ),
+    Method(
         ("DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler",),
         "rare classes, by sampling (Detectron2's)",
         ("1908.03195",),

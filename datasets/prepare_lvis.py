@@ -52,6 +52,10 @@ def load(path: str, images: str | None) -> tuple[Annotations, list[str]]:
     ]
     if data.report:
         said.append(data.report.describe())
+    directories = Counter(url.decode().split("/")[-2] for url in data.coco_url if url.count(b"/"))
+    if directories:
+        shown = ", ".join(f"{name}: {count:,}" for name, count in sorted(directories.items()))
+        said.append(f"  images by directory of their coco_url: {shown}")
     if not negatives:
         said.append(f"  no image has neg_category_ids: {path} is not federated")
     if images:

@@ -58,7 +58,7 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
             problems.setdefault(UNREADABLE, []).append(path)
             continue
         if is_deep(mode):
-            problems.setdefault(DEEP, []).append(f"{path} ({mode})")
+            problems.setdefault(DEEP, []).append(f"{path} (mode {mode})")
         if size != tuple(table.sizes[image].tolist()):
             problems.setdefault(OTHER_SIZE, []).append(path)
     return problems

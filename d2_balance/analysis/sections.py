@@ -199,7 +199,10 @@ def _tail(found: Analysis) -> Iterator[Part]:
     rows = [[f"{t.lambda_:.6g}", str(t.classes), _percent(t.ratio)] for t in found.tails]
     yield Table(["MODEL.BALANCE.EQL.LAMBDA", "tail classes", "TR"], rows)
     if found.tail is None:
-        yield Text("There is no tail: even the rarest class holds more than 10 % of the images.")
+        yield Text(
+            "There is no tail: even the rarest class that has objects holds more than 10 % of the "
+            "images."
+        )
     else:
         yield Text(
             f"TR is the fraction of images of tail classes; 2 to 10 % is useful. Suggested: "

@@ -114,7 +114,9 @@ class DataTable:
         """
         kept = len(self.kept_images(filter_empty))
         if not kept:
-            raise ValueError(f"{self.name}: no image has an object to train on")
+            crowds = int(self.crowd.sum())
+            why = f": {crowds} of {len(self.crowd)} have iscrowd 1 or ignore 1" if crowds else ""
+            raise ValueError(f"{self.name}: no image has an object to train on{why}")
         shown = ~self.crowd
         counts = count_classes(
             self.image[shown], self.label[shown], self.num_classes, len(self.sizes)

@@ -25,6 +25,7 @@ COMMANDS = {
     "challenge": "run a recipe of stages, with resume",
     "classmap": "say which classes of two datasets are the same",
     "compare": "put evaluations side by side: groups and classes that gain",
+    "convert": "write annotation files from YOLO's data.yaml, or for a list of images",
     "convert-weights": "convert weights of mmdet, EQL's and BAGS's releases",
     "doctor": "print versions, datasets, and what to do about the missing",
     "ensemble": "merge predictions of models, experts included",

@@ -7,11 +7,14 @@ annotation does not (see `checks.annotations`).
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 
 import msgspec
@@ -165,6 +168,23 @@ def parse_columns(content: bytes, path: str, masks: BinaryIO | _Nowhere) -> dict
             names, sizes that are not positive, references to unknown images or categories, and
             values that cannot be read.
     """
+    with _without_collecting():
+        return _parse_columns(content, path, masks)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Leave millions of new objects, none of them garbage, alone while the block runs."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _parse_columns(content: bytes, path: str, masks: BinaryIO | _Nowhere) -> dict[str, Any]:
     try:
         top = msgspec.json.decode(content, type=_Top)
         tables = [_raws.decode(t) for t in (top.images, top.annotations, top.categories)]
@@ -325,10 +345,11 @@ def _image_labels(
     path: str,
 ) -> ImageLabels:
     found: list[list[int]] = []
+    known = frozenset(categories.index)
     for image_id, record in zip(ids, records, strict=True):
         listed = record.get(key, ())
         try:
-            unknown = set(listed) - categories.index.keys()
+            unknown = set(listed) - known
         except TypeError:
             unknown = {str(listed)}
         if unknown:
@@ -429,44 +450,48 @@ def _chunk_columns(
     count = len(records)
     numbers = [a.bbox for a in records]
     malformed = np.fromiter((box is None for box in numbers), bool, count)
-    integral = np.fromiter(
-        (box is not None and type(box[0]) is type(box[1]) is type(box[2]) is type(box[3]) is int
-         for box in numbers), bool, count
-    )  # fmt: skip
-    flat = [v for box in numbers for v in (_NO_BOX if box is None else box)]
+    integral = [
+        box is not None and type(box[0]) is type(box[1]) is type(box[2]) is type(box[3]) is int
+        for box in numbers
+    ]
+    flat = list(chain.from_iterable([_NO_BOX if box is None else box for box in numbers]))
     try:
-        boxes = np.fromiter(flat, np.float64, 4 * count)
+        boxes = np.array(flat, dtype=np.float64)
     except OverflowError:
-        boxes = np.fromiter(map(_finite, flat), np.float64, 4 * count)
+        boxes = np.array(list(map(_finite, flat)), dtype=np.float64)
+    areas = [math.nan if a.area is None else a.area for a in records]
     return {
-        "image": np.fromiter((image_index[a.image_id] for a in records), np.int32, count),
-        "category": np.fromiter((class_index[a.category_id] for a in records), np.int32, count),
+        "image": np.array([image_index[a.image_id] for a in records], dtype=np.int32),
+        "category": np.array([class_index[a.category_id] for a in records], dtype=np.int32),
         "box": boxes.reshape(-1, 4),
-        "integral": integral,
+        "integral": np.array(integral, dtype=bool),
         "malformed": malformed,
-        "area": np.fromiter(
-            (math.nan if a.area is None else a.area for a in records), np.float64, count
-        ),
-        "crowd": np.fromiter((_flag(a, "iscrowd", path) for a in records), bool, count),
-        "ignore": np.fromiter((_flag(a, "ignore", path) for a in records), bool, count),
-        "marked": np.fromiter((a.iscrowd is not msgspec.UNSET for a in records), bool, count),
+        "area": np.array(areas, dtype=np.float64),
+        "crowd": _flags(records, [a.iscrowd for a in records], "iscrowd", path),
+        "ignore": _flags(records, [a.ignore for a in records], "ignore", path),
+        "marked": np.array([a.iscrowd is not msgspec.UNSET for a in records], dtype=bool),
     }
 
 
 _NO_BOX = (math.nan,) * 4
 
 
-def _flag(record: _Annotation, key: str, path: str) -> bool:
-    value: Any = getattr(record, key)
-    if isinstance(value, str):
-        value = value.strip().lower()
+def _flags(
+    records: Sequence[_Annotation], values: Sequence[Any], key: str, path: str
+) -> np.ndarray:
+    """(n,) bool, what the values of a flag mean."""
     try:
-        return _FLAGS[value]
+        return np.array([_FLAGS[value] for value in values], dtype=bool)
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{path}: annotation {record.id}: {key!r} is {_short(getattr(record, key))}; it must "
-            "be 0 or 1"
-        ) from None
+        flags = []
+    for record, value in zip(records, values, strict=True):
+        plain = value.strip().lower() if isinstance(value, str) else value
+        if not isinstance(plain, Hashable) or plain not in _FLAGS:
+            raise ValueError(
+                f"{path}: annotation {record.id}: {key!r} is {_short(value)}; it must be 0 or 1"
+            )
+        flags.append(_FLAGS[plain])
+    return np.array(flags, dtype=bool)
 
 
 def _read_slowly(raw: msgspec.Raw, number: int, path: str) -> _Annotation:
@@ -548,7 +573,7 @@ class _References:
     ) -> None:
         """Keep what is unknown in a chunk."""
         values = [getattr(a, key) for a in records]
-        unknown = set(values) - known.keys()
+        unknown = {value for value in set(values) if value not in known}
         if unknown:
             _, ids, where = self.wrong.setdefault(key, (table, {}, []))
             ids.update(dict.fromkeys(sorted(unknown, key=str)))

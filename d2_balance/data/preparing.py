@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2_balance.utils.files import atomic_path, check_new, read_json
+from d2_balance.utils.files import atomic_path, check_new, parse_json, read_bytes, read_json
 
-from .columns import category_name
+from .columns import category_name, check_structure
 from .groups import LVIS_CUTS, groups_from_counts
 
 
@@ -72,6 +72,49 @@ def write_annotations(data: Mapping[str, Any], path: str) -> None:
     """Write an annotation file, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(data, file, allow_nan=False)
+
+
+def read_ids(path: str) -> list[int | str]:
+    """Image ids of a file: a JSON list, or one id a line.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    text = read_bytes(path).decode("utf-8", "replace").strip()
+    ids = parse_json(text.encode(), path) if text.startswith("[") else text.split()
+    if not ids or not all(isinstance(i, int | str) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{path}: must be a JSON list of image ids, or one id a line")
+    return [int(i) if isinstance(i, str) and i.lstrip("-").isdigit() else i for i in ids]
+
+
+def cut_images(path: str, ids: Sequence[int | str], output: str, overwrite: bool = False) -> None:
+    """Write the images of a list of ids and their annotations; the rest of the file stays.
+
+    Args:
+        path: annotation file.
+        ids: of the images to keep; minival of LVIS v1, for example.
+        output: file to write.
+        overwrite: True replaces it.
+
+    Raises:
+        ValueError: the file cannot be used, or lacks an image of the list.
+        FileExistsError: the output is there already.
+    """
+    check_new([output], overwrite)
+    data = read_json(path)
+    check_structure(data, path)
+    wanted = set(ids)
+    lacking = wanted - {image["id"] for image in data["images"]}
+    if lacking:
+        shown = ", ".join(map(str, sorted(lacking, key=str)[:5]))
+        raise ValueError(
+            f"{path}: {len(lacking)} of {len(wanted)} ids are no images of it: {shown}"
+        )
+    kept = {
+        "images": [image for image in data["images"] if image["id"] in wanted],
+        "annotations": [a for a in data["annotations"] if a["image_id"] in wanted],
+    }
+    write_annotations(data | kept, output)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

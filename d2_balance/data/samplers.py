@@ -23,7 +23,11 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 from torch import Tensor
 
+from .annotations import Counts, count_classes
 from .records import objects_of
+
+REPEAT_FORMS = ("rfs", "rfs_linear", "irfs", "eirfs")
+_OFTEN = 1000  # times the median factor of an image, above which a few images are all that trains
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +95,63 @@ class ClassAwareTrainingSampler(TrainingSampler):
             yield from self._images[place].tolist()
 
 
-def repeat_factors(dataset_dicts: Sequence[dict[str, Any]], threshold: float) -> Tensor:
-    """Factors of repeat-factor sampling, as Detectron2 has them, from the columns of the records.
+def class_factors(
+    counts: Counts, threshold: float, form: str = "rfs", alpha: float = 2.0
+) -> np.ndarray:
+    """How often the images of each class are shown.
 
-    Crowds count as objects, as they do there.
+    With n_c of D images and m_c of M objects that show class c, f_c = n_c / D, b_c = m_c / M:
+
+        rfs         max(1, sqrt(t / f_c))                Gupta et al., LVIS, arXiv:1908.03195
+        rfs_linear  max(1, t / f_c)                      Detectron2's REPEAT_SQRT False
+        irfs        max(1, sqrt(t / sqrt(f_c b_c)))      Yaman et al., arXiv:2305.08069
+        eirfs       exp(alpha sqrt(t / sqrt(f'_c b'_c))) Ahmed et al., arXiv:2503.21893
+
+    The released code of E-IRFS has f'_c = max(n_c, 1) / sum_k max(n_k, 1) and b'_c = (m_c + 1) /
+    sum_k (m_k + 1); so has this. There is no released code of IRFS.
+
+    Args:
+        counts: of the training set.
+        threshold: t, above 0.
+        form: one of `REPEAT_FORMS`.
+        alpha: of eirfs, above 0.
+
+    Returns:
+        (K,) at least 1.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    images, objects = counts.image_count, counts.instance_count
+    if form == "eirfs":
+        f, b = np.maximum(images, 1), objects + 1
+        return np.exp(alpha * np.sqrt(threshold / np.sqrt(f / f.sum() * (b / b.sum()))))
+    if form not in REPEAT_FORMS:
+        raise ValueError(f"DATALOADER.REPEAT_FORM is {form!r}; must be one of {REPEAT_FORMS}")
+    frequency = images / counts.images
+    if form == "irfs":
+        frequency = np.sqrt(frequency * (objects / max(objects.sum(), 1)))
+    with np.errstate(divide="ignore"):  # a class without objects, which is in no image
+        ratio = threshold / frequency
+    return np.maximum(1.0, ratio if form == "rfs_linear" else np.sqrt(ratio))
+
+
+def repeat_factors(
+    dataset_dicts: Sequence[dict[str, Any]],
+    threshold: float,
+    form: str = "rfs",
+    alpha: float = 2.0,
+) -> Tensor:
+    """Factors of repeat-factor sampling from the columns of the records.
+
+    The factor of an image is the largest of its classes, and 1 without objects. Crowds count as
+    objects, as they do in Detectron2, whose factors those of the form rfs are.
 
     Args:
         dataset_dicts: D standard dicts.
-        threshold: t, above 0.
+        threshold: see `class_factors`.
+        form: see `class_factors`.
+        alpha: see `class_factors`.
 
     Returns:
         (D,) float32, at least 1: how often each image is shown in an epoch, on average.
@@ -107,13 +160,17 @@ def repeat_factors(dataset_dicts: Sequence[dict[str, Any]], threshold: float) ->
     if not len(objects.image):
         return torch.ones(objects.images)
     classes = int(objects.category.max()) + 1
-    # each class of an image once
-    image, label = np.divmod(np.unique(objects.image * classes + objects.category), classes)
-    frequency = np.bincount(label) / objects.images
-    with np.errstate(divide="ignore"):
-        factor = np.maximum(1.0, np.sqrt(threshold / frequency))
+    counts = count_classes(objects.image, objects.category, classes, objects.images)
     found = np.ones(objects.images)
-    np.maximum.at(found, image, factor[label])
+    np.maximum.at(
+        found, objects.image, class_factors(counts, threshold, form, alpha)[objects.category]
+    )
+    often = found.max() / np.median(found)
+    if often > _OFTEN:
+        logger.warning(
+            f"DATALOADER.REPEAT_FORM {form}: one image is shown {often:,.0f} times as often as the "
+            "median one; lower DATALOADER.REPEAT_THRESHOLD."
+        )
     return torch.from_numpy(found).float()
 
 
@@ -122,6 +179,8 @@ def weighted_repeat_factors(
     sources: Sequence[str],
     weights: Mapping[str, float],
     threshold: float,
+    form: str = "rfs",
+    alpha: float = 2.0,
 ) -> Tensor:
     """Factors of repeat-factor sampling over all images, times the weight of their dataset.
 
@@ -129,11 +188,13 @@ def weighted_repeat_factors(
         dataset_dicts: D standard dicts.
         sources: D names of the datasets that they come from.
         weights: factor of a dataset, above 0; 1 where it has none.
-        threshold: t, above 0.
+        threshold: see `class_factors`.
+        form: see `class_factors`.
+        alpha: see `class_factors`.
 
     Returns:
         (D,) above 0: how often each image is shown in an epoch, on average.
     """
-    factors = repeat_factors(dataset_dicts, threshold)
+    factors = repeat_factors(dataset_dicts, threshold, form, alpha)
     weight = torch.tensor([float(weights.get(name, 1.0)) for name in sources])
     return factors * weight

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data.build import print_instances_class_histogram
 
 from .catalog.external import is_external
+from .catalog.metadata import loaded_metadata
 from .ignore_regions import add_regions, region_files
-from .records import Records, changed, join, subset, without_bad_masks
+from .records import Records, changed, join, objects_of, subset, without_bad_masks
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,12 @@ def _trained(cfg: CfgNode, records: Records, name: str) -> Sequence[dict[str, An
         if not len(kept):
             raise ValueError(f"the dataset {name!r} has no image with an object to train on")
         records = subset(records, kept)
+    objects = objects_of(records)
+    names = loaded_metadata(name).thing_classes
+    counts = objects.counts(len(names)).instance_count.tolist()
+    one_of_each = [{"category_id": k} for k in range(len(names))]
+    every = [one for one, count in zip(one_of_each, counts, strict=True) for _ in range(count)]
+    print_instances_class_histogram([{"annotations": every}], names)
     return records
 
 

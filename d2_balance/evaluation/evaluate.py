@@ -102,9 +102,8 @@ def measure(
         predictions=predictions.path,
     )
     results = evaluation.results
-    if any(len(m.detections) for m in matchers.values()) and not any(
-        metrics["AP50"] > 0 for metrics in results.values()
-    ):
+    found = any(metrics["AP50"] > 0 for metrics in results.values())
+    if any(len(m.detections) for m in matchers.values()) and truth.trained().any() and not found:
         evaluation.notes.append(
             f"not one detection fits an object of {truth.name} at IoU 0.5; see whether the "
             "predictions are for another dataset with the same ids, or their boxes are x0, y0, "
@@ -189,6 +188,7 @@ def ground_notes(
         notes.append(
             f"{report.total} bad annotations of {truth.path} not evaluated: {report.counts}"
         )
+    notes += report.hints
     if "segm" in tasks and report.bad_masks:
         counts = {reason: len(ids) for reason, ids in report.bad_masks.items()}
         total = sum(counts.values())

@@ -80,7 +80,7 @@ def _of_sampler(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
     if name not in _REPEATING or cfg.DATASETS.TRAIN_REPEAT_FACTOR:
         return
     rarest = _rarest(counts.frequency)
-    if rarest >= threshold:
+    if cfg.DATALOADER.REPEAT_FORM in ("rfs", "rfs_linear") and rarest >= threshold:
         yield (
             f"{name}: no class is in fewer images than DATALOADER.REPEAT_THRESHOLD {threshold:g}; "
             f"the rarest is in {rarest:.2%}. No image is repeated."

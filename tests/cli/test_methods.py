@@ -133,6 +133,7 @@ def test_files_and_configs_exist_and_the_config_uses_the_method(method):
     used |= {"DISALIGN"} if balance.DISALIGN else set()
     used |= {"TEST_NMS"} if balance.TEST_NMS.METHOD != "hard" else set()
     used |= {f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"}
+    used |= {f"DATALOADER.REPEAT_FORM {cfg.DATALOADER.REPEAT_FORM}"}
     used |= {"SmoothL1"} if balance.BETA_DECAY.ENABLED else set()
     if not used & set(method.names):  # what an empty name stands for
         assert set(method.names) & {"Focal", "SmoothL1"}

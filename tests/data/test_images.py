@@ -56,3 +56,31 @@ def test_what_is_no_image_is_named(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         with pytest.raises(ValueError, match=f"{name}: no image that can be read"):
             image_size(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("F", "tiff"), ("I", "tiff")])
+def test_images_of_more_than_8_bits_are_warned_of(tmp_path, caplog, mode, suffix):
+    path = str(tmp_path / f"a.{suffix}")
+    Image.new(mode, (8, 6)).save(path)
+    record = {"file_name": path, "height": 6, "width": 8, "image_id": 1}
+    with caplog.at_level("WARNING", logger="d2_balance.data.checks.images"):
+        check_image_sizes([record], "mine")
+    assert "more than 8 bits" in caplog.text and "mode " in caplog.text and path in caplog.text
+
+
+def test_a_turned_image_is_named_with_its_exif_orientation(tmp_path):
+    path = str(tmp_path / "a.jpg")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (8, 6)).save(path, exif=exif)
+    record = {"file_name": path, "height": 6, "width": 8, "image_id": 1}
+    with pytest.raises(ValueError, match="EXIF orientation 6.*remove the tag"):
+        check_image_sizes([record], "mine")
+
+
+def test_an_image_above_the_limit_of_pillow_is_named(tmp_path, monkeypatch):
+    path = str(tmp_path / "big.png")
+    Image.new("RGB", (80, 60)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="big.png: .*tiles"):
+        image_size(path)

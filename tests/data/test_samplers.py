@@ -4,7 +4,9 @@ import itertools
 import math
 import time
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -13,7 +15,13 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
 from d2_balance.data import ClassAwareTrainingSampler
-from d2_balance.data.samplers import images_by_class, repeat_factors, weighted_repeat_factors
+from d2_balance.data.records import objects_of
+from d2_balance.data.samplers import (
+    class_factors,
+    images_by_class,
+    repeat_factors,
+    weighted_repeat_factors,
+)
 from d2_balance.engine import TrainStream, build_train_stream
 from d2_balance.engine.resume.data_stream import check_sampler
 
@@ -248,3 +256,57 @@ def test_repeat_factors_from_columns_equal_those_of_detectron2(threshold):
     crowd = {"category_id": 2, "iscrowd": 1}
     records = [*IMAGES, {"annotations": [crowd, crowd]}, {"annotations": []}]
     assert torch.equal(repeat_factors(records, threshold), stock(records, threshold))
+
+
+def _reference(name):
+    data = np.load(Path(__file__).parents[1] / "reference" / f"{name}.npz")
+    records = [{"annotations": []} for _ in range(int(data["num_images"]))]
+    for image, category in zip(data["image_of_object"], data["class_of_object"], strict=True):
+        records[image]["annotations"].append({"category_id": int(category)})
+    return data, records
+
+
+@pytest.mark.parametrize("form", ["rfs", "rfs_linear"])
+def test_repeat_factors_equal_the_reference(form):
+    data, records = _reference("repeat_factors")
+    wanted = data["factors_sqrt" if form == "rfs" else "factors_linear"]
+    found = repeat_factors(records, float(data["threshold"]), form)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "threshold"), [(2.0, 1e-4), (1.0, 1e-2)])
+def test_eirfs_equals_the_reference(alpha, threshold):
+    data, records = _reference("eirfs")
+    key = f"alpha{alpha}_t{threshold}"
+    found = repeat_factors(records, threshold, "eirfs", alpha)
+    assert found.tolist() == pytest.approx(data[f"{key}_weights"].tolist(), rel=1e-6)
+    objects = objects_of(records)
+    factors = class_factors(objects.counts(int(data["num_classes"])), threshold, "eirfs", alpha)
+    assert factors.tolist() == pytest.approx(data[f"{key}_class_weights"].tolist(), rel=1e-9)
+
+
+def test_irfs_by_hand():
+    # class 0: 2 of 4 images, 3 of 4 objects; class 1: 1 of 4 images, 1 of 4 objects; t = 1
+    # g_0 = sqrt(1/2 * 3/4) = .612, factor sqrt(1 / .612) = 1.278; g_1 = 1/4, factor 2
+    records = [record(0, 0, 0), record(1, 0), record(2, 1), record(3)]
+    found = repeat_factors(records, 1.0, "irfs").tolist()
+    assert found == pytest.approx([1.2779, 1.2779, 2.0, 1.0], rel=1e-4)
+
+
+def test_a_form_that_draws_few_images_only_warns(caplog):
+    records = [record(n, 0) for n in range(400)] + [record(400, 1)]
+    with caplog.at_level("WARNING", logger="d2_balance.data.samplers"):
+        repeat_factors(records, 0.1, "eirfs", 6.0)
+    assert "times as often as the median" in caplog.text
+
+
+def test_forms_that_cannot_work_are_refused():
+    cfg = small_cfg("faster")
+    for key, value in (("REPEAT_FORM", "rsf"), ("REPEAT_FORM", "irfs"), ("REPEAT_ALPHA", 0.0)):
+        bad = cfg.clone()
+        bad.DATALOADER[key] = value
+        with pytest.raises(ValueError, match="DATALOADER.REPEAT_FORM"):
+            check_sampler(bad)
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_FORM = REPEAT, "irfs"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.1
+    check_sampler(cfg)

@@ -213,3 +213,20 @@ def test_masks_must_be_there_and_in_the_configured_format(write):
     for annotation in data["annotations"]:
         annotation["iscrowd"] = 1  # crowds are not trained on
     check_masks(load_json(*write(data)), "my_train", "polygon")
+
+
+def test_equal_ids_and_synsets_are_one_class(write, names):
+    def with_synset(name, synset):
+        def change(data):
+            data["categories"][0] |= {"name": name, "synset": synset}
+
+        return change
+
+    train = _registered(write, names, with_synset("horned_cow", "bull.n.11"))
+    check_categories_match([train], [_registered(write, names, with_synset("bull", "bull.n.11"))])
+    other = _registered(write, names, with_synset("bull", "bull.n.01"))
+    with pytest.raises(ValueError, match="7 'bull'; give both files"):
+        check_categories_match([train], [other])
+    without = _registered(write, names, lambda d: d["categories"][0].update(name="bull"))
+    with pytest.raises(ValueError, match="7 'bull'; give both files"):
+        check_categories_match([train], [without])

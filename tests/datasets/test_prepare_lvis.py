@@ -53,6 +53,7 @@ def test_counts_are_written_for_training_and_agree_with_the_file(write, script, 
     assert counts.instance_count.tolist() == [1, 3, 1]
     assert counts.num_images == 2  # the images 3 and 4 have no object
     assert "4 images, 5 annotations, 3 classes; 3 images list absent classes, 1 have" in out
+    assert "images by directory of their coco_url: train2017: 4" in out
     assert "differs" not in out and "3 rare, 0 common, 0 frequent classes on 2 images" in out
 
 

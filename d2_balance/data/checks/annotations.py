@@ -171,10 +171,11 @@ def mask_problems(
     given = np.flatnonzero(np.fromiter(map(len, texts), np.int64, len(texts)))
     what, problem = np.zeros(len(texts), np.uint8), np.full(len(texts), -1, np.int8)
     trimmed: dict[int, bytes] = {}
+    typed = True  # every coordinate is a finite number
     try:
         values: list[Any] = _masks.decode(b"[" + b",".join(texts[i] for i in given) + b"]")
     except msgspec.DecodeError:
-        values = [json.loads(texts[i]) for i in given]
+        typed, values = False, [json.loads(texts[i]) for i in given]
     polygons, odd = [], []  # annotations for the quick look, and for one at a time
     rles: list[tuple[int, _Rle]] = []
     for i, value in zip(given.tolist(), values, strict=True):
@@ -183,7 +184,11 @@ def mask_problems(
         what[i] = RLE if isinstance(value, dict | _Rle) else POLYGONS
         if isinstance(value, _Rle):
             rles.append((i, value))
-        elif isinstance(value, list) and all(map(_is_sound, value)):
+        elif isinstance(value, list) and (
+            all([len(p) >= 6 and not len(p) % 2 for p in value])
+            if typed
+            else all(map(_is_sound, value))
+        ):
             polygons.append((i, value))
         else:
             odd.append((i, value))

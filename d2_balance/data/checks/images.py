@@ -89,7 +89,7 @@ def check_image_sizes(
         except ValueError:
             continue
         if is_deep(mode):
-            deep.append(f"{record['file_name']} ({mode})")
+            deep.append(f"{record['file_name']} (mode {mode})")
         if size != (record["height"], record["width"]):
             turned = size[::-1] == (record["height"], record["width"]) and orientation != 1
             wrong.append(

@@ -13,12 +13,12 @@ import shutil
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from iopath.common.file_io import file_lock
 
 from d2_balance.utils.progress import progress
 
 from ..groups import groups_from_counts
+from ..records import Records, load_json
 from .scene import render_image
 from .shapes import CLASSES
 
@@ -89,7 +89,7 @@ def register_mini_lvis(root: str | None = None) -> None:
         )
 
 
-def load_mini_lvis(root: str, name: str) -> list[dict]:
+def load_mini_lvis(root: str, name: str) -> Records:
     """Loads one of the two sets as Detectron2's standard dicts, and renders them if needed.
 
     Args:
@@ -101,30 +101,7 @@ def load_mini_lvis(root: str, name: str) -> list[dict]:
         the file, which start at 1; `category_id` of an annotation starts at 0.
     """
     json_file = build_mini_lvis(root)[name]
-    with open(json_file) as f:
-        data = json.load(f)
-    records = {
-        image["id"]: {
-            "file_name": os.path.join(os.path.dirname(json_file), image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "neg_category_ids": image["neg_category_ids"],
-            "not_exhaustive_category_ids": image["not_exhaustive_category_ids"],
-            "annotations": [],
-        }
-        for image in data["images"]
-    }
-    for annotation in data["annotations"]:
-        records[annotation["image_id"]]["annotations"].append(
-            {
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": annotation["category_id"] - 1,
-                "segmentation": annotation["segmentation"],
-            }
-        )
-    return list(records.values())
+    return load_json(json_file, os.path.dirname(json_file))
 
 
 def build_mini_lvis(root: str, force: bool = False) -> dict[str, str]:

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from torch import Tensor
 
 from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.progress import progress
 
 from ..class_counts import ClassCounts
+from ..training_set import training_records
 from .sample_counts import PARTS, RPN, row_counters
 
 _COUNTS = ("positives", "rows", "outputs")
@@ -125,9 +125,7 @@ class ForegroundPrior:
         """
         statistics = ClassCounts.from_config(cfg)
         counters = row_counters(cfg)
-        records = get_detection_dataset_dicts(
-            tuple(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        records = training_records(cfg) or ()
         if max_images and len(records) > max_images:
             records = random.Random(seed).sample(records, max_images)
         totals = {name: [0, 0] for name in counters}

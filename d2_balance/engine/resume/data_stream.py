@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from d2_balance.data.mapper import BalancedMapper
 from d2_balance.data.records import Records, objects_of
 from d2_balance.data.samplers import (
+    REPEAT_FORMS,
     ClassAwareTrainingSampler,
     repeat_factors,
     weighted_repeat_factors,
@@ -196,6 +197,17 @@ def check_sampler(cfg: CfgNode) -> None:
             f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no image; "
             "must be a frequency above 0, below which classes are repeated (LVIS: 0.001)."
         )
+    form, alpha = cfg.DATALOADER.REPEAT_FORM, cfg.DATALOADER.REPEAT_ALPHA
+    if form not in REPEAT_FORMS or not alpha > 0:
+        raise ValueError(
+            f"DATALOADER.REPEAT_FORM is {form!r} and REPEAT_ALPHA {alpha}; must be one of "
+            f"{', '.join(REPEAT_FORMS)}, and a number above 0."
+        )
+    if form != "rfs" and name not in ("RepeatFactorTrainingSampler", WEIGHTED):
+        raise ValueError(
+            f"DATALOADER.REPEAT_FORM is {form!r} and DATALOADER.SAMPLER_TRAIN {name} would not use "
+            f"it; must be RepeatFactorTrainingSampler or {WEIGHTED}."
+        )
     check_weights_of_sets(cfg)
     if cfg.DATALOADER.MAX_UNREADABLE_IMAGES < 0:
         raise ValueError(
@@ -277,12 +289,17 @@ def _wide(records: Sequence[dict[str, Any]]) -> list[bool]:
     return (size[:, 1] > size[:, 0]).tolist()
 
 
+def _repeating(cfg: CfgNode) -> tuple[float, str, float]:
+    node = cfg.DATALOADER
+    return node.REPEAT_THRESHOLD, node.REPEAT_FORM, node.REPEAT_ALPHA
+
+
 def _loader_parts(cfg: CfgNode) -> dict:
     """Return the arguments of Detectron2's loader, with our sampler if the config names one."""
     name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
     records = training_records(cfg)
-    if name == "RepeatFactorTrainingSampler" and isinstance(records, Records):
-        factors = repeat_factors(records, cfg.DATALOADER.REPEAT_THRESHOLD)
+    if name == "RepeatFactorTrainingSampler" and isinstance(records, list | Records):
+        factors = repeat_factors(records, *_repeating(cfg))
         sampler = RepeatFactorTrainingSampler(factors)
         return build_detection_train_loader.from_config(
             cfg, mapper=mapper, dataset=records, sampler=sampler
@@ -305,6 +322,6 @@ def _loader_parts(cfg: CfgNode) -> dict:
         records,
         sources(records),
         dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR),
-        cfg.DATALOADER.REPEAT_THRESHOLD,
+        *_repeating(cfg),
     )
     return parts | {"sampler": RepeatFactorTrainingSampler(factors)}
