@@ -339,8 +339,11 @@ class _ScriptedMasks(_Scripted):
 class _ScriptedDense(_Scripted):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self.model([{"image": image}])[0]
-        kept = found.scores > self.thresholds[found.pred_classes]
-        return found.pred_boxes.tensor[kept], found.scores[kept], found.pred_classes[kept]
+        # the eager model does so in its postprocessing, which TorchScript leaves out
+        boxes = found.pred_boxes
+        boxes.clip((image.shape[1], image.shape[2]))
+        kept = (found.scores > self.thresholds[found.pred_classes]) & boxes.nonempty()
+        return boxes.tensor[kept], found.scores[kept], found.pred_classes[kept]
 
 
 @contextmanager
