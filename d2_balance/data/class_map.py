@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -71,7 +72,8 @@ def read_class_map(path: str) -> dict[str, str | None]:
         ValueError: a file that cannot be read, is no mapping of texts, or names a class twice.
     """
     try:
-        entries = yaml.load(read_bytes(path), Loader=_UniqueLoader)
+        content = read_bytes(path) if "://" in path else Path(path).read_bytes()
+        entries = yaml.load(content, Loader=_UniqueLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{path}: the class map cannot be read: {text}") from error
