@@ -104,13 +104,15 @@ def test_config_keys_exist(page):
 def test_commands_exist_and_take_their_options(page):
     text = TEXTS[page].replace("\\\n", " ")
     known = set(cli.COMMANDS)
-    for line in re.findall(r"^(?:\.venv/bin/)?d2-balance ([a-z]+.*)$", text, flags=re.MULTILINE):
+    for line in re.findall(
+        r"^(?:\.venv/bin/)?d2-balance ([a-z0-9-]+.*)$", text, flags=re.MULTILINE
+    ):
         name, *rest = line.split()
         assert name in known, line
         options = options_of(name)
         used = [word for word in rest if re.fullmatch(r"--[a-z-]+", word)]
         assert set(used) <= options, f"{line}: {set(used) - options}"
-    assert set(re.findall(r"`d2-balance ([a-z]+)", text)) <= known
+    assert set(re.findall(r"`d2-balance ([a-z][a-z0-9-]*)", text)) <= known
 
 
 def options_of(command):
