@@ -112,8 +112,9 @@ def main() -> None:
     # images that are not the training's; on another machine the run's directory is enough
     from detectron2.data import DatasetCatalog
 
-    import d2_balance.data  # noqa: F401  registers mini_lvis
+    from d2_balance.data import register_mini_lvis
 
+    register_mini_lvis()
     images = directory / "images"
     images.mkdir()
     for record in DatasetCatalog.get("mini_lvis_val")[:IMAGES]:
