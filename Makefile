@@ -28,7 +28,7 @@ CHECK_VERSION := import sys; v = sys.version_info[:2]; \
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test test-slow test-faults coverage lint type words docs bench bench-long clean
+.PHONY: help setup demo test test-slow test-faults coverage lint type words docs findings bench bench-long clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
@@ -39,6 +39,7 @@ help:
 	@echo "make setup   $(VENV) with torch, torchvision, this package and Detectron2"
 	@echo "make lint    ruff check, ruff format --check, mypy and the words; make type, make words alone"
 	@echo "make docs    the pages in site/, every link checked"
+	@echo "make findings      surprises of other libraries, seen again: minutes, installs packages"
 	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT) and"
 	@echo "             in $(BENCH_PAGE) (BENCH_PAGE= leaves that as it is)"
 	@echo "make bench-long    the benchmarks that train or evaluate for long"
@@ -96,6 +97,12 @@ docs: $(STAMP)
 		$(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The pages lie in site/; open site/index.html."
+
+# Each script has an environment of its own in a temporary directory.
+findings:
+	@failed=; for script in findings/*.sh; do \
+		echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
+	[ -z "$$failed" ] || { echo "changed, or could not run:$$failed"; exit 1; }
 
 # Tables and JSON of each lie in $(BENCH_OUTPUT); under 15 minutes on two idle cores.
 bench: $(STAMP)
