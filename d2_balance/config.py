@@ -277,9 +277,9 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.LOCE_MEMORY.CAPACITY = 4096
     # Entries of one class at most, at least 1.
     _C.LOCE_MEMORY.PER_CLASS = 80
-    # Classes drawn in each step, at least 1.
+    # Classes sampled in each step, at least 1.
     _C.LOCE_MEMORY.CLASSES_PER_STEP = 8
-    # Entries drawn of each of these classes, at least 1.
+    # Entries sampled of each of these classes, at least 1.
     _C.LOCE_MEMORY.FEATURES_PER_CLASS = 4
 
     for name, cls in _registered():

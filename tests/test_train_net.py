@@ -157,7 +157,7 @@ def test_a_mistake_ends_with_one_message_and_status_2(config, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        "d2-balance train: error: MODEL.BALANCE.CLS_LOSS: 'XX' is unknown; allowed: "
+        "d2-balance train: error: MODEL.BALANCE.CLS_LOSS: 'XX' is unknown; must be one of "
     )
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     # corrected, the same directory can be used

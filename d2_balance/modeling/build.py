@@ -43,7 +43,7 @@ NUM_CLASSES = "num_classes"  # the one argument without a default that the model
 
 @contextmanager
 def renamed(namespace: dict[str, Any], **classes: Any) -> Iterator[None]:
-    """Let the functions of a module find other classes under these names inside of the block.
+    """Let the functions of a module use other classes under these names inside of the block.
 
     Detectron2's builders name the classes that they make. Making ours behind theirs would take
     other random numbers for the weights than a stock model.
@@ -77,7 +77,7 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
         (K,) float64.
 
     Raises:
-        ValueError: the counts have another number of classes, or cannot be had.
+        ValueError: the counts have another number of classes, or are not available.
     """
     values = torch.as_tensor(DATA_ARGUMENTS[name](class_counts(cfg)))
     if len(values) != num_classes:
@@ -92,8 +92,8 @@ def class_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
 def loss_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
     """Return `class_quantity` for the constructor of a loss, which keeps it in its buffers.
 
-    Zeros stand for values that come with the weights: where CLASS_COUNTS_FILE is "checkpoint", and
-    where neither the training set nor its counts are here, but the buffers lie in MODEL.WEIGHTS.
+    Zeros stand for values that come with the weights: if CLASS_COUNTS_FILE is "checkpoint", and if
+    neither the training set nor its counts are here, but the buffers lie in MODEL.WEIGHTS.
     """
     zeros = torch.zeros(num_classes, dtype=torch.float64)
     if cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
@@ -101,8 +101,8 @@ def loss_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
     try:
         return class_quantity(cfg, name, num_classes)
     except ValueError:
-        here = all(dataset in DatasetCatalog for dataset in cfg.DATASETS.TRAIN)
-        if here or not saved_loss_state(cfg.MODEL.WEIGHTS):
+        registered = all(dataset in DatasetCatalog for dataset in cfg.DATASETS.TRAIN)
+        if registered or not saved_loss_state(cfg.MODEL.WEIGHTS):
             raise
         return zeros
 
@@ -111,7 +111,7 @@ def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> No
     """Refuses a loss that was made for another number of classes, as Python code may hand over.
 
     Raises:
-        ValueError: naming the argument and the length that is allowed.
+        ValueError: naming the argument and the length that it must have.
     """
     for name in DATA_ARGUMENTS:
         values = getattr(cls_loss, name, None)
@@ -125,7 +125,7 @@ def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> No
 def _lookup(registry: Registry, key: str, name: str) -> Any:
     if name not in registry:
         names = ", ".join(sorted(known for known, _ in registry))
-        raise ValueError(f"MODEL.BALANCE.{key}: {name!r} is unknown; allowed: {names}.")
+        raise ValueError(f"MODEL.BALANCE.{key}: {name!r} is unknown; must be one of {names}.")
     return registry.get(name)
 
 
@@ -141,19 +141,19 @@ def one_class_losses(registry: Registry) -> Iterator[tuple[str, type]]:
             yield name, cls
 
 
-def _node(cfg: CfgNode, part: str) -> CfgNode:
-    """MODEL.BALANCE, or the node of a part with losses of its own ("RPN")."""
-    return cfg.MODEL.BALANCE[part] if part else cfg.MODEL.BALANCE
+def _node(cfg: CfgNode, subnode: str) -> CfgNode:
+    """MODEL.BALANCE, or its node for a head with losses of its own ("RPN")."""
+    return cfg.MODEL.BALANCE[subnode] if subnode else cfg.MODEL.BALANCE
 
 
 def _construct(
-    cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int, part: str = ""
+    cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int, subnode: str = ""
 ) -> Any:
-    place = f"{part}." if part else ""
-    cls = _lookup(registry, place + key, name)
-    if part == "RPN" and registry is CLS_LOSSES:  # before it asks for what the RPN does not have
+    prefix = f"{subnode}." if subnode else ""
+    cls = _lookup(registry, prefix + key, name)
+    if subnode == "RPN" and registry is CLS_LOSSES:  # before it asks for what the RPN does not have
         check_pairing("the RPN", cls, BOX_LOSSES.get("SmoothL1"))
-    node = _node(cfg, part).get(name.upper(), {})
+    node = _node(cfg, subnode).get(name.upper(), {})
     arguments = {}
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.name == NUM_CLASSES:
@@ -165,39 +165,39 @@ def _construct(
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(f"MODEL.BALANCE.{place}{name.upper()}: {error}") from error
+        raise ValueError(f"MODEL.BALANCE.{prefix}{name.upper()}: {error}") from error
 
 
-def build_cls_loss(cfg: CfgNode, num_classes: int, part: str = "") -> ClassificationLoss | None:
-    """The loss that MODEL.BALANCE.CLS_LOSS names, or None where it is empty (stock loss).
-
-    Args:
-        cfg: full config.
-        num_classes: K.
-        part: "RPN" for the loss of MODEL.BALANCE.RPN.
-
-    Raises:
-        ValueError: the name is unknown, an argument out of range, or the loss does not fit the
-            part; the message names the key.
-    """
-    name = _node(cfg, part).CLS_LOSS
-    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes, part) if name else None
-
-
-def build_box_loss(cfg: CfgNode, num_classes: int, part: str = "") -> BoxLoss | None:
-    """The loss that MODEL.BALANCE.BOX_LOSS names, or None where it is empty (stock loss).
+def build_cls_loss(cfg: CfgNode, num_classes: int, subnode: str = "") -> ClassificationLoss | None:
+    """The loss that MODEL.BALANCE.CLS_LOSS names, or None if it is empty (stock loss).
 
     Args:
         cfg: full config.
         num_classes: K.
-        part: "RPN" for the loss of MODEL.BALANCE.RPN.
+        subnode: "RPN" for the loss of MODEL.BALANCE.RPN.
 
     Raises:
         ValueError: the name is unknown, an argument out of range, or the loss does not fit the
-            part; the message names the key.
+            head; the message names the key.
     """
-    name = _node(cfg, part).BOX_LOSS
-    return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, part) if name else None
+    name = _node(cfg, subnode).CLS_LOSS
+    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes, subnode) if name else None
+
+
+def build_box_loss(cfg: CfgNode, num_classes: int, subnode: str = "") -> BoxLoss | None:
+    """The loss that MODEL.BALANCE.BOX_LOSS names, or None if it is empty (stock loss).
+
+    Args:
+        cfg: full config.
+        num_classes: K.
+        subnode: "RPN" for the loss of MODEL.BALANCE.RPN.
+
+    Raises:
+        ValueError: the name is unknown, an argument out of range, or the loss does not fit the
+            head; the message names the key.
+    """
+    name = _node(cfg, subnode).BOX_LOSS
+    return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, subnode) if name else None
 
 
 def build_reweighters(cfg: CfgNode, num_classes: int) -> nn.ModuleList:
@@ -242,17 +242,17 @@ def build_proposal_sampler(
     return _construct(cfg, "PROPOSAL_SAMPLER", PROPOSAL_SAMPLERS, name, num_classes)
 
 
-def build_guided(cfg: CfgNode, part: str = "") -> GuidedScale | None:
-    """Guided scaling as GUIDED_SCALE of MODEL.BALANCE, or of its node `part`, says; None: off.
+def build_guided(cfg: CfgNode, subnode: str = "") -> GuidedScale | None:
+    """Guided scaling as GUIDED_SCALE of MODEL.BALANCE, or of its `subnode`, says; None if it is 0.
 
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    scale, bound = _node(cfg, part).GUIDED_SCALE, cfg.MODEL.BALANCE.GUIDED_MAX_RATIO
+    scale, bound = _node(cfg, subnode).GUIDED_SCALE, cfg.MODEL.BALANCE.GUIDED_MAX_RATIO
     if not scale >= 0 or not bound > 0:
-        place = f"{part}." if part else ""
+        prefix = f"{subnode}." if subnode else ""
         raise ValueError(
-            f"MODEL.BALANCE.{place}GUIDED_SCALE is {scale} and MODEL.BALANCE.GUIDED_MAX_RATIO "
+            f"MODEL.BALANCE.{prefix}GUIDED_SCALE is {scale} and MODEL.BALANCE.GUIDED_MAX_RATIO "
             f"{bound}; must be at least 0, and above 0."
         )
     return GuidedScale(scale, bound) if scale else None
@@ -412,20 +412,22 @@ def _measured(cfg: CfgNode) -> CalibrationStatistics:
 _CALIBRATIONS = {"logit_adjustment": _logit_adjustment, "fracal": _fracal, "logn": _logn}
 
 
-def stock_box_loss(kind: str, beta: float) -> BoxLoss:
+def stock_box_loss(loss_type: str, beta: float) -> BoxLoss:
     """Detectron2's BBOX_REG_LOSS_TYPE as one of ours.
 
     Args:
-        kind: "smooth_l1" or "giou".
+        loss_type: "smooth_l1" or "giou".
         beta: beta of smooth L1.
 
     Raises:
-        ValueError: no loss of ours stands for `kind`.
+        ValueError: no loss of ours stands for `loss_type`.
     """
-    if kind == "smooth_l1":
+    if loss_type == "smooth_l1":
         return BOX_LOSSES.get("SmoothL1")(beta=beta)
     names = {"giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
-    if names.get(kind) not in BOX_LOSSES:
+    if names.get(loss_type) not in BOX_LOSSES:
         allowed = ["smooth_l1", *(k for k, v in names.items() if v in BOX_LOSSES)]
-        raise ValueError(f"BBOX_REG_LOSS_TYPE {kind!r} is unknown; allowed: {', '.join(allowed)}.")
-    return BOX_LOSSES.get(names[kind])()
+        raise ValueError(
+            f"BBOX_REG_LOSS_TYPE {loss_type!r} is unknown; must be one of {', '.join(allowed)}."
+        )
+    return BOX_LOSSES.get(names[loss_type])()

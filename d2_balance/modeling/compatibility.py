@@ -1,4 +1,4 @@
-"""Which losses, reweighters, selectors and heads go together: one table of rules.
+"""Which losses, reweighters, proposal samplers and heads go together: one table of rules.
 
 The rules are checked when a model is built. `d2-balance methods` prints them as a table, which is
 computed by asking them about every pair. Every message names both sides and says what works.
@@ -25,9 +25,9 @@ class Head:
     Args:
         name: as it stands in messages.
         extra_outputs: whether it has outputs besides those of the classes, such as background.
-        levels: whether its rows come from feature levels.
-        proposals: whether it draws its rows from proposals.
-        classes: False: it tells objects from background only.
+        levels: whether its samples come from feature levels.
+        proposals: whether its samples are proposals.
+        classes: whether it tells classes apart, not only objects from background.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Head:
     classes: bool = True
 
     @property
-    def place(self) -> str:
+    def node(self) -> str:
         """Config node of its losses."""
         return "MODEL.BALANCE" if self.classes else "MODEL.BALANCE.RPN"
 
@@ -65,14 +65,15 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What one head would be made of; losses, reweighters and selectors as objects or as classes.
+    """What one head would be made of; losses, reweighters and samplers as objects or as classes.
 
     Args:
         head: entry of `HEADS`.
-        cls_loss, box_loss: losses.
-        reweighters: what weights rows.
+        cls_loss: classification loss.
+        box_loss: box loss.
+        reweighters: what weights samples.
         proposal_sampler: what chooses proposals, or None.
-        sampling_free: True: all proposals train.
+        sampling_free: whether all proposals train.
         guided: whether the classification loss is scaled to the box loss.
         calibration: what calibrates scores at test time: "norcal", or a name of
             MODEL.BALANCE.CALIBRATION.NAME.
@@ -108,7 +109,7 @@ def _outputs(parts: Parts) -> str | None:
     if loss.activation == "sigmoid":
         why = f"needs outputs besides those of the classes and {head.name} has none"
     return (
-        f"{head.place}.CLS_LOSS {_name(loss)} {why}; losses that work there: "
+        f"{head.node}.CLS_LOSS {_name(loss)} {why}; losses that work there: "
         f"{_names(head.cls_losses)}"
     )
 
@@ -117,7 +118,7 @@ def _class_quantities(parts: Parts) -> str | None:
     if parts.head.classes or not needs_class_quantities(parts.cls_loss):
         return None
     return (
-        f"{parts.head.place}.CLS_LOSS {_name(parts.cls_loss)} weights classes by their frequency "
+        f"{parts.head.node}.CLS_LOSS {_name(parts.cls_loss)} weights classes by their frequency "
         f"and {parts.head.name} has no classes; losses that work there: "
         f"{_names(parts.head.cls_losses)}"
     )
@@ -127,7 +128,7 @@ def _levels(parts: Parts) -> str | None:
     for loss in (parts.cls_loss, parts.box_loss):
         if getattr(loss, "per_level", False) and not parts.head.levels:
             return (
-                f"{parts.head.place}.{_name(loss).upper()}.PER_LEVEL True needs feature levels and "
+                f"{parts.head.node}.{_name(loss).upper()}.PER_LEVEL True needs feature levels and "
                 f"{parts.head.name} have none; set it to False."
             )
     return None
@@ -137,13 +138,13 @@ def _coupled_boxes(parts: Parts) -> str | None:
     if not parts.cls_loss.couples_boxes or parts.box_loss.elementwise:
         return None
     return (
-        f"{parts.head.place}.CLS_LOSS {_name(parts.cls_loss)} ranks boxes as well and BOX_LOSS "
+        f"{parts.head.node}.CLS_LOSS {_name(parts.cls_loss)} ranks boxes as well and BOX_LOSS "
         f"{_name(parts.box_loss)} has no loss per box; BOX_LOSS that work: "
         + _names(cls for _, cls in BOX_LOSSES if cls.elementwise)
     )
 
 
-def _rows(parts: Parts) -> str | None:
+def _per_sample(parts: Parts) -> str | None:
     users = [*parts.reweighters]
     if parts.proposal_sampler is not None and parts.proposal_sampler.needs_predictions:
         users.append(parts.proposal_sampler)
@@ -154,8 +155,8 @@ def _rows(parts: Parts) -> str | None:
         ):
             if not loss.elementwise:
                 return (
-                    f"MODEL.BALANCE.{_key(user)} {_name(user)} weights single rows and {key} "
-                    f"{_name(loss)} has no loss per row; {key} that work: "
+                    f"MODEL.BALANCE.{_key(user)} {_name(user)} weights single samples and {key} "
+                    f"{_name(loss)} has no loss per sample; {key} that work: "
                     + _names(cls for _, cls in registry if cls.elementwise)
                 )
     return None
@@ -178,9 +179,9 @@ def _entries(parts: Parts) -> str | None:
             parts.cls_loss
         ):
             return (
-                f"MODEL.BALANCE.{_name(reweighter).upper()}.TARGET {reweighter.target} weights single "
-                f"classes of a sample and CLS_LOSS {_name(parts.cls_loss)} has no sigmoid of the "
-                "classes alone; set it to samples. CLS_LOSS that work: "
+                f"MODEL.BALANCE.{_name(reweighter).upper()}.TARGET {reweighter.target} weights "
+                f"single classes of a sample and CLS_LOSS {_name(parts.cls_loss)} has no sigmoid "
+                "of the classes alone; set it to samples. CLS_LOSS that work: "
                 + _names(
                     cls for _, cls in CLS_LOSSES if cls.elementwise and has_class_columns_only(cls)
                 )
@@ -209,7 +210,7 @@ def _guided(parts: Parts) -> str | None:
     if not parts.guided or parts.cls_loss.elementwise:
         return None
     return (
-        f"{parts.head.place}.GUIDED_SCALE gives a sum over rows its scale and CLS_LOSS "
+        f"{parts.head.node}.GUIDED_SCALE gives a sum over samples its scale and CLS_LOSS "
         f"{_name(parts.cls_loss)} has a scale of its own; set it to 0. CLS_LOSS that work: "
         + _names(cls for _, cls in CLS_LOSSES if cls.elementwise)
     )
@@ -244,7 +245,7 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
     _class_quantities,
     _levels,
     _coupled_boxes,
-    _rows,
+    _per_sample,
     _scores,
     _entries,
     _proposals,

@@ -1,4 +1,4 @@
-"""The one place that weights, sums and normalises the losses of a head.
+"""Weight, sum and normalise the losses of a head.
 
     loss_cls     = cls_weight * sum(sample weight * elementwise loss) / normaliser
     loss_box_reg = box_weight * sum(positive weight * elementwise loss) / normaliser
@@ -185,7 +185,7 @@ def detection_losses(
         normalizer: denominator of the elementwise losses.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
-        guided: scales the classification loss to the size of the box loss; None: leaves it.
+        guided: scales the classification loss to the size of the box loss; None leaves it.
 
     Returns:
         "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any sample.

@@ -44,7 +44,7 @@ def deformable_convolution(
         layer: with the attributes of Detectron2's DeformConv.
         x: (N, C, H, W).
         offset: (N, 2 G h w, H', W') in pixels, dy before dx of each sampling point.
-        mask: (N, G h w, H', W') factor of each sampling point; None: 1.
+        mask: (N, G h w, H', W') factor of each sampling point; None is 1.
 
     Returns:
         (N, D, H', W') of the type of `x`.
@@ -54,11 +54,11 @@ def deformable_convolution(
         out = F.conv2d(x, layer.weight, layer.bias, groups=layer.groups, **shape)
     else:
         # under autocast the maps are in half precision and the weights are not
-        kind = torch.promote_types(x.dtype, layer.weight.dtype)
-        points = None if mask is None else mask.to(kind)
-        bias = None if layer.bias is None else layer.bias.to(kind)
+        dtype = torch.promote_types(x.dtype, layer.weight.dtype)
+        points = None if mask is None else mask.to(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
         out = deform_conv2d(
-            x.to(kind), offset.to(kind), layer.weight.to(kind), bias, mask=points, **shape
+            x.to(dtype), offset.to(dtype), layer.weight.to(dtype), bias, mask=points, **shape
         ).to(x.dtype)
     if layer.norm is not None:
         out = layer.norm(out)
@@ -136,7 +136,7 @@ class DeformConv(_Deformable):
 class ModulatedDeformConv(_Deformable):
     """Deformable convolution whose sampling points have weights.
 
-    Arguments and errors as `DeformConv`; `bias`, True unless given, is allowed.
+    Arguments and errors as `DeformConv`; `bias` may be given, and is True by default.
     """
 
     def __init__(self, *args, bias: bool = True, **kwargs) -> None:

@@ -4,11 +4,11 @@
 - Ignore regions: boxes in which background does not count. An object that is not annotated, because
   the dataset leaves its class out, would train as background; where a second annotation file says
   that something is there, background anchors and proposals inside that box are left alone.
-  Positives keep priority: only anchors and proposals that match no object are looked at. A box is
+  Positives keep priority: only anchors and proposals that match no object are tested. A box is
   covered if max over regions of area(region and box) / area(box) >= threshold. The LVIS challenge
   report of the EQL authors (arXiv:2003.05176, appendix) has the idea and gives no threshold.
 - Ids of the matched objects, which Detectron2's matching drops: it hands on the class of the
-  matched object only. It is asked with ids in place of classes; an id above K cannot be taken for
+  matched object only. It is asked with ids instead of classes; an id above K cannot be taken for
   background (K) or ignored (-1).
 
 Shapes: N images, A anchors or proposals and M regions of an image, K classes.

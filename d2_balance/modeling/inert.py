@@ -35,13 +35,13 @@ def inert_remedies(cfg: CfgNode, model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, ClassificationLoss) and "proposal_generator" not in name
     }
-    found = [text for loss in losses.values() for text in _of_loss(loss)]
+    sentences = [text for loss in losses.values() for text in _of_loss(loss)]
     try:
         counts = ClassCounts.from_config(cfg)
     except (ValueError, AttributeError, KeyError):  # datasets and models of others
-        return found
+        return sentences
     checks = (_of_sampler, _of_norcal, _of_proposal_sampler, _of_beta_decay)
-    return found + [text for check in checks for text in check(cfg, counts)]
+    return sentences + [text for check in checks for text in check(cfg, counts)]
 
 
 def _of_loss(loss: Any) -> Iterator[str]:

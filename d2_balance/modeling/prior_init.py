@@ -13,7 +13,7 @@ _FILE, _THRESHOLDS = "MODEL.BALANCE.PRIOR_FILE", "MODEL.BALANCE.CLASS_THRESHOLDS
 
 
 def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
-    """The counts of MODEL.BALANCE.PRIOR_FILE; None where that is empty.
+    """The counts of MODEL.BALANCE.PRIOR_FILE; None if that is empty.
 
     Raises:
         ValueError: the file cannot be read, or MODEL.BALANCE.CLASS_THRESHOLDS has none.
@@ -85,9 +85,9 @@ def set_class_thresholds(
 def _count(prior: ForegroundPrior, part: str, num_classes: int) -> PartCount:
     source = prior.source or "the prior"
     if part not in prior.parts:
-        found = ", ".join(name for name in PARTS if name in prior.parts) or "nothing"
+        counted = ", ".join(name for name in PARTS if name in prior.parts) or "nothing"
         raise ValueError(
-            f"{_FILE}: {source} has counts of {found} and the model needs those of {part}; run "
+            f"{_FILE}: {source} has counts of {counted} and the model needs those of {part}; run "
             "`d2-balance prior` with the configuration of this model."
         )
     classes = 1 if part == RPN else len(prior.class_names)

@@ -1,8 +1,9 @@
 """TorchScript by `torch.jit.script`: the inference form of models, without losses and samplers.
 
-`detectron2.export.scripting_with_instances` scripts a model in evaluation mode. TorchScript compiles
-every submodule, and losses take a `Samples` that it does not know. It asks a module for a form to
-script first, `__prepare_scriptable__`; this is Detectron2's own class with the same weights.
+`detectron2.export.scripting_with_instances` scripts a model in evaluation mode. TorchScript
+compiles every submodule, and losses take a `Samples` that it does not know. It asks a module for a
+form to script first, `__prepare_scriptable__`; this is Detectron2's own class with the same
+weights.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 
-def without_parts(module: nn.Module, names: Sequence[str], cls: type[nn.Module]) -> nn.Module:
-    """Return a copy of a module that shares its weights and lacks some of its parts.
+def without_attributes(module: nn.Module, names: Sequence[str], cls: type[nn.Module]) -> nn.Module:
+    """Return a copy of a module that shares its weights and lacks some attributes.
 
     Args:
         module: in evaluation mode; not changed.
@@ -37,10 +38,10 @@ def without_parts(module: nn.Module, names: Sequence[str], cls: type[nn.Module])
 class Scriptable:
     """Base of modules that are scripted as Detectron2's class; before it in the inheritance."""
 
-    training_parts: tuple[str, ...] = ()
+    training_only: tuple[str, ...] = ()
     """Submodules and attributes that inference does not need."""
 
     def __prepare_scriptable__(self) -> Self | nn.Module:
-        """Return what `torch.jit.script` compiles in place of this module."""
+        """Return what `torch.jit.script` compiles instead of this module."""
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("detectron2."))
-        return without_parts(self, self.training_parts, stock)
+        return without_attributes(self, self.training_only, stock)

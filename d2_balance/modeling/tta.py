@@ -1,4 +1,4 @@
-"""Testing at several sizes and flipped, for boxes and masks, in bounded memory.
+"""Test-time augmentation (TTA) for boxes and masks, in bounded memory.
 
 Detectron2's GeneralizedRCNNWithTTA does the work: every variant of an image is detected, the
 boxes of all are joined by non-maximum suppression, and the masks of the joined boxes are averaged
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 def check_test_augmentation(cfg: CfgNode) -> None:
-    """Checks TEST.AUG where it is enabled.
+    """Check TEST.AUG if it is enabled.
 
     Raises:
         ValueError: naming the key.
@@ -31,8 +31,8 @@ def check_test_augmentation(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     if not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
         raise ValueError(
-            f"TEST.AUG.ENABLED works with two-stage models, not with {name}; allowed are "
-            "BalancedRCNN and GeneralizedRCNN."
+            f"TEST.AUG.ENABLED works with two-stage models, not with {name}; must be "
+            "BalancedRCNN or GeneralizedRCNN."
         )
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
@@ -47,7 +47,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
             )
     if not aug.MIN_SIZES or min(aug.MIN_SIZES) < 1:
         raise ValueError(
-            f"TEST.AUG.MIN_SIZES is {tuple(aug.MIN_SIZES)}; allowed are sizes of at least 1 pixel."
+            f"TEST.AUG.MIN_SIZES is {tuple(aug.MIN_SIZES)}; must be sizes of at least 1 pixel."
         )
     if aug.IMS_PER_BATCH < 1:
         raise ValueError(f"TEST.AUG.IMS_PER_BATCH is {aug.IMS_PER_BATCH}; it must be at least 1.")
@@ -113,10 +113,9 @@ class PastedMasks:
         if not isinstance(item, int):
             return PastedMasks(self.masks[item], self.boxes[item], self.size, self.threshold)
         number = range(len(self))[item]  # raises IndexError past the end
-        rows = slice(number, number + 1)
-        return paste_masks_in_image(self.masks[rows], self.boxes[rows], self.size, self.threshold)[
-            0
-        ]
+        own = slice(number, number + 1)
+        masks, boxes = self.masks[own], self.boxes[own]
+        return paste_masks_in_image(masks, boxes, self.size, self.threshold)[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))

@@ -113,7 +113,10 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
         (["MODEL.ROI_HEADS.NAME", "BalancedROIHeads"], r"ROI_HEADS.NAME.*did you mean Balanced"),
         (["MODEL.BACKBONE.NAME", "x"], r"MODEL.BACKBONE.NAME: 'x' is unknown; allowed: build_"),
         ([BALANCE + "CLS_LOSS", "Fokal"], r"MODEL.BALANCE.CLS_LOSS: 'Fokal' is unknown"),
-        ([BALANCE + "BOX_LOSS", "L3"], r"MODEL.BALANCE.BOX_LOSS: 'L3' is unknown; allowed:.*GIoU"),
+        (
+            [BALANCE + "BOX_LOSS", "L3"],
+            r"MODEL.BALANCE.BOX_LOSS: 'L3' is unknown; must be one of.*GIoU",
+        ),
         ([BALANCE + "REWEIGHTERS", "['X']"], r"MODEL.BALANCE.REWEIGHTERS: 'X' is unknown"),
         (
             [BALANCE + "CLS_LOSS", "GHMC", BALANCE + "GHMC.BINS", "0"],

@@ -25,7 +25,7 @@ def refuse(match, kind, *overrides, error=ValueError):
 def test_unknown_loss_lists_the_known_ones(kind, key):
     known = {"CLS_LOSS": "DR, .*EQL", "BOX_LOSS": "GHMR, GIoU"}[key]
     refuse(
-        rf"MODEL\.BALANCE\.{key}: 'Fokal' is unknown; allowed: .*{known}",
+        rf"MODEL\.BALANCE\.{key}: 'Fokal' is unknown; must be one of .*{known}",
         kind,
         f"MODEL.BALANCE.{key}",
         "Fokal",
@@ -34,7 +34,7 @@ def test_unknown_loss_lists_the_known_ones(kind, key):
 
 def test_unknown_reweighter_is_named():
     refuse(
-        r"MODEL\.BALANCE\.REWEIGHTERS: 'Nobody' is unknown; allowed: ",
+        r"MODEL\.BALANCE\.REWEIGHTERS: 'Nobody' is unknown; must be one of ",
         "faster",
         "MODEL.BALANCE.REWEIGHTERS",
         ["Nobody"],
@@ -124,15 +124,15 @@ def test_levels_on_a_head_without_levels(key, name):
 @pytest.mark.parametrize(
     ("key", "name", "works"), [("CLS_LOSS", "DR", "Focal"), ("BOX_LOSS", "GHMR", "SmoothL1")]
 )
-def test_row_weights_on_a_loss_without_rows(monkeypatch, key, name, works):
+def test_sample_weights_on_a_loss_over_a_set(monkeypatch, key, name, works):
     class Halve(Reweighter):
         def forward(self, samples, cls, box):
             return torch.full_like(samples.labels, 0.5, dtype=cls.dtype), None
 
     monkeypatch.setitem(REWEIGHTERS._obj_map, "Halve", Halve)
     refuse(
-        rf"REWEIGHTERS Halve weights single rows and {key} {name} has no loss per row; {key} that "
-        rf"work: .*{works}",
+        rf"REWEIGHTERS Halve weights single samples and {key} {name} has no loss per sample; {key} "
+        rf"that work: .*{works}",
         "retinanet",
         "MODEL.BALANCE.REWEIGHTERS",
         ["Halve"],

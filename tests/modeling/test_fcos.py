@@ -280,8 +280,8 @@ def test_softmax_losses_are_refused_by_name(counts_file):
     ("keys", "message"),
     [
         (["CENTER_SAMPLING_RADIUS", 0.0], r"CENTER_SAMPLING_RADIUS is 0.0; must be .* above 0"),
-        (["IN_FEATURES", ["p2"]], r"IN_FEATURES is \['p2'\]; allowed are names of p3, p4, p5"),
-        (["IN_FEATURES", []], r"IN_FEATURES is \[\]; allowed are names of p3"),
+        (["IN_FEATURES", ["p2"]], r"IN_FEATURES is \['p2'\]; must be some of p3, p4, p5"),
+        (["IN_FEATURES", []], r"IN_FEATURES is \[\]; must be some of p3"),
     ],
 )
 def test_wrong_keys_are_named(keys, message):

@@ -1,4 +1,4 @@
-"""LOCE's feature memory: queues and drawing."""
+"""LOCE's feature memory: queues and sampling."""
 
 from collections import deque
 
@@ -32,9 +32,9 @@ def test_queues_equal_deques_over_many_pushes():
     generator = torch.Generator().manual_seed(0)
     number = 0
     for _ in range(60):
-        # up to eleven rows, of which often more than four are of one class
-        rows = int(torch.randint(0, 12, (), generator=generator))
-        labels = torch.randint(0, 3, (rows,), generator=generator)
+        # up to eleven samples, of which often more than four are of one class
+        count = int(torch.randint(0, 12, (), generator=generator))
+        labels = torch.randint(0, 3, (count,), generator=generator)
         numbers = torch.arange(number, number + len(labels))
         number += len(labels)
         queues.push(numbers.float().view(-1, 1, 1, 1), labels)
@@ -45,7 +45,7 @@ def test_queues_equal_deques_over_many_pushes():
     assert queues.features[-1] == 0
 
 
-def test_more_rows_than_a_queue_holds_leave_the_last_ones():
+def test_more_entries_than_a_queue_holds_leave_the_last_ones():
     queues = memory(num_classes=2, length=3)
     queues.push(torch.arange(8.0).view(8, 1, 1, 1), torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]))
     assert entries(queues) == [[5.0, 6.0, 7.0], [3.0]]
@@ -55,9 +55,9 @@ def test_no_place_is_written_twice():
     queues = memory(num_classes=2, length=3)
     queues.push(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]))
     labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
-    places = queues.places(labels, torch.tensor([7, 1])).tolist()
+    slots = queues.slots(labels, torch.tensor([7, 1])).tolist()
     # class 0 goes on at slot 1: rank 4, 5, 6 to (1 + rank) % 3 = 2, 0, 1; class 1 to 3 + 1
-    assert places == [6, 6, 6, 4, 6, 2, 0, 1]
+    assert slots == [6, 6, 6, 4, 6, 2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_values_beyond_half_precision_stay_finite():
     assert entries(queues) == [[], [65504.0], []]
 
 
-def test_an_empty_memory_draws_rows_of_weight_zero():
-    features, labels, weight = memory(features_per_class=4).draw(torch.full((3,), 0.01))
+def test_an_empty_memory_gives_samples_of_weight_zero():
+    features, labels, weight = memory(features_per_class=4).sample(torch.full((3,), 0.01))
     assert features.shape == (12, 1, 1, 1) and (features == 0).all()
     assert (weight == 0).all() and labels.unique().tolist() == [0, 1, 2]
 
 
-def test_drawn_entries_are_those_of_their_class():
+def test_sampled_entries_are_those_of_their_class():
     queues = memory(num_classes=4, length=5, classes_per_step=3, features_per_class=6)
     values = torch.tensor([10.0, 11, 12, 20, 21, 30])
     queues.push(values.view(-1, 1, 1, 1), (values // 10).long())
     seen = set()
     for _ in range(50):
-        features, labels, weight = queues.draw(torch.full((4,), 0.01))
+        features, labels, weight = queues.sample(torch.full((4,), 0.01))
         assert (weight == 1).all()
         assert sorted(labels.tolist()) == [1] * 6 + [2] * 6 + [3] * 6  # class 0 has none
         assert (features.flatten() // 10 == labels).all()
@@ -98,19 +98,19 @@ def test_drawn_entries_are_those_of_their_class():
     assert seen == set(values.tolist())
 
 
-def test_classes_are_drawn_by_one_over_their_mean_score():
+def test_classes_are_sampled_by_one_over_their_mean_score():
     queues = memory(num_classes=3, length=1, classes_per_step=1, features_per_class=1)
     queues.push(torch.ones(3, 1, 1, 1), torch.arange(3))
-    score = torch.tensor([0.1, 0.2, 0.4])  # 1 / s = 10, 5, 2.5: shares 4/7, 2/7, 1/7
+    score = torch.tensor([0.1, 0.2, 0.4])  # 1 / s = 10, 5, 2.5: fractions 4/7, 2/7, 1/7
     counts = torch.zeros(3)
     for _ in range(4000):
-        counts[queues.draw(score)[1]] += 1
+        counts[queues.sample(score)[1]] += 1
     expected = torch.tensor([4 / 7, 2 / 7, 1 / 7])
     # standard deviation at most sqrt(.25 / 4000) = .008
     assert (counts / 4000 - expected).abs().max() < 5 * 0.008
 
 
-def test_rows_of_weight_zero_are_not_counted():
+def test_samples_of_weight_zero_are_not_counted():
     samples = Samples(
         logits=torch.zeros(3, 2),
         labels=torch.tensor([0, 1, 1]),

@@ -1,4 +1,4 @@
-"""LOCE and its memory on two gloo ranks: common mean scores, a memory of each rank's own rows."""
+"""LOCE and its memory on two gloo ranks: common mean scores, a memory for each rank."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def train(rank):
     """What the box head holds after each step on one image."""
     torch.manual_seed(0)
     model = build_model(small_cfg("faster", *MEMORY)).train()
-    torch.manual_seed(rank)  # each rank draws for itself
+    torch.manual_seed(rank)  # each rank samples for itself
     found = []
     for step in range(STEPS):
         inputs = make_inputs(seed=step, empty=(1,) if step == 1 else ())
@@ -53,7 +53,7 @@ def test_mean_scores_are_those_of_all_ranks(two_ranks):
         before = first["state"]
 
 
-def test_each_rank_keeps_the_rows_of_its_own_images(two_ranks):
+def test_each_rank_keeps_the_samples_of_its_own_images(two_ranks):
     for steps in two_ranks:
         seen = set()
         for step in steps:

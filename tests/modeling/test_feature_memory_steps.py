@@ -1,4 +1,4 @@
-"""LOCE's feature memory in a model: what drawn rows do in a training step, and what they leave."""
+"""LOCE's feature memory in a model: what its samples do in a training step, and what they leave."""
 
 import copy
 
@@ -15,7 +15,7 @@ from ..conftest import CLASSES, make_inputs, small_cfg
 LOCE = ["MODEL.BALANCE.CLS_LOSS", "LOCE"]
 NODE = "MODEL.BALANCE.LOCE_MEMORY."
 MEMORY = [*LOCE, NODE + "ENABLED", True, NODE + "CAPACITY", 30, NODE + "CLASSES_PER_STEP", 3]
-DRAWN = 3 * 4  # rows a step
+ADDED = 3 * 4  # memory samples of a step
 
 
 def train_step(model, inputs):
@@ -41,65 +41,65 @@ def test_a_step_fills_the_memory_and_later_steps_draw_from_it(kind):
     first, _ = watch(model, make_inputs())
     counts = [layer.memory.count.clone() for layer in layers_of(model)]
     for (samples, *_), count in zip(first, counts, strict=True):
-        real = len(samples.labels) - DRAWN
-        assert (samples.sample_weight[real:] == 0).all()  # nothing to draw yet
+        real = len(samples.labels) - ADDED
+        assert (samples.sample_weight[real:] == 0).all()  # nothing to sample yet
         own = torch.bincount(samples.labels[:real], minlength=CLASSES + 1)[:CLASSES]
         assert own.sum() > 0 and torch.equal(count, own.clamp(max=5))
     again, losses = watch(model, make_inputs(seed=1))
     for layer, (samples, _, cls, box) in zip(layers_of(model), again, strict=True):
-        real = len(samples.labels) - DRAWN
-        assert cls.shape == (real + DRAWN,)
+        real = len(samples.labels) - ADDED
+        assert cls.shape == (real + ADDED,)
         assert samples.sample_weight[real:].sum() >= 4
         held = {c for count in counts for c in count.nonzero().flatten().tolist()}
         used = samples.sample_weight[real:] > 0
         assert set(samples.labels[real:][used].tolist()) <= held
-        assert (box[-DRAWN:] == 0).all()
+        assert (box[-ADDED:] == 0).all()
         ids = samples.gt_index
-        assert (ids[-DRAWN:] < 0).all() and len(ids[-DRAWN:].unique()) == DRAWN
-        assert (ids[:-DRAWN] >= 0).all()
-        # rows of empty queues are no rows
+        assert (ids[-ADDED:] < 0).all() and len(ids[-ADDED:].unique()) == ADDED
+        assert (ids[:-ADDED] >= 0).all()
+        # samples of empty queues do not count
         assert layer.normalizer.samples == real + used.sum()
         assert layer.memory.batch is None
     assert all(loss.isfinite() for loss in losses.values())
 
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
-def test_drawn_rows_train_box_head_and_classifier_and_no_box(kind):
+def test_memory_samples_train_box_head_and_classifier_and_no_box(kind):
     model = build_model(small_cfg(kind, *MEMORY)).train()
     train_step(model, make_inputs())
     train_step(model, make_inputs(seed=1))
     heads = model.roi_heads
     gradients = {}
-    # images without objects: all positive rows are drawn ones
+    # images without objects: all positives are memory samples
     with watched(model, lambda samples, boxes, cls, box: gradients.setdefault(len(gradients), cls)):
         train_step(model, make_inputs(seed=2, empty=(0, 1)))
-    for stage, rows in gradients.items():
+    for stage, scores in gradients.items():
         head, layer = heads.head_modules(stage)
         parameters = [*head.parameters(), layer.cls_score.weight]
-        found = torch.autograd.grad(rows[-DRAWN:].sum(), parameters, retain_graph=True)
+        found = torch.autograd.grad(scores[-ADDED:].sum(), parameters, retain_graph=True)
         assert all(grad.abs().sum() > 0 for grad in found)
         trunk = torch.autograd.grad(
-            rows[-DRAWN:].sum(),
+            scores[-ADDED:].sum(),
             [p for p in model.backbone.parameters() if p.requires_grad],
             retain_graph=True,
             allow_unused=True,
         )
         assert all(grad is None or grad.abs().sum() == 0 for grad in trunk)  # features are detached
         boxes = torch.autograd.grad(
-            rows[-DRAWN:].sum(), layer.bbox_pred.weight, retain_graph=True, allow_unused=True
+            scores[-ADDED:].sum(), layer.bbox_pred.weight, retain_graph=True, allow_unused=True
         )
         assert boxes[0] is None
 
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
-def test_box_losses_and_mean_scores_do_not_see_drawn_rows(kind, monkeypatch):
-    """The same step with and without drawn rows, which the memory is kept from adding."""
+def test_box_losses_and_mean_scores_do_not_see_memory_samples(kind, monkeypatch):
+    """The same step with and without memory samples, which a patch keeps out."""
 
-    def losses_and_scores(draws):
+    def losses_and_scores(samples):
         torch.manual_seed(0)
         model = build_model(small_cfg(kind, *MEMORY)).train()
         train_step(model, make_inputs())
-        if not draws:
+        if not samples:
             for layer in layers_of(model):
                 layer.memory.join = lambda samples: samples
         torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_evaluation_and_passes_without_gradient_leave_the_memory_alone():
     model.eval()
     with torch.no_grad():
         first = model(make_inputs(1))
-    assert shapes == [20, 20, 20]  # POST_NMS_TOPK_TEST proposals, and no drawn row
+    assert shapes == [20, 20, 20]  # POST_NMS_TOPK_TEST proposals, and no memory sample
     plain = build_model(small_cfg("cascade", *LOCE)).eval()
     plain.load_state_dict({key: value for key, value in before.items() if ".memory." not in key})
     with torch.no_grad():
@@ -137,14 +137,14 @@ def test_evaluation_and_passes_without_gradient_leave_the_memory_alone():
 
 
 @pytest.mark.parametrize("kind", ["faster", "cascade"])
-def test_mining_passes_draw_nothing(kind):
+def test_mining_passes_sample_nothing(kind):
     keys = ["MODEL.BALANCE.PROPOSAL_SAMPLER", "OHEM", "MODEL.BALANCE.OHEM.ROIS_PER_IMAGE", 16]
     model = build_model(small_cfg(kind, *MEMORY, *keys)).train()
     for seed in range(4):  # untrained boxes: not every batch has positives among the hardest
         seen, losses = watch(model, make_inputs(seed=seed))
     for samples, *_ in seen:
-        assert len(samples.labels) <= 2 * 16 + DRAWN
-        assert samples.sample_weight[-DRAWN:].sum() >= 4
+        assert len(samples.labels) <= 2 * 16 + ADDED
+        assert samples.sample_weight[-ADDED:].sum() >= 4
     total = sum(losses.values())
     total.backward()
     assert total.isfinite()
@@ -194,7 +194,10 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
             [NODE + "FEATURES_PER_CLASS", 0],
             "features_per_class is 0; must be an integer",
         ),
-        (["MODEL.BALANCE.BOX_LOSS", "GHMR"], "BOX_LOSS GHMR counts all rows; BOX_LOSS that work"),
+        (
+            ["MODEL.BALANCE.BOX_LOSS", "GHMR"],
+            "BOX_LOSS GHMR counts all samples; BOX_LOSS that work",
+        ),
         (["MODEL.BALANCE.REWEIGHTERS", ["ISR"]], "REWEIGHTERS ISR compares the boxes of positives"),
         (["MODEL.BALANCE.GUIDED_SCALE", 2.0], "GUIDED_SCALE compares the boxes of positives"),
         (["MODEL.BALANCE.CLS_LOSS", "Seesaw"], "CLS_LOSS is 'Seesaw'; must be LOCE"),
@@ -208,5 +211,5 @@ def test_what_cannot_work_is_refused(keys, expected):
 
 
 def test_a_memory_without_its_loss_is_refused_before_the_data_is_read():
-    with pytest.raises(ValueError, match="LOCE_MEMORY.ENABLED True draws by the mean scores"):
+    with pytest.raises(ValueError, match="LOCE_MEMORY.ENABLED True samples by the mean scores"):
         validate(small_cfg("faster", NODE + "ENABLED", True))

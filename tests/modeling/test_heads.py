@@ -155,7 +155,7 @@ def test_no_proposal_in_the_batch_gives_zero_with_a_gradient(kind, images, cls, 
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "faster"])
-def test_samples_hold_the_positives_in_row_order(kind, monkeypatch):
+def test_samples_hold_the_positives_in_order(kind, monkeypatch):
     model = build_model(small_cfg(kind))
     seen = capture(monkeypatch, model)
     inputs = make_inputs(images=3, empty=(1,), seed=4)
@@ -171,10 +171,10 @@ def test_samples_hold_the_positives_in_row_order(kind, monkeypatch):
         assert torch.equal(samples.gt_boxes, boxes[samples.gt_index])
         assert torch.equal(samples.labels[pos], classes[samples.gt_index])
     owner = torch.tensor([0] * 3 + [2] * 3)
-    for row, box in zip(pos.tolist(), samples.gt_boxes, strict=True):
+    for i, box in zip(pos.tolist(), samples.gt_boxes, strict=True):
         matches = (boxes == box).all(dim=1).nonzero().flatten()
-        assert samples.image_index[row] in owner[matches]
-        assert samples.labels[row] in classes[matches]
+        assert samples.image_index[i] in owner[matches]
+        assert samples.labels[i] in classes[matches]
 
 
 def test_class_specific_deltas_are_those_of_the_label(monkeypatch):

@@ -41,20 +41,20 @@ def inside(boxes, record, ioa=0.5):
         return 0
     first, last = boxes[:, :2], boxes[:, 2:]
     sides = torch.minimum(last, regions[..., 2:]) - torch.maximum(first, regions[..., :2])
-    share = sides.clamp(min=0).prod(dim=2) / (last - first).prod(dim=1)
-    return int((share >= ioa + 1e-5).any(dim=0).sum())
+    fraction = sides.clamp(min=0).prod(dim=2) / (last - first).prod(dim=1)
+    return int((fraction >= ioa + 1e-5).any(dim=0).sum())
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Rows that reach the losses: (name of the part, boxes, labels) of each image."""
+    """Samples that reach the losses: (name of the head, boxes, labels) of each image."""
     found = []
     rpn_losses, head_losses = BalancedRPN.losses, BalancedFastRCNNOutputLayers.losses
 
     def of_rpn(self, anchors, logits, labels, deltas, boxes):
         every = Boxes.cat(anchors).tensor
-        rows = [(every[x >= 0], torch.where(x == 1, 0, CLASSES)[x >= 0]) for x in labels]
-        found.append(("rpn", rows))
+        samples = [(every[x >= 0], torch.where(x == 1, 0, CLASSES)[x >= 0]) for x in labels]
+        found.append(("rpn", samples))
         return rpn_losses(self, anchors, logits, labels, deltas, boxes)
 
     def of_head(self, predictions, proposals):
@@ -67,13 +67,13 @@ def seen(monkeypatch):
 
 
 def background_inside(seen, inputs):
-    """Background rows inside regions, of each part in the order in which they ran."""
+    """Background samples inside regions, of each head in the order in which they ran."""
     return [
         sum(
             inside(boxes[labels == CLASSES], record)
-            for (boxes, labels), record in zip(rows, inputs, strict=True)
+            for (boxes, labels), record in zip(samples, inputs, strict=True)
         )
-        for _, rows in seen
+        for _, samples in seen
     ]
 
 
@@ -90,28 +90,28 @@ def random_boxes(count, generator, side=24.0):
     )
 
 
-def chosen_rows(model, anchors, objects, boxes, regions, stage):
+def chosen_samples(model, anchors, objects, boxes, regions, stage):
     """(boxes, labels) that RPN, RoI heads and a later cascade stage take from one image."""
     rpn, heads = model.proposal_generator, model.roi_heads
     rpn._regions = heads._regions = regions
     (labels,), _ = rpn.label_and_sample_anchors([anchors], [objects])
     used = labels >= 0
-    rows = [(anchors.tensor[used], torch.where(labels == 1, 0, CLASSES)[used])]
+    samples = [(anchors.tensor[used], torch.where(labels == 1, 0, CLASSES)[used])]
     proposals = Instances(
         (SIZE, SIZE), proposal_boxes=boxes, objectness_logits=torch.zeros(len(boxes))
     )
     found = heads.label_and_sample_proposals([proposals], [objects])
     refined = Instances((SIZE, SIZE), proposal_boxes=boxes)
     found += heads._match_and_label_boxes([refined], stage, [objects])
-    return rows + [(p.proposal_boxes.tensor, p.gt_classes) for p in found]
+    return samples + [(p.proposal_boxes.tensor, p.gt_classes) for p in found]
 
 
-def positives(rows):
-    return [{*map(tuple, boxes[labels < CLASSES].tolist())} for boxes, labels in rows]
+def positives(samples):
+    return [{*map(tuple, boxes[labels < CLASSES].tolist())} for boxes, labels in samples]
 
 
 def test_a_thousand_images_keep_positives_and_lose_background_in_regions():
-    """Sampling takes all positives here: fewer than half of the rows match an object."""
+    """Sampling takes all positives here: fewer than half of the samples match an object."""
     model = build_model(small_cfg("cascade", *RPN)).train()
     maps = [torch.zeros(1, 1, -(-SIZE // s), -(-SIZE // s)) for s in (4, 8, 16, 32, 64)]
     anchors = Boxes.cat(model.proposal_generator.anchor_generator(maps))
@@ -127,11 +127,11 @@ def test_a_thousand_images_keep_positives_and_lose_background_in_regions():
             regions = random_boxes(2, generator, 20.0).tensor
             record = {"ignore_boxes": regions}
             boxes, stage = random_boxes(60, generator), 1 + number % 2
-            rows = chosen_rows(model, anchors, objects, boxes, [regions], stage)
-            left += torch.tensor([inside(b[y == CLASSES], record) for b, y in rows])
-            free = chosen_rows(model, anchors, objects, boxes, None, stage)
+            samples = chosen_samples(model, anchors, objects, boxes, [regions], stage)
+            left += torch.tensor([inside(b[y == CLASSES], record) for b, y in samples])
+            free = chosen_samples(model, anchors, objects, boxes, None, stage)
             without += torch.tensor([inside(b[y == CLASSES], record) for b, y in free])
-            assert positives(rows) == positives(free)
+            assert positives(samples) == positives(free)
     assert left.tolist() == [0, 0, 0]
     assert without.min() > 1000  # they would be there in every part
 
@@ -158,7 +158,7 @@ def test_every_way_of_choosing_proposals_leaves_regions_alone(seen, kind, keys):
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
 def test_positives_are_those_without_regions(seen, kind):
-    """Sampling is off, so that all rows are seen; later stages refine what the first one keeps."""
+    """Without sampling all anchors are seen; later stages refine what the first one keeps."""
     off = ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.RPN.SAMPLING_FREE", True)
     model = build_model(small_cfg(kind, *RPN, *off))
     inputs = with_regions(make_inputs(6, 3, SIZE))
@@ -166,13 +166,13 @@ def test_positives_are_those_without_regions(seen, kind):
         whole = torch.cat([record["instances"].gt_boxes.tensor, torch.zeros(1, 4) + 30])
         record["ignore_boxes"] = whole
     losses(model, inputs)
-    covered_rows = [seen[0], seen[1]]
+    covered_samples = [seen[0], seen[1]]
     bare = [{k: v for k, v in x.items() if k != "ignore_boxes"} for x in inputs]
     seen.clear()
     losses(model, bare)
     removed = 0
-    for (_, rows), (_, free) in zip(covered_rows, seen[:2], strict=True):
-        for (boxes, labels), (all_boxes, all_labels) in zip(rows, free, strict=True):
+    for (_, samples), (_, free) in zip(covered_samples, seen[:2], strict=True):
+        for (boxes, labels), (all_boxes, all_labels) in zip(samples, free, strict=True):
             positive, all_positive = labels < CLASSES, all_labels < CLASSES
             assert torch.equal(boxes[positive], all_boxes[all_positive])
             assert torch.equal(labels[positive], all_labels[all_positive])
@@ -262,7 +262,7 @@ def test_a_image_that_is_one_region_and_has_no_object_trains_nothing(seen):
     inputs = make_inputs(1, empty=(0,))
     inputs[0]["ignore_boxes"] = [[-200.0, -200, 300, 300]]
     found = losses(model, inputs)
-    assert sum(len(labels) for _, rows in seen for _, labels in rows) == 0
+    assert sum(len(labels) for _, samples in seen for _, labels in samples) == 0
     assert all(loss == 0 for loss in found.values())
     sum(found.values()).backward()
 

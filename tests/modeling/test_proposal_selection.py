@@ -83,7 +83,7 @@ def test_ohem_selects_what_the_losses_of_the_whole_set_say(kind, monkeypatch):
     def select(proposals, stage):
         _head, layers = heads.head_modules(stage)
         scores, deltas = heads.run_head(proposals, stage)
-        cls, box = layers.row_losses((scores, deltas), proposals)
+        cls, box = layers.losses_per_sample((scores, deltas), proposals)
         order = (cls + box).argsort(descending=True)[:5]
         kept = stock(proposals, stage)
         expected = proposals[0].proposal_boxes.tensor[order]
@@ -96,7 +96,7 @@ def test_ohem_selects_what_the_losses_of_the_whole_set_say(kind, monkeypatch):
     assert chosen == list(range(3 if kind == "cascade" else 1))
 
 
-def test_row_losses_are_cross_entropy_and_l1_of_each_row(monkeypatch):
+def test_losses_per_sample_are_cross_entropy_and_l1(monkeypatch):
     model = build("faster")
     calls = record(model, monkeypatch)
     train_step(model, make_inputs(2))
@@ -104,21 +104,21 @@ def test_row_losses_are_cross_entropy_and_l1_of_each_row(monkeypatch):
     layers = model.roi_heads.box_predictor
     scores = torch.randn(sum(map(len, proposals)), CLASSES + 1)
     deltas = torch.randn(len(scores), CLASSES * 4)
-    cls, box = layers.row_losses((scores, deltas), proposals)
-    row = 0
+    cls, box = layers.losses_per_sample((scores, deltas), proposals)
+    sample = 0
     for p in proposals:
         for i in range(len(p)):
             label = int(p.gt_classes[i])
-            log_prob = scores[row].log_softmax(0)
-            torch.testing.assert_close(cls[row], -log_prob[label])
+            log_prob = scores[sample].log_softmax(0)
+            torch.testing.assert_close(cls[sample], -log_prob[label])
             expected = torch.zeros(())
             if label < CLASSES:
                 target = layers.box2box_transform.get_deltas(
                     p.proposal_boxes.tensor[i : i + 1], p.gt_boxes.tensor[i : i + 1]
                 )[0]
-                expected = (deltas[row, 4 * label : 4 * label + 4] - target).abs().sum()
-            torch.testing.assert_close(box[row], expected)
-            row += 1
+                expected = (deltas[sample, 4 * label : 4 * label + 4] - target).abs().sum()
+            torch.testing.assert_close(box[sample], expected)
+            sample += 1
 
 
 @pytest.mark.parametrize("proposal_sampler", ["OHEM", "ISRN"])
@@ -167,10 +167,10 @@ def test_isr_n_weights_reach_the_loss(monkeypatch):
     weight = captured[-1].sample_weight
     assert torch.equal(weight, torch.cat([p.sample_weight for p in calls[0]]))
     assert weight.unique().numel() > 5
-    rows = torch.nn.functional.cross_entropy(
+    per_sample = torch.nn.functional.cross_entropy(
         captured[-1].logits, captured[-1].labels, reduction="none"
     )
-    torch.testing.assert_close(losses["loss_cls"], (weight * rows).mean())
+    torch.testing.assert_close(losses["loss_cls"], (weight * per_sample).mean())
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
@@ -196,25 +196,25 @@ def test_mined_boxes_are_those_of_the_highest_class(loss, agnostic, monkeypatch)
     monkeypatch.setattr(layers, "predict_boxes", boxes)
     train_step(model, make_inputs(2))
     ((scores, deltas), proposals), candidates = seen
-    row, classes = 0, set()
+    sample, classes = 0, set()
     for p, c in zip(proposals, candidates, strict=True):
         for i, box in enumerate(p.proposal_boxes.tensor):
-            z = scores[row]
+            z = scores[sample]
             p_all = z.sigmoid() if loss == "SigmoidCE" else z[: CLASSES + 1].softmax(0)
             if loss == "Seesaw":
                 p_all = z[:CLASSES].softmax(0) * z[-2:].softmax(0)[0]
             best = int(p_all[:CLASSES].argmax())
             classes.add(best)
             torch.testing.assert_close(c.scores[i], p_all[best])
-            delta = deltas[row] if agnostic else deltas[row, 4 * best : 4 * best + 4]
+            delta = deltas[sample] if agnostic else deltas[sample, 4 * best : 4 * best + 4]
             expected = layers.box2box_transform.apply_deltas(delta[None], box[None])[0]
             torch.testing.assert_close(c.pred_boxes[i], expected)
-            row += 1
-    assert row == len(scores) and len(classes) > 1
+            sample += 1
+    assert sample == len(scores) and len(classes) > 1
 
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
-def test_without_drawing_every_labelled_proposal_trains_and_masks_are_capped(kind, monkeypatch):
+def test_without_sampling_every_labelled_proposal_trains_and_masks_are_capped(kind, monkeypatch):
     cap = ("MODEL.BALANCE.SAMPLING_FREE", True, "MODEL.BALANCE.MASKS_PER_IMAGE", 2)
     model = build(kind, *cap, "MODEL.MASK_ON", True)
     calls = record(model, monkeypatch)

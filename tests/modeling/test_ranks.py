@@ -10,7 +10,7 @@ from d2_balance.modeling.proposal_generator.rpn import ImageNormalizer
 from ..losses.test_contract import Deltas, build
 from ..two_ranks import results_of_two_ranks
 
-K, ROWS, STEPS, LEVELS = 5, 40, 4, 3
+K, SAMPLES, STEPS, LEVELS = 5, 40, 4, 3
 PER_LEVEL = "/levels"  # behind the name of a loss: with per_level switched on
 PAIRS = sorted(
     {
@@ -25,27 +25,27 @@ PAIRS = sorted(
 NORMALIZERS = {
     "PositiveEMA": PositiveEMA,
     "SampleNormalizer": SampleNormalizer,
-    "ImageNormalizer": lambda: ImageNormalizer(rows=256),
+    "ImageNormalizer": lambda: ImageNormalizer(samples_per_image=256),
 }
 
 
 def rows_of(step, rank, columns):
     """Logits, labels, boxes and levels of one rank's image.
 
-    In step 2 rank 1 has no positives, in step 3 it has no rows at all.
+    In step 2 rank 1 has no positives, in step 3 it has no samples at all.
     """
     generator = torch.Generator().manual_seed(10 * step + rank)
-    logits = torch.randn(ROWS, columns, generator=generator, dtype=torch.float64) * 2
-    labels = torch.randint(0, K + 4, (ROWS,), generator=generator).clamp(max=K)
+    logits = torch.randn(SAMPLES, columns, generator=generator, dtype=torch.float64) * 2
+    labels = torch.randint(0, K + 4, (SAMPLES,), generator=generator).clamp(max=K)
     if step == 2 and rank == 1:
         labels.fill_(K)
-    deltas = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64) * 0.2
-    boxes = torch.rand(ROWS, 4, generator=generator, dtype=torch.float64) * 30
+    deltas = torch.randn(SAMPLES, 4, generator=generator, dtype=torch.float64) * 0.2
+    boxes = torch.rand(SAMPLES, 4, generator=generator, dtype=torch.float64) * 30
     boxes[:, 2:] += boxes[:, :2] + 5
-    level = torch.arange(ROWS) % LEVELS
-    image = torch.full((ROWS,), rank)
-    rows = slice(0, 0) if step == 3 and rank == 1 else slice(None)
-    return [x[rows] for x in (logits, labels, deltas, boxes, level, image)]
+    level = torch.arange(SAMPLES) % LEVELS
+    image = torch.full((SAMPLES,), rank)
+    own = slice(0, 0) if step == 3 and rank == 1 else slice(None)
+    return [x[own] for x in (logits, labels, deltas, boxes, level, image)]
 
 
 def samples_of(step, ranks, columns):
@@ -115,7 +115,7 @@ def test_state_and_gradients_equal_one_process_on_the_joined_batch(index, two_ra
     for name, value in first_state.items():
         assert torch.equal(value, second_state[name]), name
     if not CLS_LOSSES.get(PAIRS[index][0].removesuffix(PER_LEVEL)).all_reduced:
-        return  # it ranks or draws its own rows; the buffers are equal, and that is all
+        return  # it ranks or chooses its own samples; the buffers are equal, and that is all
     joined, state = train(PAIRS[index], [0, 1])
     for name, value in state.items():
         equal(first_state[name], value)

@@ -20,7 +20,7 @@ CASES = {
     "retinanet": ("MODEL.BALANCE.CLS_LOSS", "GHMC", "MODEL.BALANCE.BOX_LOSS", "GHMR"),
     "fcos": (),
 }
-DENSE = ("retinanet", "fcos")  # which draw nothing and so equal one process on both images
+DENSE = ("retinanet", "fcos")  # which sample nothing and so equal one process on both images
 SIZE, STEPS = 64, 4
 
 

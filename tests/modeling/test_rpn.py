@@ -127,13 +127,13 @@ def test_without_sampling_every_anchor_that_is_not_ignored_counts():
     torch.nn.init.zeros_(rpn.rpn_head.objectness_logits.weight)
     seen = watch(rpn)
     losses, _ = rpn_step(model, images=1)
-    rows = len(seen[0].labels)
+    count = len(seen[0].labels)
     # strides 4, 8, 16, 32, 64 of 64 x 64 pixels, 3 anchors each, less the ignored ones
     cells = 256 + 64 + 16 + 4 + 1
-    assert 256 < rows <= 3 * cells
+    assert 256 < count <= 3 * cells
     positives = max(int((seen[0].labels == 0).sum()), 1)
     mean = 0.9 * 100 + 0.1 * positives  # the moving average after its first step
-    assert losses["loss_rpn_cls"].item() == pytest.approx(rows * 0.6931472 / mean, rel=1e-5)
+    assert losses["loss_rpn_cls"].item() == pytest.approx(count * 0.6931472 / mean, rel=1e-5)
 
 
 def test_weights_are_of_the_rpn_alone():

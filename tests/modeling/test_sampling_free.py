@@ -19,7 +19,7 @@ PARTS = {
     "RPN": PartCount(5, 1000, 1),
     "ROIHeads": PartCount(20, 100, CLASSES),
 }
-THRESHOLDS = torch.tensor([0.08, 0.06, 0.04, 0.012, 0.006, 0.002])  # 0.2 times the share
+THRESHOLDS = torch.tensor([0.08, 0.06, 0.04, 0.012, 0.006, 0.002])  # 0.2 times the fraction
 GUIDED = ("MODEL.BALANCE.GUIDED_SCALE", 2.0)
 
 
@@ -135,11 +135,11 @@ def test_images_without_objects_keep_the_graph(kind, prior_file):
 
 def test_roi_box_loss_is_a_mean_over_positives(prior_file):
     plain, model = step("faster", prior_file)
-    rows = model.roi_heads.box_predictor.normalizer.value()
+    count = model.roi_heads.box_predictor.normalizer.value()
     guided, model = step("faster", prior_file, *GUIDED)
     positives = model.roi_heads.box_predictor.normalizer.value()
-    assert 0 < positives < rows
-    expected = plain["loss_box_reg"].double() * rows / positives
+    assert 0 < positives < count
+    expected = plain["loss_box_reg"].double() * count / positives
     torch.testing.assert_close(guided["loss_box_reg"].double(), expected)
 
 

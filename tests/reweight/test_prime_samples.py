@@ -157,7 +157,7 @@ def test_objects_have_ids_of_their_own_over_the_batch(kind, agnostic, monkeypatc
 def test_losses_without_rows_are_refused():
     keys = ["MODEL.BALANCE.REWEIGHTERS", ["ISR"], "MODEL.BALANCE.CLS_LOSS", "DR"]
     with pytest.raises(
-        ValueError, match="REWEIGHTERS ISR weights single rows and CLS_LOSS DR has no"
+        ValueError, match="REWEIGHTERS ISR weights single samples and CLS_LOSS DR has no"
     ):
         build_model(small_cfg("retinanet", *keys))
     assert not DRLoss.elementwise

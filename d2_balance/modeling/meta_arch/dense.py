@@ -1,4 +1,4 @@
-"""What RetinaNet and FCOS share: the losses of a dense head, and the rows that they see."""
+"""What RetinaNet and FCOS share: the losses of a dense head, and the samples that they see."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
 
 
 def _refuse_roi_keys(cfg: CfgNode, head: str) -> None:
-    """Refuse what only RoI heads have, where it would be ignored."""
+    """Refuse keys that only RoI heads read."""
     balance = cfg.MODEL.BALANCE
     for key, value, off in (
         ("TEST_NMS.METHOD", balance.TEST_NMS.METHOD, "hard"),
@@ -78,7 +78,8 @@ def _refuse_roi_keys(cfg: CfgNode, head: str) -> None:
     ):
         if value != off:
             raise ValueError(
-                f"MODEL.BALANCE.{key} {value} works in RoI heads and {head} has none; must be {off}."
+                f"MODEL.BALANCE.{key} {value} works in RoI heads and {head} has none; must be "
+                f"{off}."
             )
 
 
@@ -93,17 +94,17 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         initial_normalizer: positives that the normaliser starts with.
 
     Args:
-        cls_loss: sigmoid classification loss; None: the stock loss.
-        box_loss: box loss; None: the stock loss.
-        reweighters: modules that weight rows.
+        cls_loss: sigmoid classification loss; None is the stock loss.
+        box_loss: box loss; None is the stock loss.
+        reweighters: modules that weight samples.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
-        guided: scales the classification loss to the size of the box loss; None: leaves it.
-        prior: counts that set the start of the classifier; None: it stays as the head made it.
+        guided: scales the classification loss to the size of the box loss; None leaves it.
+        prior: counts that set the initial bias of the classifier; None leaves that of the head.
         class_thresholds: whether the counts also set a score threshold for each class at test time.
-        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        image_labels: turns the inputs' LVIS image-level labels into a mask; None gives no mask.
         ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
-            share do not count, in (0, 1].
+            fraction of the area do not count, in (0, 1].
         calibration: changes the class logits at test time, see `build_calibration`; None is off.
         calibration_name: what `calibration` is, as `Parts` has it.
         **kwargs: as Detectron2's class.
@@ -114,7 +115,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
 
     head_name: str
     initial_normalizer: float
-    training_parts = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer")
+    training_only = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer")
 
     @configurable
     def __init__(
@@ -166,8 +167,10 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         if self.calibration is not None:
             logits, *others = predictions
             predictions = [[self._calibrated(x) for x in logits], *others]
-        found: list[Instances] = super().forward_inference(images, features, predictions)  # type: ignore[misc]
-        return found
+        detections: list[Instances] = super().forward_inference(  # type: ignore[misc]
+            images, features, predictions
+        )
+        return detections
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         """(N, A * K, H, W) calibrated logits of one level."""
@@ -223,8 +226,8 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
             N label vectors (A,), N box tensors (A, 4), and ids (N, A), unique over the batch.
         """
         number_objects(gt_instances)
-        found, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
-        labels, index = classes_of_ids(torch.stack(found), gt_instances, self.num_classes)
+        ids, boxes = self.label_anchors(anchors, ids_as_classes(gt_instances, self.num_classes))
+        labels, index = classes_of_ids(torch.stack(ids), gt_instances, self.num_classes)
         if regions is not None:
             every = Boxes.cat(anchors)
             labels = ignore_background(labels, every, regions, self.num_classes, self.ignore_ioa)
@@ -238,7 +241,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         pred_deltas: list[Tensor],
         gt_instances: list[Instances],
     ) -> tuple[Samples, Tensor]:
-        """Matches the objects of a batch to the anchors; the rows with their ids and image labels.
+        """Match the objects of a batch to the anchors, and gather the samples with their ids.
 
         Args:
             images: as `preprocess_image` returns them.
@@ -254,8 +257,10 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         regions = getattr(images, "ignore_boxes", None)
         labels, gt_boxes, gt_index = self.match_anchors(anchors, gt_instances, regions)
         known = {name: getattr(images, name, None) for name in ("verified", "not_exhaustive")}
-        rows = self.samples(anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, **known)
-        return rows, self.positives(labels)
+        samples = self.samples(
+            anchors, pred_logits, labels, pred_deltas, gt_boxes, gt_index, **known
+        )
+        return samples, self.positives(labels)
 
     def positives(self, gt_labels: list[Tensor]) -> Tensor:
         """(N, A) bool of N label vectors (A,) in {-1, 0, ..., K}."""
@@ -273,7 +278,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         verified: Tensor | None = None,
         not_exhaustive: Tensor | None = None,
     ) -> Samples:
-        """Flattens the dense predictions of a batch and drops ignored anchors.
+        """Flatten the dense predictions of a batch and drop ignored anchors.
 
         Args:
             anchors: one Boxes per level, A in all.
@@ -282,7 +287,8 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
             pred_deltas: per level (N, A_l, 4).
             gt_boxes: N tensors (A, 4).
             gt_index: (N, A) ids of the matched objects.
-            verified, not_exhaustive: (N, K) bool, see `Samples`.
+            verified: (N, K) bool, see `Samples`.
+            not_exhaustive: (N, K) bool, see `Samples`.
 
         Returns:
             Samples with R = the anchors that are not ignored, image by image.

@@ -39,7 +39,7 @@ def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 @META_ARCH_REGISTRY.register()
 class BalancedFCOS(BalancedDense, FCOS):
-    """FCOS whose losses come from MODEL.BALANCE; stock (focal and GIoU) where the names are empty.
+    """FCOS whose losses come from MODEL.BALANCE; stock (focal and GIoU) if the names are empty.
 
     Box deltas are the distances from the anchor point to the four sides in units of the level's
     stride, all above 0 in the targets. The transform has no weights to take off: for losses with
@@ -49,8 +49,8 @@ class BalancedFCOS(BalancedDense, FCOS):
     below that.
 
     The losses see every anchor point but background in ignore regions: FCOS itself ignores none.
-    The centerness is trained as Detectron2 does, under every loss; at test time the score is the root of
-    class score times centerness.
+    The centerness is trained as Detectron2 does, under every loss; at test time the score is the
+    root of class score times centerness.
 
     The arguments are those of `BalancedDense`, and of Detectron2's FCOS.
     """
@@ -63,7 +63,7 @@ class BalancedFCOS(BalancedDense, FCOS):
         """The constructor arguments from MODEL.FCOS and MODEL.BALANCE.
 
         Raises:
-            ValueError: naming the key and what is allowed.
+            ValueError: naming the key and what it must be.
         """
         node = cfg.MODEL.FCOS
         if not node.CENTER_SAMPLING_RADIUS > 0:
@@ -77,7 +77,7 @@ class BalancedFCOS(BalancedDense, FCOS):
         unknown = [name for name in node.IN_FEATURES if name not in shapes]
         if unknown or not node.IN_FEATURES:
             raise ValueError(
-                f"MODEL.FCOS.IN_FEATURES is {node.IN_FEATURES}; allowed are names of "
+                f"MODEL.FCOS.IN_FEATURES is {node.IN_FEATURES}; must be some of "
                 f"{', '.join(shapes)}, the outputs of the backbone."
             )
         inputs = [shapes[name] for name in node.IN_FEATURES]

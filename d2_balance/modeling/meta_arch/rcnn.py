@@ -17,10 +17,10 @@ from ..scripting import Scriptable
 
 @META_ARCH_REGISTRY.register()
 class BalancedRCNN(Scriptable, LabelledImages, GeneralizedRCNN):
-    """GeneralizedRCNN; labels and regions ride on the ImageList that RPN and RoI heads receive.
+    """GeneralizedRCNN whose ImageList brings labels and regions to RPN and RoI heads.
 
     Args:
-        image_labels: turns the inputs' LVIS image-level labels into a mask; None: no mask.
+        image_labels: turns the inputs' LVIS image-level labels into a mask; None gives no mask.
         **kwargs: as Detectron2's GeneralizedRCNN.
     """
 

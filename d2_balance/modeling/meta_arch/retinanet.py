@@ -17,7 +17,7 @@ from .dense import BalancedDense, loss_arguments
 
 @META_ARCH_REGISTRY.register()
 class BalancedRetinaNet(BalancedDense, RetinaNet):
-    """RetinaNet whose losses come from MODEL.BALANCE; stock where the names are empty.
+    """RetinaNet whose losses come from MODEL.BALANCE; stock if the names are empty.
 
     The stock losses are focal loss and the `box_reg_loss_type` of Detectron2's RetinaNet. The
     arguments are those of `BalancedDense`, and of Detectron2's RetinaNet.

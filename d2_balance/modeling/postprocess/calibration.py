@@ -93,11 +93,12 @@ def fractal_dimension(
 ) -> Tensor:
     """Return how the box centres of each class fill the image: 1 a line, 2 the whole image.
 
-    D_j is the slope of the least-squares line of log(occupied cells) over log(g), over grids of
+    D_j is the least-squares regression coefficient of log(occupied cells) on log(g), over grids of
     g x g cells with g = 1 .. `max_grid` and g^2 at most the number of objects.
 
     Args:
-        cx, cy: (B,) centres of boxes in units of the image's width and height.
+        cx: (B,) centres of boxes in units of the image's width.
+        cy: (B,) in units of its height.
         classes: (B,) int64 in [0, K).
         num_classes: K.
         max_grid: finest grid.
@@ -110,9 +111,9 @@ def fractal_dimension(
     counts = torch.bincount(classes, minlength=num_classes)
     grids = torch.arange(1, max_grid + 1)
     occupied = torch.zeros(max_grid, num_classes, dtype=torch.float64)
-    for row, g in enumerate(grids.tolist()):
+    for i, g in enumerate(grids.tolist()):
         cell = (classes * g + (cx * g).long()) * g + (cy * g).long()
-        occupied[row] = torch.bincount(cell.unique() // (g * g), minlength=num_classes)
+        occupied[i] = torch.bincount(cell.unique() // (g * g), minlength=num_classes)
     used = (grids.square().unsqueeze(1) <= counts).double()  # (G, K)
     x = grids.double().log().unsqueeze(1)
     y = occupied.clamp(min=1).log()
@@ -120,8 +121,8 @@ def fractal_dimension(
     mean_x, mean_y = (used * x).sum(0) / n, (used * y).sum(0) / n
     covariance = (used * (x - mean_x) * (y - mean_y)).sum(0)
     variance = (used * (x - mean_x).square()).sum(0)
-    slope = covariance / variance.clamp(min=1e-12)
-    return torch.where(counts < 4, torch.ones_like(slope), slope.clamp(min=1))
+    coefficient = covariance / variance.clamp(min=1e-12)
+    return torch.where(counts < 4, torch.ones_like(coefficient), coefficient.clamp(min=1))
 
 
 class Shift(nn.Module):
@@ -185,7 +186,7 @@ class LogN(nn.Module):
 
 
 class LogitStatistics:
-    """Mean and variance of logits over a pass, for `LogN`.
+    """Mean and variance of logits over the training images, for `LogN`.
 
     Exact over all samples; with a momentum the moving averages of the release, which after an epoch
     still hold a third to a half of their start (mean 0, variance 1) and give other scores.
@@ -207,19 +208,19 @@ class LogitStatistics:
     def add(self, logits: Tensor) -> None:
         """Add a batch of (R, K) logits."""
         logits = logits.detach().double().cpu()
-        rows = len(logits)
-        if not rows or (self.momentum is not None and rows < 2):
+        samples = len(logits)
+        if not samples or (self.momentum is not None and samples < 2):
             return
         mean = logits.mean(0)
         deviation = (logits - mean).square().sum(0)
         if self.momentum is not None:
             self._mean.lerp_(mean, self.momentum)
-            self._square.lerp_(deviation / (rows - 1), self.momentum)
+            self._square.lerp_(deviation / (samples - 1), self.momentum)
             return
-        total = self._count + rows  # Chan et al.: sums of squares about a common mean
+        total = self._count + samples  # Chan et al.: sums of squares about a common mean
         delta = mean - self._mean
-        self._square += deviation + delta.square() * self._count * rows / total
-        self._mean += delta * rows / total
+        self._square += deviation + delta.square() * self._count * samples / total
+        self._mean += delta * samples / total
         self._count = total
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def norcal(probs: Tensor, class_count: Tensor, gamma: float) -> Tensor:
-    """Calibrates the probabilities of a softmax head.
+    """Calibrate the probabilities of a softmax head.
 
     Args:
         probs: (R, K + 1), the last column background.
@@ -24,7 +24,7 @@ def norcal(probs: Tensor, class_count: Tensor, gamma: float) -> Tensor:
         gamma: strength, at least 0; 0 changes nothing.
 
     Returns:
-        (R, K + 1), rows add up to 1.
+        (R, K + 1), which add up to 1 for each sample.
     """
     # in logarithms, which cannot overflow; log 0 = -inf stays 0
     shift = gamma * class_count.clamp(min=1).log().to(probs.dtype)

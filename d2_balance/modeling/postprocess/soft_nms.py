@@ -1,13 +1,13 @@
 """Soft-NMS, and scores of masks by their probabilities.
 
-Soft-NMS takes the box with the highest score, and lowers the scores of the boxes that overlap it in
-place of dropping them:
+Soft-NMS takes the box with the highest score, and lowers the scores of the boxes that overlap it
+instead of dropping them:
 
-    linear    s_i <- s_i (1 - o_i)          where o_i > iou_threshold
+    linear    s_i <- s_i (1 - o_i)          if o_i > iou_threshold
     gaussian  s_i <- s_i exp(-o_i^2 / sigma)
 
 Boxes below `min_score` are dropped, and so on until none is left. Boxes of different classes do not
-see each other. Maskness multiplies a score by the mean probability of the pixels inside of the mask.
+affect each other. Maskness multiplies a score by the mean probability of the pixels in the mask.
 
 Shapes: B boxes, K classes.
 
@@ -62,13 +62,13 @@ def soft_nms(
     order = order[torch.argsort(classes[order], stable=True)]  # class by class, best first
     _, counts = classes[order].unique_consecutive(return_counts=True)
     start = counts.cumsum(0) - counts
-    place = torch.arange(len(order), device=order.device) - start.repeat_interleave(counts)
-    row = torch.arange(len(counts), device=order.device).repeat_interleave(counts)
-    kept = place < max_per_class
-    order, place, row = order[kept], place[kept], row[kept]
+    rank = torch.arange(len(order), device=order.device) - start.repeat_interleave(counts)
+    group = torch.arange(len(counts), device=order.device).repeat_interleave(counts)
+    kept = rank < max_per_class
+    order, rank, group = order[kept], rank[kept], group[kept]
     width = int(counts.max().clamp(max=max_per_class))
     grid = order.new_full((len(counts), width), -1)  # (K', width) indices of boxes
-    grid[row, place] = order
+    grid[group, rank] = order
     present = grid >= 0
     value = torch.where(present, scores[grid.clamp(min=0)], -torch.inf)
     box = boxes[grid.clamp(min=0)]
@@ -102,9 +102,9 @@ def _decay(
         value = torch.where(value >= min_score, value, -torch.inf)  # NaN of 0 * inf as well
         if not bool((value > -torch.inf).any()):
             break
-    found, kept = torch.cat(score), torch.cat(index)
-    order = torch.argsort(found, descending=True, stable=True)
-    return kept[order], found[order]
+    scores, kept = torch.cat(score), torch.cat(index)
+    order = torch.argsort(scores, descending=True, stable=True)
+    return kept[order], scores[order]
 
 
 def _iou(one: Tensor, many: Tensor, offset: float) -> Tensor:
@@ -140,20 +140,20 @@ def soft_nms_detections(
         The detections, and the index of the proposal of each.
     """
     valid = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
-    rows = valid.nonzero().squeeze(1)
-    boxes, scores = boxes[rows], scores[rows, :-1]
+    proposals = valid.nonzero().squeeze(1)
+    boxes, scores = boxes[proposals], scores[proposals, :-1]
     clipped = Boxes(boxes.reshape(-1, 4))
     clipped.clip(size)
-    boxes = clipped.tensor.view(len(rows), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
-    row, classes = (scores > score_threshold).nonzero().unbind(1)
-    chosen = boxes[row, 0 if boxes.shape[1] == 1 else classes]
-    kept, score = soft_nms(chosen, scores[row, classes], classes, **arguments)
+    boxes = clipped.tensor.view(len(proposals), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
+    proposal, classes = (scores > score_threshold).nonzero().unbind(1)
+    chosen = boxes[proposal, 0 if boxes.shape[1] == 1 else classes]
+    kept, score = soft_nms(chosen, scores[proposal, classes], classes, **arguments)
     if max_detections >= 0:
         kept, score = kept[:max_detections], score[:max_detections]
     result = Instances(
         size, pred_boxes=Boxes(chosen[kept]), scores=score, pred_classes=classes[kept]
     )
-    return result, rows[row[kept]]
+    return result, proposals[proposal[kept]]
 
 
 def maskness(masks: Tensor, scores: Tensor, threshold: float = 0.5) -> Tensor:

@@ -26,8 +26,8 @@ from .calibration import LogitStatistics, fractal_dimension
 
 KEY = "MODEL.BALANCE.CALIBRATION.STATISTICS"
 _NOT_HERE = (
-    f"MODEL.BALANCE.CALIBRATION.NAME 'fracal' counts on DATASETS.TRAIN, which is not here; set {KEY} "
-    "to a file of `d2-balance calibrate`"
+    "MODEL.BALANCE.CALIBRATION.NAME 'fracal' counts on DATASETS.TRAIN, which is not here; set "
+    f"{KEY} to a file of `d2-balance calibrate`"
 )
 
 

@@ -1,6 +1,6 @@
 """The region proposal network with any loss of the package that works with one class.
 
-Shapes: A anchors of an image, A_l of a level, N images, R rows that count, P positives.
+Shapes: A anchors of an image, A_l of a level, N images, R samples, P positives.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 
 
 
 class ImageNormalizer(Normalizer):
-    """A fixed number of rows for each image of all ranks: the RPN's denominator in Detectron2.
+    """A fixed number of samples for each image of all ranks: the RPN's denominator in Detectron2.
 
     Args:
-        rows: per image, above 0.
+        samples_per_image: above 0.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, samples_per_image: int) -> None:
         super().__init__()
-        self.rows = rows
+        self.samples_per_image = samples_per_image
         self.register_buffer("total", torch.ones((), dtype=torch.float64), persistent=False)
 
     def count(self, samples: Samples) -> Tensor:
-        return torch.full_like(self.total, self.rows * samples.images)
+        return torch.full_like(self.total, self.samples_per_image * samples.images)
 
     def update(self, total: Tensor) -> None:
         self.total.copy_(total.clamp(min=1))
@@ -55,31 +55,31 @@ class ImageNormalizer(Normalizer):
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class BalancedRPN(Scriptable, RPN):
-    """RPN whose losses come from MODEL.BALANCE.RPN; stock where the names are empty.
+    """RPN whose losses come from MODEL.BALANCE.RPN; stock if the names are empty.
 
     Detectron2's `loss_weight` is part of the weights of both losses, before guided scaling, which
     leaves the classification loss at `guided` times the weighted box loss.
 
     Args:
-        cls_loss: sigmoid loss that works with one class; None: cross-entropy.
-        box_loss: box loss; None: the stock `box_reg_loss_type`.
+        cls_loss: sigmoid loss that works with one class; None is cross-entropy.
+        box_loss: box loss; None is the stock `box_reg_loss_type`.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
-        guided: scales the classification loss to the box loss; None: off.
-        sample: True draws `batch_size_per_image` anchors of each image and divides by their number;
-            False trains on all anchors that are not ignored and divides by a moving average of the
-            positives.
-        prior_prob: start probability of an object, in (0, 1).
-        prior: counted prior in place of `prior_prob`.
-        ignore_ioa: background anchors of which a region of `images.ignore_boxes` holds that share
-            do not count, in (0, 1].
+        guided: scales the classification loss to the box loss; None leaves it.
+        sampling_free: False samples `batch_size_per_image` anchors of each image and divides by
+            their number; True trains on all anchors that are not ignored and divides by a moving
+            average of the positives.
+        prior_prob: initial probability of an object, in (0, 1).
+        prior: counted prior, instead of `prior_prob`.
+        ignore_ioa: background anchors of which a region of `images.ignore_boxes` holds that
+            fraction of the area do not count, in (0, 1].
         **kwargs: as Detectron2's RPN.
 
     Raises:
         ValueError: the parts cannot work together, or prior_prob is out of range.
     """
 
-    training_parts = ("cls_loss", "box_loss", "guided", "normalizer")
+    training_only = ("cls_loss", "box_loss", "guided", "normalizer")
 
     @configurable
     def __init__(
@@ -149,20 +149,20 @@ class BalancedRPN(Scriptable, RPN):
             self._regions = None
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        return label  # drawn below, once the regions are known
+        return label  # sampled below, once the regions are known
 
     @torch.no_grad()
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As Detectron2's RPN; background anchors inside an ignore region are never drawn."""
+        """As Detectron2's RPN; background anchors inside an ignore region are never sampled."""
         labels, boxes = super().label_and_sample_anchors(anchors, gt_instances)
         if self._regions is not None:
             labels = ignore_background(
                 labels, Boxes.cat(anchors), self._regions, 0, self.ignore_ioa
             )
-        draw = super()._subsample_labels
-        return [label if self.sampling_free else draw(label) for label in labels], boxes
+        sample = super()._subsample_labels
+        return [label if self.sampling_free else sample(label) for label in labels], boxes
 
     def losses(
         self,
@@ -172,7 +172,7 @@ class BalancedRPN(Scriptable, RPN):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Same arguments and result as Detectron2's RPN, which also logs how many were drawn."""
+        """Same arguments and result as Detectron2's RPN, which also logs how many were sampled."""
         losses = detection_losses(
             self.samples(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes),
             self.cls_loss,
@@ -193,7 +193,7 @@ class BalancedRPN(Scriptable, RPN):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> Samples:
-        """Flattens the dense predictions of a batch and drops anchors that do not count.
+        """Flatten the dense predictions of a batch and drop anchors that do not count.
 
         Args:
             anchors: one Boxes per level, A in all.
@@ -203,7 +203,7 @@ class BalancedRPN(Scriptable, RPN):
             gt_boxes: N tensors (A, 4), of the matched objects.
 
         Returns:
-            Samples with one class and R rows, image by image.
+            R samples of one class, image by image.
         """
         labels = torch.stack(gt_labels)  # (N, A)
         valid, positive = labels >= 0, labels == 1

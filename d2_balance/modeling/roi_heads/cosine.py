@@ -61,8 +61,8 @@ class _Temperature(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise ValueError(
-            "MODEL.BALANCE.CLASSIFIER cosine and MASK_PREDICTOR normalized cannot be scripted; trace "
-            "the model."
+            "MODEL.BALANCE.CLASSIFIER cosine and MASK_PREDICTOR normalized cannot be scripted; "
+            "trace the model."
         )
 
     @property
@@ -124,7 +124,7 @@ class NormalizedConv2d(nn.Conv2d, _Temperature):
         power: exponent a of the norms, above 0.
         eps: added to the norms, at least 0.
         learned: whether tau is the square of a learned number.
-        over_kernel: whether one norm holds for all places of a kernel; False: one for each.
+        over_kernel: whether one norm holds for all positions of a kernel; False has one for each.
         **kwargs: as `torch.nn.Conv2d`.
 
     Raises:

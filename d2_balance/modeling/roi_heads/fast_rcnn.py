@@ -43,29 +43,29 @@ from ..criterion import PositiveNormalizer, SampleNormalizer, box_inputs, detect
 from ..postprocess.norcal import norcal
 from ..postprocess.soft_nms import soft_nms_detections
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
-from ..scripting import Scriptable, without_parts
+from ..scripting import Scriptable, without_attributes
 from .cosine import CosineLinear
 from .disalign import DisAlign
 from .feature_memory import FeatureMemory
 
 
 class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
-    """Output layers whose losses come from MODEL.BALANCE; stock where the names are empty.
+    """Output layers whose losses come from MODEL.BALANCE; stock if the names are empty.
 
     Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
     K log 2 per RoI, 834 for the 1203 classes of LVIS v1.
 
     Args:
         input_shape: shape of the RoI features.
-        cls_loss: classification loss; None: softmax cross-entropy.
-        box_loss: box loss; None: the stock `box_reg_loss_type`.
-        reweighters: modules that weight rows.
+        cls_loss: classification loss; None is softmax cross-entropy.
+        box_loss: box loss; None is the stock `box_reg_loss_type`.
+        reweighters: modules that weight samples.
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
         guided: scales the classification loss to the box loss, which then is a mean over positives
-            (as is the classification loss, whose own scale drops out); None: leaves it.
-        prior_prob: start probability of every class of a sigmoid loss, in (0, 1).
-        prior: counts that set the start in place of prior_prob, of softmax losses as well.
+            (as is the classification loss, whose own scale drops out); None leaves it.
+        prior_prob: initial probability of every class of a sigmoid loss, in (0, 1).
+        prior: counts that set the initial bias instead of prior_prob, of softmax losses as well.
         class_thresholds: whether the counts also set a score threshold for each class at test time.
         norcal_gamma: exponent of the calibration at test time (see `norcal`), 0 is off.
         class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
@@ -83,7 +83,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         ValueError: the parts cannot work together, or prior_prob is out of range.
     """
 
-    training_parts = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer", "memory")
+    training_only = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer", "memory")
 
     @configurable
     def __init__(
@@ -191,7 +191,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
         activation = "softmax" if ret["cls_loss"] is None else ret["cls_loss"].activation
         if ret["norcal_gamma"] > 0 and activation == "sigmoid":
-            ret["norcal_gamma"] = 0.0  # part of `calibration`
+            ret["norcal_gamma"] = 0.0  # `calibration` includes it
         ret["calibration"] = build_calibration(cfg, num_classes, activation)
         ret["calibration_name"] = calibration_name(cfg)
         ret |= classifier_arguments(cfg)
@@ -216,7 +216,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         return scores[:, : self.cls_loss.num_outputs(self.num_classes)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (R, C) and deltas (R, 4) or (R, K * 4); the memory keeps those of drawn rows."""
+        """Scores (R, C) and deltas (R, 4) or (R, K * 4); the memory keeps those of its samples."""
         scores, deltas = super().forward(x)
         if self.align is not None:
             scores = self.align(scores, x.flatten(1))
@@ -229,7 +229,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         self._other_scores = False  # the weights are trained for ours from here on
         samples = self.samples(predictions, proposals)
         if self.cls_loss.activation == "sigmoid":
-            # a logit of 0 for background: the row counts as background if all classes are below
+            # a logit of 0 for background: the sample counts as background if all classes are below
             guess = F.pad(samples.logits[:, : self.num_classes], (0, 1))
         else:
             guess = self.cls_loss.probabilities(samples.logits)
@@ -249,13 +249,14 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         return losses
 
     @torch.no_grad()
-    def row_losses(
+    def losses_per_sample(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> tuple[Tensor, Tensor]:
-        """Weighted losses of every proposal, for the choice of those that train; no state changes.
+        """Compute the weighted losses of every proposal, to choose from; no state changes.
 
         Args:
-            predictions, proposals: as in `losses`.
+            predictions: as in `losses`.
+            proposals: as in `losses`.
 
         Returns:
             Classification loss (R,), and box loss (R,), which is 0 for background.
@@ -267,15 +268,15 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         return self.cls_weight * cls, self.box_weight * box
 
     def samples(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> Samples:
-        """Gathers the sampled proposals of a batch.
+        """Gather the sampled proposals of a batch.
 
         Args:
             predictions: scores (R, C) and deltas (R, 4) or (R, K * 4).
-            proposals: per image, with `proposal_boxes`, `gt_classes` and, where the image has
+            proposals: per image, with `proposal_boxes`, `gt_classes` and, if the image has
                 objects, `gt_boxes`; `gt_index` if the heads set it.
 
         Returns:
-            Samples with R rows, image by image.
+            R samples, image by image.
         """
         scores, deltas = predictions
         device = scores.device
@@ -291,7 +292,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         labels = cat([p.gt_classes for p in proposals])  # (R,)
         image = cat([labels.new_full((len(p),), i) for i, p in enumerate(proposals)])
         pos = (labels < self.num_classes).nonzero().squeeze(1)  # (P,)
-        # torch cannot infer a size by -1 where R is 0
+        # torch cannot infer a size by -1 if R is 0
         deltas = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (R, 1 or K, 4)
         column = labels[pos] if deltas.shape[1] > 1 else torch.zeros_like(pos)
         weight = None
@@ -299,8 +300,8 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
             weight = cat([p.sample_weight for p in proposals])
         ids = None
         if any(p.has("gt_index") for p in proposals):
-            parts = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
-            ids = cat(parts)[pos]
+            index = [p.gt_index if p.has("gt_index") else p.gt_classes for p in proposals]
+            ids = cat(index)[pos]
         return Samples(
             logits=self.class_logits(scores),
             labels=labels,
@@ -379,7 +380,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
                 "MODEL.BALANCE.TEST_NMS has loops whose length depends on the data, and cannot be "
                 'exported; set METHOD "hard".'
             )
-        copied = without_parts(self, self.training_parts, _ScriptedOutputLayers)
+        copied = without_attributes(self, self.training_only, _ScriptedOutputLayers)
         # losses with outputs of their own compute scores in ways that TorchScript cannot read
         example = torch.randn(3, self.cls_score.out_features, device=self.cls_score.weight.device)
         copied.probabilities = torch.jit.trace(_Probabilities(self), example)
@@ -396,7 +397,7 @@ class _Probabilities(nn.Module):
 
 
 class _ScriptedOutputLayers(FastRCNNOutputLayers):
-    """What TorchScript compiles in place of `BalancedFastRCNNOutputLayers`."""
+    """What TorchScript compiles instead of `BalancedFastRCNNOutputLayers`."""
 
     def predict_probs(
         self,

@@ -1,22 +1,24 @@
-"""Memory-augmented feature sampling of LOCE: rows of weak classes that train once more.
+"""Memory-augmented feature sampling of LOCE: features of weak classes that train once more.
 
-A queue per class keeps pooled RoI features of positives. Each training step draws some classes with
-probability proportional to 1 / s_c, s_c the mean score of the class (see `LOCE`), without
-replacement, and some entries of each. These rows join the batch before the box head and train box
-head and classifier; they have no box to learn.
+A queue per class keeps pooled RoI features of positives. Each training step samples some classes
+with probability proportional to 1 / s_c, s_c the mean score of the class (see `LOCE`), without
+replacement, and some entries of each. These memory samples join the batch before the box head and
+train box head and classifier; they have no box to learn.
 
 Source: Feng et al., arXiv:2108.07507, section 3.4. The release pools jittered ground truth boxes
 for the memory, and trains their boxes as well; here the positives of the batch are kept.
 
-A step: `append_drawn`, a hook before the box head, adds M rows; the output layers hand their scores
-back in `split`; `join` adds them to the samples of the loss; `remember` keeps the positives.
+A step: `append_memory_samples`, a hook before the box head, adds M memory samples; the output
+layers hand their scores back in `split`; `join` adds them to the samples of the loss; `remember`
+keeps the positives.
 
-Ranks: each rank keeps what it saw and draws for itself. A checkpoint has the entries of the first
+Ranks: each rank keeps what it saw and samples for itself. A checkpoint has the entries of the first
 rank, and a resumed run starts with these on all ranks. The mean scores are those of all ranks.
 
-Rows of empty queues are zeros of weight 0. A box head with batch norm would count them.
+Memory samples of empty queues are zeros of weight 0. A box head with batch norm would count them.
 
-L: entries per class. M: drawn rows, classes_per_step * features_per_class. C, h, w: feature shape.
+L: entries per class. M: memory samples of a step, classes_per_step * features_per_class.
+C, h, w: feature shape.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ KEY = "MODEL.BALANCE.LOCE_MEMORY"
 
 
 @dataclass
-class Drawn:
-    """What was added to a batch.
+class MemorySamples:
+    """The memory samples that were added to a batch.
 
     Args:
-        pooled: (R, C, h, w) features of the rows of the batch itself, detached.
+        pooled: (R, C, h, w) features of the samples of the batch itself, detached.
         labels: (M,) int64 in [0, K).
-        weight: (M,) 1, or 0 where the queue of the class was empty.
+        weight: (M,) 1, or 0 if the queue of the class was empty.
         scores: (M, K + 1) logits, once the output layers have run.
     """
 
@@ -61,7 +63,7 @@ class Drawn:
 class FeatureMemory(nn.Module):
     """Queues of pooled RoI features, one per class, all of the same length.
 
-    Buffers: `features` (K * L + 1, C, h, w) float16, class by class, the last row always zero;
+    Buffers: `features` (K * L + 1, C, h, w) float16, class by class, the last entry always zero;
     `count` (K,) entries of each class; `pointer` (K,) where the next entry goes.
 
     Args:
@@ -69,8 +71,8 @@ class FeatureMemory(nn.Module):
         feature_shape: C, h, w.
         capacity: entries of all classes together, at least K.
         per_class: entries of one class at most, at least 1; L = min(per_class, capacity // K).
-        classes_per_step: classes drawn in a step, at least 1; K at most are.
-        features_per_class: entries drawn of each of them, at least 1; one may come twice.
+        classes_per_step: classes sampled in a step, at least 1, limited to K.
+        features_per_class: entries sampled of each of them with replacement, at least 1.
 
     Raises:
         ValueError: an argument is out of range.
@@ -96,15 +98,15 @@ class FeatureMemory(nn.Module):
         self.length = min(per_class, capacity // num_classes)
         self.classes_per_step = min(classes_per_step, num_classes)
         self.features_per_class = features_per_class
-        rows = num_classes * self.length + 1
-        self.register_buffer("features", torch.zeros(rows, *feature_shape, dtype=torch.float16))
+        entries = num_classes * self.length + 1
+        self.register_buffer("features", torch.zeros(entries, *feature_shape, dtype=torch.float16))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.int64))
-        self.batch: Drawn | None = None
+        self.batch: MemorySamples | None = None
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor) -> None:
-        """Appends entries; the oldest of a class go where there is no room.
+        """Append entries; they replace the oldest of a full class.
 
         Args:
             features: (P, C, h, w).
@@ -113,37 +115,37 @@ class FeatureMemory(nn.Module):
         if not len(labels):
             return
         new = torch.zeros_like(self.count).index_add_(0, labels, torch.ones_like(labels))
-        place = self.places(labels, new)
+        slot = self.slots(labels, new)
         most = torch.finfo(self.features.dtype).max
-        self.features.index_copy_(0, place, features.clamp(-most, most).to(self.features.dtype))
+        self.features.index_copy_(0, slot, features.clamp(-most, most).to(self.features.dtype))
         self.features[-1].zero_()
         self.pointer.add_(new).remainder_(self.length)
         self.count.add_(new).clamp_(max=self.length)
 
-    def places(self, labels: Tensor, new: Tensor) -> Tensor:
-        """Where entries go: (P,) indices of `features`, none of them twice but the last row.
+    def slots(self, labels: Tensor, new: Tensor) -> Tensor:
+        """Where entries go: (P,) indices of `features`, none of them twice but the last one.
 
         More entries of a class than it has room for: the last ones stay, the others go to the last
-        row. Which of two writes to one place wins is not defined on a GPU.
+        slot. Which of two writes to one slot wins is not defined on a GPU.
 
         Args:
             labels: (P,) int64 in [0, K).
             new: (K,) how many of them each class has.
         """
         rank = rank_within(labels, torch.arange(len(labels), device=labels.device))
-        place = labels * self.length + (self.pointer[labels] + rank) % self.length
-        return place.masked_fill(rank < new[labels] - self.length, len(self.features) - 1)
+        slot = labels * self.length + (self.pointer[labels] + rank) % self.length
+        return slot.masked_fill(rank < new[labels] - self.length, len(self.features) - 1)
 
     @torch.no_grad()
-    def draw(self, mean_score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws the rows of a step.
+    def sample(self, mean_score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample entries for a step.
 
         Args:
             mean_score: (K,) at least 0.
 
         Returns:
-            Features (M, C, h, w) float16, labels (M,), and weights (M,), 0 where there was no
-            class with an entry left to draw.
+            Features (M, C, h, w) float16, labels (M,), and weights (M,), 0 if no class with an
+            entry was left to sample.
         """
         score = mean_score.float().clamp(min=LEAST_SCORE)
         gumbel = -torch.empty_like(score).exponential_().log()
@@ -157,65 +159,65 @@ class FeatureMemory(nn.Module):
         return self.features[labels * self.length + slot.flatten()], labels, weight
 
     def split(self, scores: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the scores of drawn rows; returns those of the batch itself, and its deltas."""
+        """Keep the scores of memory samples; return those of the batch itself, and its deltas."""
         if self.batch is None or self.batch.scores is not None:
             return scores, deltas
-        rows = len(self.batch.pooled)
-        self.batch.scores = scores[rows:]
-        return scores[:rows], deltas[:rows]
+        count = len(self.batch.pooled)
+        self.batch.scores = scores[count:]
+        return scores[:count], deltas[:count]
 
     def join(self, samples: Samples) -> Samples:
-        """The samples with the drawn rows behind them.
+        """The samples with the memory samples behind them.
 
-        Drawn rows have negative ids of objects, which no statistic counts, and a box that is
-        predicted exactly, without gradient.
+        Memory samples have negative ids of objects, which no statistic counts, and a box that is
+        predicted exactly and has no gradient.
         """
-        drawn = self.batch
-        if drawn is None or drawn.scores is None:
+        added = self.batch
+        if added is None or added.scores is None:
             return samples
-        labels = drawn.labels
+        labels = added.labels
         weight, ids = samples.sample_weight, samples.gt_index
         if weight is None:
-            weight = drawn.weight.new_ones(len(samples.labels))
+            weight = added.weight.new_ones(len(samples.labels))
         if ids is None:
             ids = torch.arange(len(samples.boxes), device=labels.device)
         box = torch.zeros(len(labels), 4, device=labels.device)
         box[:, 2:] = 1
         own = -1 - torch.arange(len(labels), device=labels.device)
-        parts = {
-            "logits": (samples.logits, drawn.scores),
+        fields = {
+            "logits": (samples.logits, added.scores),
             "labels": (samples.labels, labels),
             "image_index": (samples.image_index, torch.zeros_like(labels)),
-            "sample_weight": (weight, drawn.weight.to(weight.dtype)),
+            "sample_weight": (weight, added.weight.to(weight.dtype)),
             "pred_deltas": (samples.pred_deltas, samples.pred_deltas.new_zeros(box.shape)),
             "boxes": (samples.boxes, box.to(samples.boxes.dtype)),
             "gt_boxes": (samples.gt_boxes, box.to(samples.gt_boxes.dtype)),
             "gt_index": (ids, own),
         }
-        return dataclasses.replace(samples, **{k: torch.cat(v) for k, v in parts.items()})
+        return dataclasses.replace(samples, **{k: torch.cat(v) for k, v in fields.items()})
 
     def remember(self, samples: Samples) -> None:
-        """Keeps the positives of the batch itself; `samples` are those without drawn rows."""
+        """Keep the positives of the batch itself; `samples` has no memory samples."""
         if self.batch is not None:
             self.push(self.batch.pooled[samples.pos], samples.labels[samples.pos])
             self.batch = None
 
 
-def append_drawn(
+def append_memory_samples(
     memory: FeatureMemory, loss: LOCELoss, head: nn.Module, inputs: tuple[Tensor]
 ) -> tuple[Tensor] | None:
-    """Hook before a box head; quiet in evaluation and without gradient (the mining of OHEM)."""
+    """Hook before a box head; idle in evaluation and under `no_grad` (the mining pass of OHEM)."""
     memory.batch = None
     if not (head.training and torch.is_grad_enabled()):
         return None
     (pooled,) = inputs
-    features, labels, weight = memory.draw(loss.mean_score[:-1])
-    memory.batch = Drawn(pooled.detach(), labels, weight)
+    features, labels, weight = memory.sample(loss.mean_score[:-1])
+    memory.batch = MemorySamples(pooled.detach(), labels, weight)
     return (torch.cat([pooled, features.to(pooled.dtype)]),)
 
 
 class UsedSampleNormalizer(SampleNormalizer):
-    """Number of rows with a weight above 0: drawn rows of empty queues are none."""
+    """Number of samples with a weight above 0: those of empty queues do not count."""
 
     def count(self, samples: Samples) -> Tensor:
         if samples.sample_weight is None:
@@ -232,7 +234,7 @@ def check_memory(cfg: CfgNode) -> None:
     loss = cfg.MODEL.BALANCE.CLS_LOSS
     if cfg.MODEL.BALANCE.LOCE_MEMORY.ENABLED and loss != "LOCE":
         raise ValueError(
-            f"{KEY}.ENABLED True draws by the mean scores of the loss LOCE and "
+            f"{KEY}.ENABLED True samples by the mean scores of the loss LOCE and "
             f"MODEL.BALANCE.CLS_LOSS is {loss!r}; must be LOCE, or {KEY}.ENABLED False."
         )
 
@@ -246,7 +248,7 @@ def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, Shap
         shapes: shapes of the backbone's features.
 
     Raises:
-        ValueError: naming the key and what is allowed.
+        ValueError: naming the key and what it must be.
     """
     node = cfg.MODEL.BALANCE.LOCE_MEMORY
     check_memory(cfg)
@@ -277,22 +279,22 @@ def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> Non
     """Connects a memory with a box head and its `BalancedFastRCNNOutputLayers`.
 
     Raises:
-        ValueError: a part of the layers weights or ranks positives by their boxes.
+        ValueError: the box loss, a reweighter or guided scaling compares the boxes of positives.
     """
     if not layers.box_loss.elementwise:
         allowed = sorted(name for name, loss in BOX_LOSSES if loss.elementwise)
         raise ValueError(
-            f"{KEY}.ENABLED True adds rows without a box and BOX_LOSS "
-            f"{layers.box_loss.name} counts all rows; BOX_LOSS that work: "
+            f"{KEY}.ENABLED True adds samples without a box and BOX_LOSS "
+            f"{layers.box_loss.name} counts all samples; BOX_LOSS that work: "
             f"{', '.join(allowed)}."
         )
     users = [f"REWEIGHTERS {reweighter.name}" for reweighter in layers.reweighters]
     users += [] if layers.guided is None else ["GUIDED_SCALE"]
     if users:
         raise ValueError(
-            f"{KEY}.ENABLED True adds rows without a box and MODEL.BALANCE.{users[0]} "
+            f"{KEY}.ENABLED True adds samples without a box and MODEL.BALANCE.{users[0]} "
             "compares the boxes of positives; switch one of them off."
         )
     layers.memory = memory
     layers.normalizer = UsedSampleNormalizer()
-    head.register_forward_pre_hook(partial(append_drawn, memory, layers.cls_loss))
+    head.register_forward_pre_hook(partial(append_memory_samples, memory, layers.cls_loss))

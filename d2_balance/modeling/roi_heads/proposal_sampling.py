@@ -1,8 +1,9 @@
-"""Which proposals train a RoI head: Detectron2's drawing, a proposal sampler's choice, or all of them.
+"""Which proposals train a RoI head: a random sample, a proposal sampler's choice, or all of them.
 
-A proposal sampler that reads losses or scores gets them from a mining pass: the head runs over all labelled
-proposals without gradient and in evaluation mode, so that dropout, the statistics of normalisation
-layers, the state of the losses and the random generators of the training pass do not notice.
+A proposal sampler that reads losses or scores gets them from a mining pass: the head runs over all
+labelled proposals under `no_grad` and in evaluation mode, so that dropout, the statistics of
+normalisation layers, the state of the losses and the random generators of the training pass do not
+change.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class ProposalSampling:
     """Mixin for Detectron2's RoI heads; see `BalancedStandardROIHeads` for its arguments.
 
     Attributes:
-        proposal_sampler: takes the place of the random drawing; None: Detectron2's.
-        sampling_free: True: every proposal that is not ignored trains the box head.
-        masks_per_image: then, positives of an image that train mask and keypoint heads at most.
+        proposal_sampler: replaces the random sampling; None is Detectron2's.
+        sampling_free: whether every proposal that is not ignored trains the box head.
+        masks_per_image: if so, positives of an image that train mask and keypoint heads at most.
     """
 
     proposal_sampler: ProposalSampler | None
@@ -86,7 +87,7 @@ class ProposalSampling:
         """Called with the decoded boxes (R_i, 4) or (R_i, K * 4) of a mining pass."""
 
     def _candidates(self, proposals: list[Instances], stage: int) -> list[Candidates]:
-        parts = [
+        fields = [
             {
                 "boxes": p.proposal_boxes.tensor,
                 "labels": p.gt_classes,
@@ -96,30 +97,30 @@ class ProposalSampling:
             for p in proposals
         ]
         if self.proposal_sampler.needs_predictions:
-            for part, mined in zip(parts, self._mine(proposals, stage), strict=True):
-                part.update(mined)
-        return [Candidates(**part) for part in parts]
+            for own, mined in zip(fields, self._mine(proposals, stage), strict=True):
+                own.update(mined)
+        return [Candidates(**own) for own in fields]
 
     def _mine(self, proposals: list[Instances], stage: int) -> list[dict[str, Tensor]]:
         head, predictor = self.head_modules(stage)
         with _evaluating(head, predictor):
             predictions = self.run_head(proposals, stage)
-            cls, box = predictor.row_losses(predictions, proposals)
+            cls, box = predictor.losses_per_sample(predictions, proposals)
             probs = predictor.predict_probs(predictions, proposals)
             boxes = predictor.predict_boxes(predictions, proposals)
         self.mined(boxes, stage)
         sizes = [len(p) for p in proposals]
-        found = []
+        result = []
         for c, b, prob, pred in zip(cls.split(sizes), box.split(sizes), probs, boxes, strict=True):
             score, column = prob[:, : self.num_classes].max(dim=1)
             pred = pred.view(len(pred), pred.shape[1] // 4, 4)
             if pred.shape[1] == 1:
                 column = torch.zeros_like(column)
-            rows = torch.arange(len(pred), device=pred.device)
-            found.append(
-                {"cls_loss": c, "box_loss": b, "scores": score, "pred_boxes": pred[rows, column]}
+            index = torch.arange(len(pred), device=pred.device)
+            result.append(
+                {"cls_loss": c, "box_loss": b, "scores": score, "pred_boxes": pred[index, column]}
             )
-        return found
+        return result
 
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
         return super()._forward_mask(features, self._capped(self._masked(instances)))
@@ -128,7 +129,7 @@ class ProposalSampling:
         return super()._forward_keypoint(features, self._capped(instances))
 
     def _masked(self, instances: list[Instances]) -> list[Instances]:
-        """Those that were matched with an object that has a mask, where some have none."""
+        """Those that were matched with an object that has a mask, if some have none."""
         if not self.training:
             return instances
         return [one[one.get(MASKED)] if one.has(MASKED) else one for one in instances]
@@ -155,7 +156,7 @@ def _overlap(proposal: Instances) -> Tensor:
 
 @contextmanager
 def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and random generators that go on as if nothing had been drawn."""
+    """Evaluation mode, and random generators that go on as if they had not been used."""
     every = [m for module in modules for m in module.modules()]
     modes = [m.training for m in every]
     devices = {p.device for module in modules for p in module.parameters() if p.is_cuda}

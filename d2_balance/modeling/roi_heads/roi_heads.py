@@ -49,11 +49,11 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
     """What both heads share; in front of Detectron2's class in the order of inheritance.
 
     Args:
-        proposal_sampler: chooses the proposals that train; None: Detectron2's random drawing.
-        sampling_free: True: all proposals train that are not ignored (sampling-free).
-        masks_per_image: then, positives of an image that train mask and keypoint heads at most.
+        proposal_sampler: chooses the proposals that train; None is Detectron2's random sampling.
+        sampling_free: whether all proposals train that are not ignored.
+        masks_per_image: if so, positives of an image that train mask and keypoint heads at most.
         ignore_ioa: background proposals of which a region of `images.ignore_boxes` holds that
-            share do not count, in any stage; in (0, 1].
+            fraction of the area do not count, in any stage; in (0, 1].
         maskness: scores are multiplied by the mean probability of the pixels of their mask above
             it, in (0, 1); 0 is off.
         **kwargs: as Detectron2's class.
@@ -62,7 +62,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         ValueError: the parts cannot work together.
     """
 
-    training_parts = ("proposal_sampler",)
+    training_only = ("proposal_sampler",)
 
     @configurable
     def __init__(
@@ -143,7 +143,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """As Detectron2's; background inside an ignore region is not there to be chosen."""
+        """As Detectron2's; background inside an ignore region is never sampled."""
         proposals = self._outside(proposals, targets, self.proposal_matcher)
         return super().label_and_sample_proposals(proposals, targets)
 
@@ -173,7 +173,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
 
 
 def _normalized(mask_head: nn.Module, cfg: CfgNode) -> NormalizedConv2d:
-    """Return a normalised layer for the place of a mask head's last one."""
+    """Return a normalised layer that replaces the last one of a mask head."""
     last = getattr(mask_head, "predictor", None)
     if not isinstance(last, nn.Conv2d):
         raise ValueError(
@@ -201,8 +201,8 @@ class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
 class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
     """CascadeROIHeads with `BalancedFastRCNNOutputLayers`, each stage with a state of its own.
 
-    A proposal sampler that reads losses or scores chooses for each stage among the boxes that the stage
-    before made of all proposals, not of those it trained on.
+    A proposal sampler that reads losses or scores chooses for each stage among the boxes that the
+    stage before made of all proposals, not of those it trained on.
 
     Arguments as `BalancedROIHeads`.
     """
@@ -264,7 +264,7 @@ class BalancedRes5ROIHeads(BalancedROIHeads, Res5ROIHeads):
     Arguments as `BalancedROIHeads`.
 
     The mask head trains on the features of the box head, on every positive: `masks_per_image` has
-    no effect, and objects without a mask are refused where there is a mask head.
+    no effect, and objects without a mask are refused if there is a mask head.
     """
 
     @property
