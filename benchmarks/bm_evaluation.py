@@ -103,7 +103,7 @@ def detections_of(
 
 def with_ours(truth: str, detections: str) -> dict[str, float]:
     """The metrics of `d2-balance eval`."""
-    from d2_balance.data.annotations import load_annotations
+    from d2_balance.data.resolve import load_annotations
     from d2_balance.evaluation.evaluate import evaluate_predictions
     from d2_balance.evaluation.predictions import read_predictions
 

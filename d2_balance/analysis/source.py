@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from d2_balance.data.annotations import locate, read_annotations
+from d2_balance.data.annotations import read_annotations
+from d2_balance.data.resolve import locate
 
 from .table import DataTable, Statistics
 

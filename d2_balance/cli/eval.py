@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables and write the files."""
-    from d2_balance.data.annotations import load_annotations
+    from d2_balance.data.resolve import load_annotations
     from d2_balance.evaluation.evaluate import measure
     from d2_balance.evaluation.per_class import write_csv
     from d2_balance.evaluation.predictions import read_predictions

@@ -17,7 +17,7 @@ _MODULES = {
     "check_num_classes": "checks.classes",
     "check_structure": "columns",
     "id_map": "catalog.metadata",
-    "load_annotations": "annotations",
+    "load_annotations": "resolve",
     "load_json": "records",
     "loaded_metadata": "catalog.metadata",
     "read_annotations": "annotations",

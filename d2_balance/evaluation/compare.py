@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from d2_balance.data.annotations import load_annotations
 from d2_balance.data.groups import GROUPS
+from d2_balance.data.resolve import load_annotations
 from d2_balance.utils.files import write_text
 from d2_balance.utils.page import Page
 from d2_balance.utils.plotting import (

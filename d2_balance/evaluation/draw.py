@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from d2_balance.data import category_names, register_json
-from d2_balance.data.annotations import Annotations, load_annotations, locate
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.catalog.register import load_dataset
 from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.groups import GROUPS, groups_from_counts
 from d2_balance.data.records import objects_of
+from d2_balance.data.resolve import load_annotations, locate
 from d2_balance.utils.names import closest
 from d2_balance.utils.plotting import COLOURS, GROUP_COLOURS, new_figure, save_figure
 from d2_balance.utils.progress import progress

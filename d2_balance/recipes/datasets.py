@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from d2_balance.data.annotations import Annotations, load_annotations
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.catalog.register import resolve_path
+from d2_balance.data.resolve import load_annotations
 from d2_balance.utils.files import atomic_path
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from d2_balance.data.annotations import load_annotations
+from d2_balance.data.resolve import load_annotations
 from d2_balance.evaluation.bootstrap import (
     ROUNDS,
     WORSE,

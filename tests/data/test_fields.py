@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from d2_balance.data.annotations import load_annotations, parse_annotations, read_annotations
+from d2_balance.data.annotations import parse_annotations, read_annotations
 from d2_balance.data.records import load_json
+from d2_balance.data.resolve import load_annotations
 
 from .conftest import coco_data, lvis_data
 

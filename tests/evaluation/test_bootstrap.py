@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from d2_balance.data.annotations import load_annotations
+from d2_balance.data.resolve import load_annotations
 from d2_balance.evaluation import bootstrap
 from d2_balance.evaluation.matching import (
     RECALLS,

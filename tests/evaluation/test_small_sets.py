@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from d2_balance.data.annotations import load_annotations
+from d2_balance.data.resolve import load_annotations
 from d2_balance.evaluation.diagnosis import diagnose
 from d2_balance.evaluation.evaluate import measure
 from d2_balance.evaluation.matching import GroundTruth, Matcher, Ranked, select

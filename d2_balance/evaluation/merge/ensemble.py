@@ -31,8 +31,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from d2_balance.data.annotations import Annotations, load_annotations
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.class_map import ClassMap, load_class_map
+from d2_balance.data.resolve import load_annotations
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.progress import progress
 

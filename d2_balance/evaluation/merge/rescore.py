@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from d2_balance.data.annotations import Annotations, load_annotations
+from d2_balance.data.annotations import Annotations
 from d2_balance.data.checks.annotations import NO_MASK
 from d2_balance.data.groups import GROUPS, LVIS_CUTS
+from d2_balance.data.resolve import load_annotations
 from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.text import percent, table
 
