@@ -108,7 +108,7 @@ def loss_quantity(cfg: CfgNode, name: str, num_classes: int) -> Tensor:
 
 
 def check_class_quantities(cls_loss: ClassificationLoss, num_classes: int) -> None:
-    """Refuses a loss that was made for another number of classes, as Python code may hand over.
+    """Refuse a loss that was made for another number of classes, as Python code may hand over.
 
     Raises:
         ValueError: naming the argument and the length that it must have.

@@ -43,7 +43,7 @@ class Head:
 
     @property
     def cls_losses(self) -> list[type]:
-        """Losses that its columns and classes allow."""
+        """Losses that fit its columns and classes."""
         return [
             cls
             for _, cls in CLS_LOSSES
@@ -90,7 +90,7 @@ class Parts:
 
 
 def check_parts(parts: Parts) -> None:
-    """Refuses combinations that cannot work.
+    """Refuse combinations that cannot work.
 
     Raises:
         ValueError: names both sides and says what works.
@@ -298,7 +298,7 @@ def check_pairing(
 
 
 def check_proposal_sampler(head: str, proposal_sampler: Any) -> None:
-    """Refuses a proposal sampler where there are no proposals to choose from.
+    """Refuse a proposal sampler if there are no proposals to choose from.
 
     Raises:
         ValueError: names both and says what works.

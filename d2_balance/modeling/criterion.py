@@ -41,7 +41,7 @@ class Normalizer(nn.Module):
         raise NotImplementedError
 
     def update(self, total: Tensor) -> None:
-        """Takes the count summed across ranks."""
+        """Take the count summed across ranks."""
         raise NotImplementedError
 
     def value(self) -> Tensor:

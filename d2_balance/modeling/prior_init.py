@@ -32,17 +32,17 @@ def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
 def set_sigmoid_prior(
     owner: nn.Module, classifier: nn.Module, prior: ForegroundPrior, part: str, num_classes: int
 ) -> None:
-    """Starts a sigmoid classifier at the counted prior, kept in `owner.foreground_prior`.
+    """Start a sigmoid classifier at the counted prior, kept in `owner.foreground_prior`.
 
     Args:
         owner: gets the buffer.
         classifier: last layer, with a bias.
         prior: counts.
-        part: entry of `PARTS`.
+        part: entry of `PARTS`, the classifiers that are counted.
         num_classes: K of the owner; 1 in the RPN.
 
     Raises:
-        ValueError: the counts lack the part, or are of other classes.
+        ValueError: the counts lack this classifier, or are of other classes.
     """
     count = _count(prior, part, num_classes)
     nn.init.constant_(classifier.bias, count.bias)
@@ -67,7 +67,7 @@ def set_softmax_prior(
 def set_class_thresholds(
     owner: nn.Module, prior: ForegroundPrior | None, part: str, num_classes: int
 ) -> None:
-    """Replaces `owner.test_score_thresh` by a (K,) buffer, which Detectron2 compares by columns.
+    """Replace `owner.test_score_thresh` by a (K,) buffer, which Detectron2 compares by columns.
 
     It belongs to this training set, not to the weights, and is not saved with them.
 

@@ -38,7 +38,7 @@ def test_a_model_without_it_and_with_it(counts_file):
     plain = build_model(small_cfg("faster", *keys[4:])).eval()
     torch.nn.init.normal_(plain.roi_heads.box_predictor.cls_score.weight, std=1e-4)
     ours = build_model(small_cfg("faster", *keys)).eval()
-    ours.load_state_dict(plain.state_dict())  # the counts are no part of the weights
+    ours.load_state_dict(plain.state_dict())  # the counts are not saved
     with torch.no_grad():
         before, after = (m(make_inputs(images=1))[0]["instances"] for m in (plain, ours))
     # the scores are almost equal: the least frequent class comes first with calibration
@@ -118,7 +118,7 @@ def test_softmax_scores_of_a_head_are_calibrated(name, counts_file, statistics_f
     expected = torch.cat([expected, z[:, CLASSES:].double()], dim=1).softmax(dim=1)
     torch.testing.assert_close(predictor.probabilities(z).double(), expected, rtol=1e-4, atol=1e-6)
     plain = layers()
-    plain.load_state_dict(predictor.state_dict())  # no part of the weights
+    plain.load_state_dict(predictor.state_dict())  # the counts are not saved
     torch.testing.assert_close(plain.probabilities(z), z.softmax(dim=1))
 
 

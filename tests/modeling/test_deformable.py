@@ -60,18 +60,18 @@ def sampled(x, weight, offset, mask, stride, padding, groups, deformable_groups)
                         channel = first + k
                         d = channel // per_deform
                         for point in range(kh * kw):
-                            place = d * kh * kw + point
-                            dy, dx = offset[i, 2 * place : 2 * place + 2, r, s].tolist()
+                            index = d * kh * kw + point
+                            dy, dx = offset[i, 2 * index : 2 * index + 2, r, s].tolist()
                             y = r * stride - padding + point // kw + dy
                             xx = s * stride - padding + point % kw + dx
-                            factor = mask[i, place, r, s].item()
+                            factor = mask[i, index, r, s].item()
                             result[i, o, r, s] += (
                                 weight[o, k, point // kw, point % kw] * value(i, channel, y, xx)
                             ) * factor
     return result
 
 
-def parts(layer, size=5, n=2):
+def tensors(layer, size=5, n=2):
     x = torch.rand(n, layer.in_channels, size, size, dtype=torch.float64)
     out = (size + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
     points = layer.deformable_groups * layer.kernel_size[0] * layer.kernel_size[1]
@@ -88,7 +88,7 @@ def make(cls, **arguments):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_values_are_those_of_the_sum_over_moved_sampling_points(stride):
     layer = make(ModulatedDeformConv, stride=stride, bias=False)
-    x, offset, mask = parts(layer)
+    x, offset, mask = tensors(layer)
     expected = sampled(x, layer.weight.detach(), offset, mask, stride, 1, 2, 2)
     assert torch.allclose(layer(x, offset, mask), expected)
     plain = make(DeformConv, stride=stride)
@@ -100,14 +100,14 @@ def test_values_are_those_of_the_sum_over_moved_sampling_points(stride):
 def test_without_offsets_it_is_a_convolution():
     layer = make(ModulatedDeformConv)
     nn.init.normal_(layer.bias)
-    x, offset, mask = parts(layer)
-    found = layer(x, offset * 0, torch.ones_like(mask))
-    assert torch.allclose(found, F.conv2d(x, layer.weight, layer.bias, padding=1, groups=2))
+    x, offset, mask = tensors(layer)
+    out = layer(x, offset * 0, torch.ones_like(mask))
+    assert torch.allclose(out, F.conv2d(x, layer.weight, layer.bias, padding=1, groups=2))
 
 
 def test_gradients_of_all_inputs_are_right():
     layer = make(ModulatedDeformConv)
-    x, offset, mask = (t.requires_grad_() for t in parts(layer, size=3, n=1))
+    x, offset, mask = (t.requires_grad_() for t in tensors(layer, size=3, n=1))
 
     def run(x, offset, mask, weight, bias):
         layer_parts = {"weight": weight, "bias": bias}
@@ -125,17 +125,17 @@ def test_half_precision_maps_meet_float_weights_and_come_back_in_half():
     layer = DeformConv(4, 6, 3, padding=1)
     x = torch.rand(1, 4, 5, 5)
     offset = torch.rand(1, 18, 5, 5)
-    found = layer(x.bfloat16(), offset.bfloat16())
-    assert found.dtype == torch.bfloat16
+    out = layer(x.bfloat16(), offset.bfloat16())
+    assert out.dtype == torch.bfloat16
     expected = layer(x.bfloat16().float(), offset.bfloat16().float())
-    assert torch.equal(found, expected.bfloat16())
+    assert torch.equal(out, expected.bfloat16())
 
 
 def test_no_image_gives_an_empty_map_with_gradient():
     layer = DeformConv(4, 6, 3, stride=2, padding=1, norm=nn.BatchNorm2d(6))
-    found = layer.eval()(torch.rand(0, 4, 6, 8), torch.rand(0, 18, 3, 4))
-    assert found.shape == (0, 6, 3, 4)
-    found.sum().backward()
+    out = layer.eval()(torch.rand(0, 4, 6, 8), torch.rand(0, 18, 3, 4))
+    assert out.shape == (0, 6, 3, 4)
+    out.sum().backward()
     assert layer.weight.grad.abs().sum() == 0
 
 
@@ -154,10 +154,10 @@ def test_arguments_and_parameter_names_are_detectron2s(ours):
     assert all(ours(4, 4, 3, **{name: known[name].default}) for name in list(known)[3:])
     for name in vars(other):
         if not name.startswith("_") and name not in ("with_bias", "training"):
-            found, expected = getattr(mine, name), getattr(other, name)
-            if isinstance(expected, int) and isinstance(found, tuple):
+            own, expected = getattr(mine, name), getattr(other, name)
+            if isinstance(expected, int) and isinstance(own, tuple):
                 expected = expected, expected  # Detectron2 keeps the number in one of the two
-            assert isinstance(expected, nn.Module) or found == expected, name
+            assert isinstance(expected, nn.Module) or own == expected, name
 
 
 def test_weights_of_a_plain_resnet_load_into_a_deformable_one():
@@ -219,13 +219,13 @@ def test_outputs_and_gradients_agree_with_the_compiled_operator(ours):
     mine = make(ours).float().cuda()
     other = getattr(stock, ours.__name__)(4, 6, 3, 1, 1, 1, 2, 2).cuda()
     other.load_state_dict(mine.state_dict())
-    inputs = parts(mine)[: 3 if ours is ModulatedDeformConv else 2]
-    found = []
+    inputs = tensors(mine)[: 3 if ours is ModulatedDeformConv else 2]
+    outputs = []
     for layer in (mine, other):
         own = [t.float().cuda().requires_grad_() for t in inputs]
         layer(*own).square().sum().backward()
-        found.append([layer(*own), layer.weight.grad, *(t.grad for t in own)])
-    for a, b in zip(*found, strict=True):
+        outputs.append([layer(*own), layer.weight.grad, *(t.grad for t in own)])
+    for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

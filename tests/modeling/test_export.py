@@ -51,8 +51,8 @@ def scripted(model, images):
         return form.inference(images, None, False) if hasattr(form, "inference") else form(images)
 
 
-def assert_equal(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(outputs, expected):
+    for one, other in zip(outputs, expected, strict=True):
         assert len(other.scores) > 5
         assert torch.equal(one.scores, other.scores)
         assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
@@ -90,8 +90,8 @@ def test_traced_model_equals_the_eager_one(kind):
     traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
     for image in (images[0]["image"], other):
         with torch.no_grad():
-            found = adapter.outputs_schema(traced(image))
-        assert_equal(found, eager(model, [{"image": image}]))
+            outputs = adapter.outputs_schema(traced(image))
+        assert_equal(outputs, eager(model, [{"image": image}]))
 
 
 @pytest.mark.parametrize(

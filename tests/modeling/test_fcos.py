@@ -24,7 +24,7 @@ KEYS = ["loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"]
 
 
 def stock_fcos(cfg):
-    """Detectron2's own model with the parts of ours."""
+    """Detectron2's own model with the modules of ours."""
     arguments = BalancedFCOS.from_config(cfg)
     return FCOS(**{k: v for k, v in arguments.items() if k in STOCK_ARGUMENTS}).train()
 
@@ -207,7 +207,7 @@ def test_image_level_labels_reach_the_loss(counts_file, monkeypatch):
 
 def test_reweighters_and_guided_scaling_change_the_losses_they_are_for():
     weights = build_model(small_cfg("fcos")).state_dict()
-    found = {}
+    results = {}
     for name, keys in {
         "plain": [],
         "ISR": ["MODEL.BALANCE.REWEIGHTERS", ["ISR"]],
@@ -216,15 +216,15 @@ def test_reweighters_and_guided_scaling_change_the_losses_they_are_for():
     }.items():
         model = build_model(small_cfg("fcos", *keys))
         model.load_state_dict(weights, strict=False)
-        found[name], grads = step(model, make_inputs())
+        results[name], grads = step(model, make_inputs())
         assert all(grad.isfinite().all() for grad in grads.values())
-    plain = {key: value.item() for key, value in found["plain"].items()}
+    plain = {key: value.item() for key, value in results["plain"].items()}
     for name in ("ISR", "CARL", "guided"):
-        assert found[name]["loss_fcos_ctr"].item() == pytest.approx(plain["loss_fcos_ctr"])
-    assert found["CARL"]["loss_fcos_cls"].item() == pytest.approx(plain["loss_fcos_cls"])
-    assert found["CARL"]["loss_fcos_loc"] > 1.5 * plain["loss_fcos_loc"]  # added, not replaced
-    assert found["ISR"]["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"])
-    guided = found["guided"]
+        assert results[name]["loss_fcos_ctr"].item() == pytest.approx(plain["loss_fcos_ctr"])
+    assert results["CARL"]["loss_fcos_cls"].item() == pytest.approx(plain["loss_fcos_cls"])
+    assert results["CARL"]["loss_fcos_loc"] > 1.5 * plain["loss_fcos_loc"]  # added, not replaced
+    assert results["ISR"]["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"])
+    guided = results["guided"]
     assert guided["loss_fcos_cls"].item() == pytest.approx(2 * guided["loss_fcos_loc"].item())
 
 

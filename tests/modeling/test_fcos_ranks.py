@@ -19,7 +19,7 @@ def train(case, images):
     keys += ["MODEL.BALANCE.CLS_LOSS", case[0], "MODEL.BALANCE.BOX_LOSS", case[1]]
     # rounding of float32 depends on the size of the batch and moves points into other bins of GHM
     model = build_model(small_cfg("fcos", *keys)).train().double()
-    found = []
+    steps = []
     for step in range(STEPS):
         inputs = make_inputs(seed=step, empty=(1,) if step else ())
         for one in inputs:
@@ -30,8 +30,8 @@ def train(case, images):
         sum(losses.values()).backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         values = {name: value.detach() for name, value in losses.items()}
-        found.append((values, grads, model.loss_normalizer.clone()))
-    return found
+        steps.append((values, grads, model.loss_normalizer.clone()))
+    return steps
 
 
 def of_rank(rank):

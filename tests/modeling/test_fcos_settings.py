@@ -29,9 +29,9 @@ def cfg():
 def test_model_has_the_weights_and_the_settings_of_the_lazy_config(lazy, cfg):
     stock, ours = instantiate(lazy.model), build_model(cfg)
     expected = {name: value.shape for name, value in stock.state_dict().items()}
-    found = {name: value.shape for name, value in ours.state_dict().items()}
-    assert found.pop("normalizer.loss_normalizer") == ()
-    assert found == expected
+    shapes = {name: value.shape for name, value in ours.state_dict().items()}
+    assert shapes.pop("normalizer.loss_normalizer") == ()
+    assert shapes == expected
     trained = {name for name, value in stock.named_parameters() if value.requires_grad}
     assert {name for name, value in ours.named_parameters() if value.requires_grad} == trained
     assert (ours.head.cls_score.bias == stock.head.cls_score.bias).all()  # the prior

@@ -17,14 +17,14 @@ def memory(num_classes=3, length=4, **arguments):
 
 def entries(queues):
     """The entries of each class, oldest first, as the numbers that were pushed."""
-    found = []
+    queued = []
     for c, (count, pointer) in enumerate(
         zip(queues.count.tolist(), queues.pointer.tolist(), strict=True)
     ):
         own = queues.features[c * queues.length : (c + 1) * queues.length].flatten().tolist()
         first = pointer if count == queues.length else 0
-        found.append([own[(first + i) % queues.length] for i in range(count)])
-    return found
+        queued.append([own[(first + i) % queues.length] for i in range(count)])
+    return queued
 
 
 def test_queues_equal_deques_over_many_pushes():

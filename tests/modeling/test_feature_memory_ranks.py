@@ -17,7 +17,7 @@ def train(rank):
     torch.manual_seed(0)
     model = build_model(small_cfg("faster", *MEMORY)).train()
     torch.manual_seed(rank)  # each rank samples for itself
-    found = []
+    steps = []
     for step in range(STEPS):
         inputs = make_inputs(seed=step, empty=(1,) if step == 1 else ())
         with EventStorage(0):
@@ -25,7 +25,7 @@ def train(rank):
         sum(losses.values()).backward()
         (layer,) = model.roi_heads._output_layers()
         state = {name: buffer.clone() for name, buffer in layer.cls_loss.named_buffers()}
-        found.append(
+        steps.append(
             {
                 "labels": set(inputs[rank]["instances"].gt_classes.tolist()),
                 "loss": losses["loss_cls"].detach(),
@@ -33,7 +33,7 @@ def train(rank):
                 "count": layer.memory.count.clone(),
             }
         )
-    return found
+    return steps
 
 
 @pytest.fixture(scope="module")

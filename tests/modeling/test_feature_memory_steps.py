@@ -76,8 +76,8 @@ def test_memory_samples_train_box_head_and_classifier_and_no_box(kind):
     for stage, scores in gradients.items():
         head, layer = heads.head_modules(stage)
         parameters = [*head.parameters(), layer.cls_score.weight]
-        found = torch.autograd.grad(scores[-ADDED:].sum(), parameters, retain_graph=True)
-        assert all(grad.abs().sum() > 0 for grad in found)
+        grads = torch.autograd.grad(scores[-ADDED:].sum(), parameters, retain_graph=True)
+        assert all(grad.abs().sum() > 0 for grad in grads)
         trunk = torch.autograd.grad(
             scores[-ADDED:].sum(),
             [p for p in model.backbone.parameters() if p.requires_grad],

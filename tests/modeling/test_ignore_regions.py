@@ -48,22 +48,22 @@ def inside(boxes, record, ioa=0.5):
 @pytest.fixture
 def seen(monkeypatch):
     """Samples that reach the losses: (name of the head, boxes, labels) of each image."""
-    found = []
+    by_head = []
     rpn_losses, head_losses = BalancedRPN.losses, BalancedFastRCNNOutputLayers.losses
 
     def of_rpn(self, anchors, logits, labels, deltas, boxes):
         every = Boxes.cat(anchors).tensor
         samples = [(every[x >= 0], torch.where(x == 1, 0, CLASSES)[x >= 0]) for x in labels]
-        found.append(("rpn", samples))
+        by_head.append(("rpn", samples))
         return rpn_losses(self, anchors, logits, labels, deltas, boxes)
 
     def of_head(self, predictions, proposals):
-        found.append(("head", [(p.proposal_boxes.tensor, p.gt_classes) for p in proposals]))
+        by_head.append(("head", [(p.proposal_boxes.tensor, p.gt_classes) for p in proposals]))
         return head_losses(self, predictions, proposals)
 
     monkeypatch.setattr(BalancedRPN, "losses", of_rpn)
     monkeypatch.setattr(BalancedFastRCNNOutputLayers, "losses", of_head)
-    return found
+    return by_head
 
 
 def background_inside(seen, inputs):
@@ -100,10 +100,10 @@ def chosen_samples(model, anchors, objects, boxes, regions, stage):
     proposals = Instances(
         (SIZE, SIZE), proposal_boxes=boxes, objectness_logits=torch.zeros(len(boxes))
     )
-    found = heads.label_and_sample_proposals([proposals], [objects])
+    chosen = heads.label_and_sample_proposals([proposals], [objects])
     refined = Instances((SIZE, SIZE), proposal_boxes=boxes)
-    found += heads._match_and_label_boxes([refined], stage, [objects])
-    return samples + [(p.proposal_boxes.tensor, p.gt_classes) for p in found]
+    chosen += heads._match_and_label_boxes([refined], stage, [objects])
+    return samples + [(p.proposal_boxes.tensor, p.gt_classes) for p in chosen]
 
 
 def positives(samples):
@@ -133,7 +133,7 @@ def test_a_thousand_images_keep_positives_and_lose_background_in_regions():
             without += torch.tensor([inside(b[y == CLASSES], record) for b, y in free])
             assert positives(samples) == positives(free)
     assert left.tolist() == [0, 0, 0]
-    assert without.min() > 1000  # they would be there in every part
+    assert without.min() > 1000  # they would be there in every head
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_thousand_images_keep_positives_and_lose_background_in_regions():
 def test_every_way_of_choosing_proposals_leaves_regions_alone(seen, kind, keys):
     model = build_model(small_cfg(kind, *RPN, *keys))
     inputs = with_regions(make_inputs(6, 2, SIZE, empty=(1,)))
-    found = losses(model, inputs)
+    result = losses(model, inputs)
     assert background_inside(seen, inputs) == [0] * len(seen)
-    assert all(loss.isfinite() for loss in found.values())
-    sum(found.values()).backward()
+    assert all(loss.isfinite() for loss in result.values())
+    sum(result.values()).backward()
 
 
 @pytest.mark.parametrize("kind", ["mask", "cascade"])
@@ -195,10 +195,10 @@ def test_later_stages_keep_the_positives_and_lose_covered_background():
     for stage in (1, 2):
         proposals = [Instances((SIZE, SIZE), proposal_boxes=Boxes(boxes))]
         with EventStorage():
-            (found,) = heads._match_and_label_boxes(proposals, stage, [objects])
-        assert found.proposal_boxes.tensor.tolist() == boxes[[0, 2]].tolist()
-        assert found.gt_classes.tolist() == [2, CLASSES]
-        assert found.gt_index[0] == 0
+            (labelled,) = heads._match_and_label_boxes(proposals, stage, [objects])
+        assert labelled.proposal_boxes.tensor.tolist() == boxes[[0, 2]].tolist()
+        assert labelled.gt_classes.tolist() == [2, CLASSES]
+        assert labelled.gt_index[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
@@ -220,17 +220,17 @@ def test_dense_heads_drop_covered_background_only(kind):
         assert inside(every[own == CLASSES], record) == 0
         dropped += int(changed.sum())
     assert dropped > 0
-    found = losses(model, inputs)
-    assert all(loss.isfinite() for loss in found.values())
+    reduced = losses(model, inputs)
+    assert all(loss.isfinite() for loss in reduced.values())
     bare = [{k: v for k, v in x.items() if k != "ignore_boxes"} for x in inputs]
     without = losses(build_again(model, kind), bare)
     cls, box = (
         ("loss_fcos_cls", "loss_fcos_loc") if kind == "fcos" else ("loss_cls", "loss_box_reg")
     )
-    assert found[cls] < without[cls]
-    assert torch.equal(found[box], without[box])
+    assert reduced[cls] < without[cls]
+    assert torch.equal(reduced[box], without[box])
     if kind == "fcos":
-        assert torch.equal(found["loss_fcos_ctr"], without["loss_fcos_ctr"])
+        assert torch.equal(reduced["loss_fcos_ctr"], without["loss_fcos_ctr"])
 
 
 def build_again(model, kind):
@@ -252,19 +252,19 @@ def test_images_without_regions_train_as_ever(kind):
     empty = make_inputs()
     for record in empty:
         record["ignore_boxes"] = torch.zeros(0, 4)
-    found = losses(model, empty)
-    assert found.keys() == plain.keys()
-    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    result = losses(model, empty)
+    assert result.keys() == plain.keys()
+    assert all(torch.equal(result[key], plain[key]) for key in plain)
 
 
 def test_a_image_that_is_one_region_and_has_no_object_trains_nothing(seen):
     model = build_model(small_cfg("cascade", *RPN))
     inputs = make_inputs(1, empty=(0,))
     inputs[0]["ignore_boxes"] = [[-200.0, -200, 300, 300]]
-    found = losses(model, inputs)
+    result = losses(model, inputs)
     assert sum(len(labels) for _, samples in seen for _, labels in samples) == 0
-    assert all(loss == 0 for loss in found.values())
-    sum(found.values()).backward()
+    assert all(loss == 0 for loss in result.values())
+    sum(result.values()).backward()
 
 
 def test_threshold_is_the_share_of_the_box_that_one_region_holds():
@@ -278,9 +278,9 @@ def test_threshold_is_the_share_of_the_box_that_one_region_holds():
 
 def test_regions_ride_on_no_batch_without_any():
     assert regions_of([{}, {"ignore_boxes": []}], "cpu") is None
-    found = regions_of([{}, {"ignore_boxes": [[1, 2, 3, 4]]}], "cpu")
-    assert [x.tolist() for x in found] == [[], [[1, 2, 3, 4]]]
-    assert found[0].shape == (0, 4) and found[1].dtype == torch.float32
+    regions = regions_of([{}, {"ignore_boxes": [[1, 2, 3, 4]]}], "cpu")
+    assert [x.tolist() for x in regions] == [[], [[1, 2, 3, 4]]]
+    assert regions[0].shape == (0, 4) and regions[1].dtype == torch.float32
 
 
 def test_proposals_of_an_image_without_objects_are_all_background():
@@ -290,8 +290,8 @@ def test_proposals_of_an_image_without_objects_are_all_background():
     )
     matcher = Matcher([0.5], [0, 1])
     region = torch.tensor([[0.0, 0, 8, 8]])
-    (found,) = without_covered_background([proposals], [nothing], [region], matcher, 0.5)
-    assert len(found) == 0
+    (kept,) = without_covered_background([proposals], [nothing], [region], matcher, 0.5)
+    assert len(kept) == 0
     assert len(without_covered_background([proposals], [nothing], None, matcher, 0.5)[0]) == 2
 
 

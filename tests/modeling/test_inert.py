@@ -22,7 +22,7 @@ def counts_of(tmp_path, images, total=1000):
     return path
 
 
-def found(path, *overrides, kind="faster"):
+def sentences(path, *overrides, kind="faster"):
     cfg = small_cfg(kind, BALANCE + "CLASS_COUNTS_FILE", path, *overrides)
     return inert_remedies(cfg, build_model(cfg))
 
@@ -61,7 +61,7 @@ LONG_TAIL, EVEN = [400, 120, 40, 8, 2, 1], [100] * CLASSES
 )  # fmt: skip
 def test_what_changes_nothing_is_named_once(tmp_path, images, overrides, text):
 
-    (sentence,) = found(counts_of(tmp_path, images), *overrides)
+    (sentence,) = sentences(counts_of(tmp_path, images), *overrides)
     assert re.search(text, sentence), sentence
 
 
@@ -82,9 +82,9 @@ def test_what_changes_nothing_is_named_once(tmp_path, images, overrides, text):
     ],
 )  # fmt: skip
 def test_what_changes_something_is_not(tmp_path, overrides):
-    assert found(counts_of(tmp_path, LONG_TAIL), *overrides) == []
+    assert sentences(counts_of(tmp_path, LONG_TAIL), *overrides) == []
 
 
 def test_every_stage_of_a_cascade_is_named_once(tmp_path):
     path = counts_of(tmp_path, EVEN)
-    assert len(found(path, BALANCE + "CLS_LOSS", "EQL", kind="cascade")) == 1
+    assert len(sentences(path, BALANCE + "CLS_LOSS", "EQL", kind="cascade")) == 1

@@ -45,17 +45,17 @@ def test_boxes_train_as_ever_and_wrong_masks_are_not_seen(keys):
 
 def test_a_batch_without_masks_has_a_mask_loss_of_zero_with_gradient():
     model = build_model(small_cfg("mask"))
-    found = losses(model, flagged([[False, False], [False, False]]))
-    assert found["loss_mask"] == 0 and found["loss_cls"] > 0
-    sum(found.values()).backward()
+    result = losses(model, flagged([[False, False], [False, False]]))
+    assert result["loss_mask"] == 0 and result["loss_cls"] > 0
+    sum(result.values()).backward()
     assert all(p.grad is not None for p in model.roi_heads.mask_head.parameters())
 
 
 def test_sampling_free_heads_leave_them_out_before_the_cap():
     cfg = small_cfg("mask", "MODEL.BALANCE.SAMPLING_FREE", True)
     model = build_model(cfg)
-    found = losses(model, flagged([[False, False], [False, False]]))
-    assert found["loss_mask"] == 0
+    result = losses(model, flagged([[False, False], [False, False]]))
+    assert result["loss_mask"] == 0
 
 
 def test_at_test_every_detection_gets_a_mask():

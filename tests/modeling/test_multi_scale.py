@@ -71,10 +71,10 @@ def test_scores_are_those_of_our_heads(counts_file):
     with torch.no_grad():
         predictor.cls_score.weight.zero_()
         predictor.cls_score.bias.copy_(torch.tensor([0.5, 0, 0, 0, 0, 0, 0]))
-        found = AugmentedRCNN(cfg, model)(images())
+        augmented = AugmentedRCNN(cfg, model)(images())
         predictor.norcal_gamma = 0.0
         plain = AugmentedRCNN(cfg, model)(images())
-    best = [result[0]["instances"].pred_classes[0].item() for result in (found, plain)]
+    best = [result[0]["instances"].pred_classes[0].item() for result in (augmented, plain)]
     assert best == [CLASSES - 1, 0]  # 1 and 400 training images
 
 
@@ -82,22 +82,25 @@ def test_masks_are_pasted_one_by_one():
     torch.manual_seed(0)
     soft, boxes = torch.rand(4, 7, 7), torch.rand(4, 4) * 20
     boxes[:, 2:] += 15
-    found = SoftMasks(soft).to_bitmasks(Boxes(boxes), 50, 60).tensor
+    pasted = SoftMasks(soft).to_bitmasks(Boxes(boxes), 50, 60).tensor
     expected = paste_masks_in_image(soft, boxes, (50, 60))
-    assert len(found) == 4 and np.array_equal(found.tensor, expected)
-    assert torch.equal(found[-1], expected[3]) and found[-1].shape == (50, 60)
-    assert torch.equal(found[torch.tensor([2, 0])].tensor, expected[[2, 0]])
-    assert torch.equal(found.to("cpu").tensor, expected)
+    assert len(pasted) == 4 and np.array_equal(pasted.tensor, expected)
+    assert torch.equal(pasted[-1], expected[3]) and pasted[-1].shape == (50, 60)
+    assert torch.equal(pasted[torch.tensor([2, 0])].tensor, expected[[2, 0]])
+    assert torch.equal(pasted.to("cpu").tensor, expected)
     with pytest.raises(IndexError):
-        found[4]
+        pasted[4]
     assert SoftMasks(soft[:0]).to_bitmasks(boxes[:0], 5, 6).tensor.tensor.shape == (0, 5, 6)
 
 
 def test_a_image_without_detections_has_no_masks():
     cfg, model = model_of("mask", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0")
     with torch.no_grad():
-        found = AugmentedRCNN(cfg, model)(images())[0]["instances"]
-    assert len(found) == len(found.pred_masks) == 0 and instances_to_coco_json(found, 1) == []
+        detections = AugmentedRCNN(cfg, model)(images())[0]["instances"]
+    assert (
+        len(detections) == len(detections.pred_masks) == 0
+        and instances_to_coco_json(detections, 1) == []
+    )
 
 
 def test_the_loader_leaves_the_image_as_it_is():

@@ -138,7 +138,7 @@ def test_a_mining_pass_leaves_batch_norm_the_state_and_random_numbers_alone(prop
         result = stock(proposals, stage)
         assert torch.equal(state, torch.get_rng_state())
         assert modes == [m.training for m in heads.modules()]
-        assert not any(value.requires_grad for part in result for value in part.values())
+        assert not any(value.requires_grad for fields in result for value in fields.values())
         for name, value in heads.state_dict().items():
             assert torch.equal(value, before[name]), name
         seen.append(stage)

@@ -29,7 +29,7 @@ NORMALIZERS = {
 }
 
 
-def rows_of(step, rank, columns):
+def batch_of(step, rank, columns):
     """Logits, labels, boxes and levels of one rank's image.
 
     In step 2 rank 1 has no positives, in step 3 it has no samples at all.
@@ -49,8 +49,8 @@ def rows_of(step, rank, columns):
 
 
 def samples_of(step, ranks, columns):
-    parts = [rows_of(step, rank, columns) for rank in ranks]
-    logits, labels, deltas, boxes, level, image = (torch.cat(x) for x in zip(*parts, strict=True))
+    batches = [batch_of(step, rank, columns) for rank in ranks]
+    logits, labels, deltas, boxes, level, image = (torch.cat(x) for x in zip(*batches, strict=True))
     pos = labels < K
     logits, deltas = logits.requires_grad_(), deltas.requires_grad_()
     samples = Samples(

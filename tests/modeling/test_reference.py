@@ -141,10 +141,10 @@ def test_fracal_equals_the_authors(form, link, of):
 
 def test_fractal_dimension_equals_the_authors():
     f = load("fractal_dimension")
-    found = fractal_dimension(
+    dimension = fractal_dimension(
         f["x0"] + f["width"] / 2, f["y0"] + f["height"] / 2, f["class_of_object"], 12
     )
-    assert_close(found, f["fractal_dimension"], rtol=1e-8)
+    assert_close(dimension, f["fractal_dimension"], rtol=1e-8)
 
 
 @pytest.mark.parametrize("momentum", [0.0001, 0.3])

@@ -73,9 +73,9 @@ def test_thresholds_are_buffers_that_follow_the_model_and_are_not_saved(kind, pr
         assert dict(owner.named_buffers())["test_score_thresh"] is owner.test_score_thresh
     assert not any("test_score_thresh" in key for key in model.state_dict())
     with torch.no_grad():
-        found = model.eval()(make_inputs())
+        detections = model.eval()(make_inputs())
     assert all(
-        (x["instances"].scores > THRESHOLDS[x["instances"].pred_classes]).all() for x in found
+        (x["instances"].scores > THRESHOLDS[x["instances"].pred_classes]).all() for x in detections
     )
     assert model.to("meta") is model and owners[0].test_score_thresh.is_meta
 
@@ -99,8 +99,8 @@ def test_a_class_threshold_filters_its_class_alone_in_roi_heads(kind, prior_file
         torch.nn.init.zeros_(layer.cls_score.weight)
         torch.nn.init.constant_(layer.cls_score.bias, torch.tensor(0.01).logit().item())
     with torch.no_grad():
-        found = model(make_inputs(images=1))[0]["instances"]
-    assert set(found.pred_classes.tolist()) == {4, 5}
+        detections = model(make_inputs(images=1))[0]["instances"]
+    assert set(detections.pred_classes.tolist()) == {4, 5}
 
 
 def step(kind, prior_file, *overrides, empty=()):

@@ -90,7 +90,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
     continues with it.
 
     Subclasses set the class attributes and implement the two defaults:
-        head_name: entry of `compatibility.HEADS` and of `data.prior.PARTS`.
+        head_name: entry of `compatibility.HEADS` and of `data.priors.sample_counts.PARTS`.
         initial_normalizer: positives that the normaliser starts with.
 
     Args:
@@ -110,7 +110,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         **kwargs: as Detectron2's class.
 
     Raises:
-        ValueError: the parts cannot work together.
+        ValueError: the losses and settings cannot work together.
     """
 
     head_name: str

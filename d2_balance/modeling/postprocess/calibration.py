@@ -126,7 +126,7 @@ def fractal_dimension(
 
 
 class Shift(nn.Module):
-    """Adds a number to the logits of each class: logit adjustment, NorCal, FRACAL of a softmax.
+    """Add a number to the logits of each class: logit adjustment, NorCal, FRACAL of a softmax.
 
     Args:
         shift: (K,).

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2_balance.data.priors.foreground import ForegroundPrior
-from d2_balance.data.priors.sample_counts import RPN as PART
+from d2_balance.data.priors.sample_counts import RPN as RPN_NAME
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCELoss
 from d2_balance.reweight import GuidedScale
 from d2_balance.utils.distributed import world_size
@@ -57,7 +57,7 @@ class ImageNormalizer(Normalizer):
 class BalancedRPN(Scriptable, RPN):
     """RPN whose losses come from MODEL.BALANCE.RPN; stock if the names are empty.
 
-    Detectron2's `loss_weight` is part of the weights of both losses, before guided scaling, which
+    Detectron2's `loss_weight` multiplies the weights of both losses, before guided scaling, which
     leaves the classification loss at `guided` times the weighted box loss.
 
     Args:
@@ -76,7 +76,7 @@ class BalancedRPN(Scriptable, RPN):
         **kwargs: as Detectron2's RPN.
 
     Raises:
-        ValueError: the parts cannot work together, or prior_prob is out of range.
+        ValueError: the losses and settings cannot work together, or prior_prob is out of range.
     """
 
     training_only = ("cls_loss", "box_loss", "guided", "normalizer")
@@ -124,16 +124,16 @@ class BalancedRPN(Scriptable, RPN):
                 )
             nn.init.constant_(classifier.bias, -math.log((1 - prior_prob) / prior_prob))
             if prior is not None:
-                set_sigmoid_prior(self, classifier, prior, PART, 1)
+                set_sigmoid_prior(self, classifier, prior, RPN_NAME, 1)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super().from_config(cfg, input_shape)
         node = cfg.MODEL.BALANCE.RPN
-        ret["cls_loss"] = build_cls_loss(cfg, 1, PART)
-        ret["box_loss"] = build_box_loss(cfg, 1, PART)
+        ret["cls_loss"] = build_cls_loss(cfg, 1, RPN_NAME)
+        ret["box_loss"] = build_box_loss(cfg, 1, RPN_NAME)
         ret["cls_weight"], ret["box_weight"] = node.CLS_LOSS_WEIGHT, node.BOX_LOSS_WEIGHT
-        ret["guided"] = build_guided(cfg, PART)
+        ret["guided"] = build_guided(cfg, RPN_NAME)
         ret["sampling_free"] = node.SAMPLING_FREE
         ret["prior_prob"] = node.PRIOR_PROB
         ret["prior"] = load_prior(cfg)

@@ -80,7 +80,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         **kwargs: as Detectron2's FastRCNNOutputLayers.
 
     Raises:
-        ValueError: the parts cannot work together, or prior_prob is out of range.
+        ValueError: the losses and settings cannot work together, or prior_prob is out of range.
     """
 
     training_only = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer", "memory")

@@ -226,7 +226,7 @@ class UsedSampleNormalizer(SampleNormalizer):
 
 
 def check_memory(cfg: CfgNode) -> None:
-    """Refuses a memory without the loss that it belongs to.
+    """Refuse a memory without the loss that it belongs to.
 
     Raises:
         ValueError: naming both keys.
@@ -240,7 +240,7 @@ def check_memory(cfg: CfgNode) -> None:
 
 
 def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, ShapeSpec]) -> None:
-    """Gives the output layers of RoI heads their memories, as MODEL.BALANCE.LOCE_MEMORY says.
+    """Give the output layers of RoI heads their memories, as MODEL.BALANCE.LOCE_MEMORY says.
 
     Args:
         cfg: full config.
@@ -276,7 +276,7 @@ def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, Shap
 
 
 def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> None:
-    """Connects a memory with a box head and its `BalancedFastRCNNOutputLayers`.
+    """Connect a memory with a box head and its `BalancedFastRCNNOutputLayers`.
 
     Raises:
         ValueError: the box loss, a reweighter or guided scaling compares the boxes of positives.

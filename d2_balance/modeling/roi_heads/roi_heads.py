@@ -59,7 +59,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         **kwargs: as Detectron2's class.
 
     Raises:
-        ValueError: the parts cannot work together.
+        ValueError: the losses and settings cannot work together.
     """
 
     training_only = ("proposal_sampler",)
