@@ -45,14 +45,16 @@ def open_storage(url: str | None, directory: str) -> BaseStorage:
 
     Args:
         url: SQLAlchemy URL, such as postgresql+psycopg://user@host/name; None takes a journal file.
-        directory: of the journal file.
+        directory: of the journal file; no other process may be writing to it.
 
     Raises:
         StudyError: the database cannot be reached, or its driver is missing.
     """
     if url is None:
         os.makedirs(directory, exist_ok=True)
-        return JournalStorage(JournalFileBackend(os.path.join(directory, JOURNAL)))
+        path = os.path.join(directory, JOURNAL)
+        _cut_half_line(path)
+        return JournalStorage(JournalFileBackend(path))
     if url.startswith("postgresql://"):  # SQLAlchemy would take psycopg2, which is not maintained
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     for attempt in range(CREATIONS):
@@ -72,6 +74,17 @@ def open_storage(url: str | None, directory: str) -> BaseStorage:
                 raise StudyError(f"--storage {hidden(url)} cannot be reached: {text}") from error
             time.sleep(1 + random.random())
     raise AssertionError("the loop returns or raises")
+
+
+def _cut_half_line(path: str) -> None:
+    """Remove the half line that a full disk or a crash left at the end of a journal.
+
+    Optuna 5.0 reads over it, but appends to it, and can never read the file again.
+    """
+    with suppress(FileNotFoundError), open(path, "rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def hidden(url: str) -> str:

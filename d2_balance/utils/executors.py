@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 STOP_SECONDS = 40.0  # from SIGTERM to SIGKILL: a training saves a checkpoint first
@@ -118,22 +118,11 @@ class LocalExecutor:
     """
 
     def __init__(self, slots: int, gpus: int = 0) -> None:
+        _check_gpus(slots, gpus)
         self.slots, self.gpus = slots, gpus
-        if gpus and (visible := _visible_gpus()) < slots * gpus:
-            raise ValueError(
-                f"--jobs {slots} with {gpus} GPUs each needs {slots * gpus} GPUs, and {visible} "
-                "are visible; lower --jobs or --gpus"
-            )
 
     def start(self, job: Job, slot: int) -> Running:
-        env = dict(job.env)
-        if self.gpus:
-            first = slot * self.gpus
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(
-                _gpu_names()[first : first + self.gpus]
-                or (str(i) for i in range(first, first + self.gpus))
-            )
-        return _Process(job, env)
+        return _Process(job, {**job.env, **_gpus_of(slot, self.gpus)})
 
     def close(self) -> None:
         pass
@@ -184,6 +173,24 @@ def _signal_group(pid: int, number: int) -> None:
 def _end_with_parent() -> None:
     """Ask Linux to send SIGTERM to this process when its parent dies, a SIGKILL included."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _check_gpus(slots: int, gpus: int) -> None:
+    """Raise ValueError if fewer GPUs are visible than the slots need."""
+    if gpus and (visible := _visible_gpus()) < slots * gpus:
+        raise ValueError(
+            f"--jobs {slots} with {gpus} GPUs each needs {slots * gpus} GPUs, and {visible} "
+            "are visible; lower --jobs or --gpus"
+        )
+
+
+def _gpus_of(slot: int, gpus: int) -> dict[str, str]:
+    """Return the environment that shows a job the GPUs of its slot, out of the visible ones."""
+    if not gpus:
+        return {}
+    chosen = range(slot * gpus, (slot + 1) * gpus)
+    names = _gpu_names()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[i] if names else str(i) for i in chosen)}
 
 
 def _gpu_names() -> list[str]:
@@ -322,7 +329,8 @@ class SubmititExecutor:
         directory: where submitit keeps its files.
 
     Raises:
-        ValueError: submitit is not installed, or SLURM is not there.
+        ValueError: submitit is not installed, SLURM is not there, or this machine shows fewer GPUs
+            than "local" slots need.
     """
 
     def __init__(
@@ -336,6 +344,8 @@ class SubmititExecutor:
             ) from error
         self.slots = slots
         local = partition == "local"
+        self._gpus = gpus if local else 0  # SLURM itself gives each job its GPUs
+        _check_gpus(slots, self._gpus)
         try:
             self._executor = submitit.AutoExecutor(directory, cluster="local" if local else "slurm")
         except RuntimeError as error:
@@ -347,6 +357,8 @@ class SubmititExecutor:
             self._executor.update_parameters(slurm_partition=partition)
 
     def start(self, job: Job, slot: int) -> Running:
+        # submitit's local executor shows every job the first GPUs of the machine
+        job = replace(job, env={**job.env, **_gpus_of(slot, self._gpus)})
         return _SubmititJob(self._executor.submit(run_job, job))
 
     def close(self) -> None:

@@ -85,6 +85,17 @@ def test_submitits_local_executor_runs_and_stops_jobs(tmp_path):
         assert wait(long) != 0
 
 
+def test_submitits_local_jobs_get_the_gpus_of_their_slot(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="pip install 'd2-balance[cluster]'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2,7")
+    with pytest.raises(ValueError, match="needs 4 GPUs, and 3 are visible"):
+        make_executor(2, slurm="local", gpus=2, directory=str(tmp_path / "jobs"))
+    executor = make_executor(3, slurm="local", gpus=1, directory=str(tmp_path / "jobs"))
+    code = "import os, sys; sys.exit(int(os.environ['CUDA_VISIBLE_DEVICES']))"
+    jobs = [executor.start(job(tmp_path, f"slot{n}", code=code), n) for n in range(3)]
+    assert [wait(running) for running in jobs] == [4, 2, 7]
+
+
 def test_an_address_without_a_cluster_is_told():
     pytest.importorskip("ray", reason="pip install 'd2-balance[cluster]'")
     with pytest.raises(ValueError, match="no cluster can be reached"):

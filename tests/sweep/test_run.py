@@ -213,6 +213,24 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing_that_was_finished(tmp_path):
         assert [json.loads(x)["iteration"] for x in lines.splitlines()] == [29, 59, 89]
 
 
+@pytest.mark.faults
+def test_a_journal_whose_last_line_is_cut_off_costs_that_line_only(tmp_path):
+    def opened():
+        return Study(open_storage(None, str(tmp_path)), "s", "f", ["a", "b"], [1])
+
+    study = opened()
+    study.complete(study.claim(), 0.5, {})
+    study.complete(study.claim(), 0.7, {})
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(journal.read_bytes()[:-9])
+    states = [trial.state for trial in opened().trials()]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING]  # dead, and run again
+    again = opened()
+    assert len(again.requeue_dead()) == 1
+    again.complete(again.claim(), 0.7, {})
+    assert [trial.value for trial in opened().trials()] == [0.5, 0.7]
+
+
 def test_two_workers_never_have_one_trial(tmp_path):
     storage = open_storage(None, str(tmp_path))
     workers = [Study(storage, "s", "f", ["a", "b", "c"], [1, 2], alone=False) for _ in range(2)]
