@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if path.parent.name != "recipes"  # of `d2-balance challenge`, see tests/challenge
+    if path.parent.name not in ("recipes", "sweeps")  # see tests/recipes and tests/sweep
 )
 QUICK = [file for file in FILES if file.startswith("quick_schedules/")]
 # The demo trains until it has learned something.

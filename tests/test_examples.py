@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
+    "deploy.py": [],  # run from the wheel by test_wheel.py
     "longtail_classification.py": [],
     "lvis_with_eql.py": ["--output", "run"],
     "own_coco_data.py": ["--output", "run"],

@@ -1,6 +1,7 @@
 """What a run leaves in its directory, one test image of which cannot be read."""
 
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -31,24 +32,26 @@ def run(tmp_path_factory):
     files = {TRAIN: write_dataset(sound), TEST: write_dataset(broken, seed=1)}
     image = broken / "images" / CUT
     image.write_bytes(image.read_bytes()[:200])
-    for name, paths in files.items():
-        register_json(name, *paths)
     settings = ["SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "TEST.LOSS.PERIOD", "2"]
     settings += ["SOLVER.CHECKPOINT_PERIOD", "2", "TEST.BEST.METRIC", "bbox/AP"]
     settings += ["LOG.IMAGES", "7", "LOG.IMAGES_MIN_SCORE", "0.0", "SOLVER.EMA.ENABLED", "True"]
     settings += ["MODEL.BALANCE.CLS_LOSS", "EQL"]
     cfg = run_cfg(directory / "out", *settings)
-    if pytest.importorskip("mlflow"):
+    if importlib.util.find_spec("mlflow"):
         cfg.LOG.MLFLOW_EXPERIMENT = "tails"
     check_logs(cfg)
-    trainer = BalancedTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    results = trainer.train()
-    write_summary(cfg, results)
-    yield cfg, results, Path(cfg.OUTPUT_DIR)
-    for name in files:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    for name, paths in files.items():
+        register_json(name, *paths)
+    try:
+        trainer = BalancedTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        results = trainer.train()
+        write_summary(cfg, results)
+        yield cfg, results, Path(cfg.OUTPUT_DIR)
+    finally:
+        for name in files:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def test_names_and_counts_lie_in_the_directory_and_in_every_checkpoint(run):
