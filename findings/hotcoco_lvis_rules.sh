@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # hotcoco 1.3.0: the LVIS style knows neither `ignore` nor objects and detections of area 0.
 #
-# Guess: COCOeval(lvis_style=True) is lvis 0.5.3 in all rules, as it is in AP of plain files.
+# Expected: COCOeval(lvis_style=True) is lvis 0.5.3 in all rules, as it is in AP of plain files.
 # Seen: with one object found and one missed that has "ignore": 1, AP is 50.5 (lvis: 100); the same for a
 # missed object of area 0 (lvis: 100, it is dropped). A detection of area 0 with the highest score
 # halves AP (lvis: 100). A missed crowd is left out (lvis: 50.5, iscrowd means nothing to it). The values

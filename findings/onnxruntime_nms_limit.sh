@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # onnxruntime 1.32.0: NonMaxSuppression without max_output_boxes_per_class returns nothing.
 #
-# Guess: the input is optional, so without it there is no limit.
+# Expected: the input is optional, so without it there is no limit.
 # Seen: no box comes back, without error or warning: the default of the operator is 0, "no output". A
 # graph of one's own around an exported detector, which leaves the input out, finds no object in any
 # image. Give a limit, the number of boxes for none.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Optuna 5.0.0: a journal file whose last line is cut off is destroyed by the next worker.
 #
-# Guess: a study in a journal file is read without its half line, and written on after it; the file is
+# Expected: a study in a journal file is read without its half line, and written on after it; the file is
 # append-only so that a crash costs the last entry at most.
 # Seen: it is read, and the next worker appends to the half line. From then on every worker ends in
 # JSONDecodeError, whatever it reads, and the study with all its trials is lost to Optuna. A full disk

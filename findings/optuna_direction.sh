@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Optuna 5.0.0: the direction of a study that exists is not compared with the one that is asked for.
 #
-# Guess: create_study(direction="minimize", load_if_exists=True) on a study that maximizes raises.
+# Expected: create_study(direction="minimize", load_if_exists=True) on a study that maximizes raises.
 # Seen: it returns the study that maximizes, without error or warning. A study that was first created
 # without a direction minimizes; with direction="maximize" added to the script afterwards best_trial
 # still is the one of the lowest AP.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Optuna 5.0.0: four workers on one grid run more trials than the grid has points.
 #
-# Guess: GridSampler with 6 points (three values, two seeds) and four workers that call optimize() makes
+# Expected: GridSampler with 6 points (three values, two seeds) and four workers that call optimize() makes
 # 6 trials.
 # Seen: 9, every point once and three of them a second time. A worker stops only when it finds the grid
 # visited, and draws among points that others are running: with trials of a day each, GPU days are

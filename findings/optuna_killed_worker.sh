@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Optuna 5.0.0: in a journal file, the trial of a killed worker is RUNNING for ever.
 #
-# Guess: when the next worker of the study calls optimize(), the trial becomes FAIL, and one that was
+# Expected: when the next worker of the study calls optimize(), the trial becomes FAIL, and one that was
 # enqueued (one configuration of a comparison) is run again.
 # Seen: it stays RUNNING, no error is raised, and its configuration is never run: the study ends with
 # one result less. Only the storages of databases have heartbeats, and those are off until they are

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # submitit 1.5.4: jobs of the local executor all get GPU 0.
 #
-# Guess: two jobs of one GPU each, started side by side with CUDA_VISIBLE_DEVICES=2,3, run on GPU 2 and
+# Expected: two jobs of one GPU each, started side by side with CUDA_VISIBLE_DEVICES=2,3, run on GPU 2 and
 # on GPU 3.
 # Seen: both have CUDA_VISIBLE_DEVICES=0. The parent's list is replaced, and nothing is shared out: two
 # trainings go to one GPU, one that the user may not have been given, while others are idle. No GPU is
