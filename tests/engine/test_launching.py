@@ -17,7 +17,7 @@ import atexit, os, sys
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
-from d2_balance.engine.launching import start
+from d2_balance.engine.setup.launch import start
 
 def threads():
     return [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
