@@ -7,7 +7,6 @@ MODEL.BALANCE.PRIOR_FILE.
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,9 +65,9 @@ def count_and_save(args: argparse.Namespace) -> str:
     from d2_balance.data import register_from_config
     from d2_balance.data.priors.foreground import ForegroundPrior
     from d2_balance.engine import read_config
+    from d2_balance.utils.files import check_new
 
-    if args.output and os.path.exists(args.output) and not args.overwrite:  # before the work
-        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    check_new([args.output], args.overwrite)  # before the work
     cfg = read_config(args.config_file, [*args.opts, *args.more_opts])
     register_from_config(cfg)
     prior = ForegroundPrior.from_config(cfg, args.max_images)

@@ -143,8 +143,6 @@ class _Process:
                 start_new_session=True,  # Ctrl-C reaches the sweep, which stops its jobs in turn
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self.pid = self.process.pid
-        self.peak_bytes = 0
 
     def poll(self) -> int | None:
         return self.process.poll()
