@@ -2,6 +2,7 @@
 
 from ._base import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from ._samples import Samples
+from .acsl import ACSLLoss, acsl_loss
 from .alrp import ALRPLoss, alrp_loss
 from .ap import APLoss, ap_loss
 from .bags import BAGSLoss, group_softmax_loss
@@ -34,6 +35,7 @@ from .softmax_eql import SoftmaxEQLLoss, softmax_eql_loss
 __all__ = [
     "BOX_LOSSES",
     "CLS_LOSSES",
+    "ACSLLoss",
     "ALRPLoss",
     "APLoss",
     "BAGSLoss",
@@ -66,6 +68,7 @@ __all__ = [
     "SoftmaxCELoss",
     "SoftmaxEQLLoss",
     "VFLLoss",
+    "acsl_loss",
     "adjusted_ce_loss",
     "alrp_loss",
     "ap_loss",

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from d2_balance.losses import CLS_LOSSES, Samples
 from d2_balance.losses._kernels import chunks
 from d2_balance.losses._kernels.density import count_bins, histogram, level_bins
+from d2_balance.losses.acsl import acsl_loss, sample_background
 from d2_balance.losses.bags import group_softmax_loss, group_targets, sample_others
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
 from d2_balance.losses.dr import dr_loss
@@ -52,6 +53,15 @@ def plain_eqlv2(loss, s):
     return eqlv2_loss(s.logits, target, positive, negative)
 
 
+def plain_acsl(loss, s):
+    target = F.pad(s.onehot, (0, 1))
+    target[:, -1] = (~s.foreground).to(target.dtype)
+    rare, common = sample_background(~s.foreground, loss.fractions)
+    by_group = torch.stack([rare, common, torch.ones_like(rare)], dim=1)  # (R, 3)
+    sampled = by_group[:, F.pad(loss.group, (0, 1), value=2)]
+    return acsl_loss(s.logits, target, sampled, loss.score_threshold)
+
+
 def plain_bags(loss, s):
     target = group_targets(s.labels, loss.group, loss.num_groups)
     used = sample_others(target[:, :-1] < s.num_classes, loss.beta)
@@ -89,6 +99,7 @@ PLAIN = {
     "GHMC": lambda loss, s: ghm_c_loss(s.logits, s.onehot, loss.density.scales),
     "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image_index, 2, **loss.arguments).mean(),
     "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
+    "ACSL": plain_acsl,
     "BAGS": plain_bags,
     "Seesaw": plain_seesaw,
     "SoftmaxEQL": plain_softmax_eql,
