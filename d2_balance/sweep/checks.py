@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -35,13 +38,14 @@ def check_remedies(spec: SweepSpec) -> Plan:
             "on one"
         )
     problems, plans = [], {}
-    for remedy in spec.remedies:
-        try:
-            cfg = _config(spec, remedy.name)
-            _check(cfg)
-            plans[remedy.name] = (cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST[0])
-        except (ValueError, KeyError) as error:
-            problems.append(f"- {remedy.name}: {error.args[0] if error.args else error}")
+    with _each_message_once():
+        for remedy in spec.remedies:
+            try:
+                cfg = _config(spec, remedy.name)
+                _check(cfg)
+                plans[remedy.name] = (cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST[0])
+            except (ValueError, KeyError) as error:
+                problems.append(f"- {remedy.name}: {error.args[0] if error.args else error}")
     if problems:
         raise ValueError(
             f"{spec.path}: {len(problems)} remedies do not fit:\n" + "\n".join(problems)
@@ -105,6 +109,28 @@ def _config(spec: SweepSpec, name: str) -> Any:
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(f"{error.args[0] if error.args else error}") from error
     return cfg
+
+
+@contextmanager
+def _each_message_once() -> Iterator[None]:
+    """Drop log records that say what was said before: the remedies share their data."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("d2_balance").handlers]
+    handlers += [logging.lastResort] if logging.lastResort else []
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 def _check(cfg: Any) -> None:

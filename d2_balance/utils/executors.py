@@ -107,7 +107,10 @@ def make_executor(
 
 
 class LocalExecutor:
-    """Processes of this machine; each slot has its own GPUs.
+    """Processes of this machine; each slot has its own GPUs and its part of the processors.
+
+    Threads that share a processor wait for each other in every operation: several slots divide the
+    processors by OMP_NUM_THREADS, unless it is set.
 
     Args:
         slots: processes side by side.
@@ -122,7 +125,13 @@ class LocalExecutor:
         self.slots, self.gpus = slots, gpus
 
     def start(self, job: Job, slot: int) -> Running:
-        return _Process(job, {**job.env, **_gpus_of(slot, self.gpus)})
+        return _Process(job, {**self._threads(), **job.env, **_gpus_of(slot, self.gpus)})
+
+    def _threads(self) -> dict[str, str]:
+        if self.slots == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return {"OMP_NUM_THREADS": str(max(1, available // self.slots))}
 
     def close(self) -> None:
         pass

@@ -28,7 +28,7 @@ def test_classes_that_training_never_saw_are_named_with_both_sets(caplog):
         unseen = log_unseen_classes({0, 1}, set(range(13)), names, ("my_train", "my_val"))
     assert unseen == names[2:13]
     (message,) = caplog.messages
-    assert message.startswith("11 classes of my_val have no object in my_train")
+    assert message.startswith("11 classes of my_val without an object in my_train")
     assert "class2, class3" in message and "class11 and 1 more; add training" in message
 
 

@@ -289,7 +289,7 @@ def test_classes_that_training_never_saw_are_named(register, tmp_path, caplog, d
 
     name = register(change)
     validate(run_cfg(tmp_path, *CLS, "DATASETS.TRAIN", (name,)))
-    assert f"have no object in {name}, and their AP will be 0: class0; add training" in caplog.text
+    assert f"without an object in {name}, where AP will be 0: class0; add training" in caplog.text
     caplog.clear()
     validate(run_cfg(tmp_path, *CLS))
     assert "have no object" not in caplog.text

@@ -16,7 +16,7 @@ from d2_balance.sweep import trial as trials
 from d2_balance.sweep.run import Plan, run_sweep
 from d2_balance.sweep.spec import Remedy, SweepSpec
 from d2_balance.sweep.study import Study, StudyError, open_storage
-from d2_balance.utils.executors import JobLostError, LocalExecutor
+from d2_balance.utils.executors import Job, JobLostError, LocalExecutor
 
 # Writes metrics.json in three steps of its remedy's quality, then result.json. A remedy may fail.
 TRAINING = textwrap.dedent(
@@ -266,6 +266,20 @@ def test_a_trial_is_put_back_three_times_at_most(tmp_path):
     assert attempts == 3
     (last,) = study.trials()
     assert last.state == TrialState.FAIL and "3 times" in last.user_attrs["message"]
+
+
+@pytest.mark.parametrize(("given", "slots"), [(None, 1), (None, 2), (None, 1000), ("3", 2)])
+def test_jobs_side_by_side_divide_the_threads(tmp_path, monkeypatch, given, slots):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", "import os; print(os.environ.get('OMP_NUM_THREADS'))"]
+    running = LocalExecutor(slots).start(Job(command, str(log)), 0)
+    while running.poll() is None:
+        time.sleep(0.01)
+    threads = max(1, len(os.sched_getaffinity(0)) // slots)
+    assert log.read_text().strip() == (given or ("None" if slots == 1 else str(threads)))
 
 
 def test_a_storage_that_cannot_be_reached_is_named_without_its_password():

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from d2_balance.utils.text import plural
+
 from ..records import objects_of
 
 _SHOWN = 10
@@ -37,9 +39,9 @@ def log_unseen_classes(
     if unseen:
         more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
         logger.warning(
-            f"{len(unseen)} classes of {sets[1]} have no object in {sets[0]}, and their AP will be "
-            f"0: {', '.join(unseen[:_SHOWN])}{more}; add training images of them, or take them "
-            "out of both files"
+            f"{plural(len(unseen), 'class')} of {sets[1]} without an object in {sets[0]}, where AP "
+            f"will be 0: {', '.join(unseen[:_SHOWN])}{more}; add training images of them, or take "
+            "them out of both files"
         )
     return unseen
 
