@@ -6,7 +6,10 @@ strata, those that show objects of the same frequency groups, so that no group e
 classes; a class without objects in a resample leaves the means of that resample.
 
     interval of a difference  =  2.5 % and 97.5 % quantiles of it over the resamples     (images)
-    widened by 1.96 sqrt(s_a^2 / n_a + s_b^2 / n_b)  where there are seeds               (training)
+    widened by t sqrt(s_a^2 / n_a + s_b^2 / n_b)  where there are seeds                  (training)
+
+t is the 97.5 % quantile of Student's distribution with Welch's degrees of freedom: two or three
+seeds say little about their spread, and 1.96 would promise too much.
 
 Equal scores of one class keep the order of the images; the copies of an image stand together.
 
@@ -25,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from d2_balance.data.groups import GROUPS
 
@@ -33,7 +37,6 @@ from .matching import IGNORED, RIGHT, Matcher, Ranked, interpolated
 ROUNDS = 1000
 METRICS = ("AP", "AP50", "APr", "APc", "APf")
 BETTER, WORSE, NOISE = "better", "worse", "within noise"
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -251,12 +254,8 @@ def compare(
         for number, values in enumerate(pool.map(one, resamples(strata, rounds, seed))):
             drawn[:, number] = values[:n].mean(axis=0), values[n:].mean(axis=0)
     value = plain[n:].mean(axis=0) - plain[:n].mean(axis=0)
-    training = np.full(plain.shape[1], np.nan)
-    if n > 1 and len(second) > 1:
-        parts = plain[:n].var(axis=0, ddof=1) / n, plain[n:].var(axis=0, ddof=1) / len(second)
-        training = np.sqrt(parts[0] + parts[1])
+    training, wider = _by_seeds(plain[:n], plain[n:])
     low, high, spread = _intervals(drawn[1] - drawn[0])
-    wider = _Z * np.nan_to_num(training)
     low = value - np.hypot(value - low, wider)
     high = value + np.hypot(high - value, wider)
     found = [
@@ -272,6 +271,33 @@ def compare(
         dict(zip(names, found[len(METRICS) :], strict=True)),
         (own[0], own[1]),
     )
+
+
+def quantile(freedom: float) -> float:
+    """Return the 97.5 % quantile of Student's distribution; of infinite freedom it is normal's."""
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def _by_seeds(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors of differences of means, and half of their 95 % intervals.
+
+    Args:
+        first: (seeds, n) figures of the runs of a group.
+        second: those of the other.
+
+    Returns:
+        (n,) each; NaN and 0 where one group has fewer than two seeds.
+    """
+    sizes = len(first), len(second)
+    if min(sizes) < 2:
+        return np.full(first.shape[1], np.nan), np.zeros(first.shape[1])
+    parts = [g.var(axis=0, ddof=1) / n for g, n in zip((first, second), sizes, strict=True)]
+    error = np.sqrt(parts[0] + parts[1])
+    squares = sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    with np.errstate(invalid="ignore", divide="ignore"):  # equal seeds, or figures without a value
+        freedom = error**4 / squares
+        wider = np.nan_to_num(stats.t.ppf(0.975, freedom) * error)
+    return error, wider
 
 
 def _intervals(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from d2_balance.data.resolve import load_annotations
 from d2_balance.evaluation.bootstrap import (
     ROUNDS,
-    WORSE,
     Comparison,
     Resampled,
     compare,
+    quantile,
     strata_of,
 )
 from d2_balance.evaluation.evaluate import measure
@@ -63,16 +64,38 @@ class Intervals:
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
 
-    def is_below(self, directory: str, leader: str, iteration: int) -> bool:
-        """Whether a trial is worse than another at a rung, by its interval over images.
+    def is_below(
+        self,
+        directories: Sequence[str],
+        leaders: Sequence[str],
+        iteration: int,
+        spread: tuple[float, int] | None,
+    ) -> bool:
+        """Whether the trials of a remedy are worse than another's at a rung, by a 95 % interval.
 
-        Without the predictions of both nothing can be said, and the answer is no.
+        Without the predictions of all of them nothing can be said, and the answer is no.
+
+        Args:
+            directories: of the remedy's trials.
+            leaders: of the other's.
+            iteration: of the rung.
+            spread: standard deviation of one seed and its degrees of freedom; None if it is not
+                known, and the interval speaks of the images only.
         """
-        files = [os.path.join(d, RUNGS, f"{iteration}.json") for d in (leader, directory)]
-        if not all(os.path.exists(file) for file in files):
+        files = [
+            [os.path.join(d, RUNGS, f"{iteration}.json") for d in group]
+            for group in (leaders, directories)
+        ]
+        if not all(os.path.exists(file) for group in files for file in group):
             return False
-        found = self._compare([files[0]], [files[1]], RESAMPLES_OF_RUNG)
-        return self.figure in found.metrics and found.metrics[self.figure].verdict == WORSE
+        found = self._compare(*files, RESAMPLES_OF_RUNG).metrics.get(self.figure)
+        if found is None or not math.isfinite(found.images):
+            return False
+        wide = quantile(math.inf) * found.images
+        if spread is not None:
+            sizes = sum(1 / len(group) for group in files)
+            wide = math.hypot(wide, quantile(spread[1]) * spread[0] * math.sqrt(sizes))
+        return found.value + wide < 0
 
     def compare(self, first: Sequence[str], second: Sequence[str]) -> Comparison | None:
         """Compare finished trials of two remedies; None if predictions of one are missing.

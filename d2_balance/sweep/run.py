@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,19 +227,37 @@ class Sweep:
         return stops
 
     def _is_behind(self, active: Active, iteration: int) -> bool:
-        """Whether the metric's interval lies below that of the best trial at the same rung."""
-        leader, best = None, -math.inf
+        """Whether a remedy is worse than the best one at a rung, images and seeds considered."""
+        own = self.study.key(active.trial)[0]
+        reached: dict[str, list[tuple[str, float]]] = {}  # remedy to directory and value
         for other in self.study.trials():
             value = other.intermediate_values.get(iteration)
-            if value is not None and value > best:
-                leader, best = other, value
-        if leader is None or leader.number == active.trial.number:
+            if value is not None:
+                at = self.directory(other), value
+                reached.setdefault(self.study.key(other)[0], []).append(at)
+        means = {name: statistics.fmean(v for _, v in at) for name, at in reached.items()}
+        leader = max(means, key=lambda name: means[name])
+        if leader == own:
             return False
-        return self.intervals.is_below(active.directory, self.directory(leader), iteration)
+        spread = pooled_spread([[v for _, v in at] for at in reached.values()])
+        directories = ([d for d, _ in reached[name]] for name in (own, leader))
+        return self.intervals.is_below(*directories, iteration, spread)
 
     def _label(self, trial: FrozenTrial) -> str:
         remedy, seed = self.study.key(trial)
         return f"{remedy}, seed {seed}"
+
+
+def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
+    """Return the standard deviation within groups and its degrees of freedom.
+
+    None if no group has two values: then nothing is known of the seeds.
+    """
+    freedom = sum(len(values) - 1 for values in groups)
+    if not freedom:
+        return None
+    squares = sum((v - statistics.fmean(values)) ** 2 for values in groups for v in values)
+    return math.sqrt(squares / freedom), freedom
 
 
 def run_sweep(
@@ -285,6 +303,7 @@ def run_sweep(
         spec.fingerprint,
         [r.name for r in spec.remedies],
         spec.seeds,
+        reference=spec.reference,
         alone=storage is None,
     )
     if retry_failed:

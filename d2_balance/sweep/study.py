@@ -101,6 +101,7 @@ class Study:
         fingerprint: of the sweep; a study of another one is refused.
         remedies: names of the remedies, in order.
         seeds: seeds, in order.
+        reference: the remedy that others are compared with.
         alone: whether no other worker can be at work, because this process holds the lock of the
             output directory; trials that are RUNNING are then dead.
 
@@ -116,11 +117,13 @@ class Study:
         remedies: Iterable[str],
         seeds: Iterable[int],
         *,
+        reference: str | None = None,
         alone: bool = True,
     ) -> None:
         self.storage, self.name, self.alone = storage, name, alone
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{time.time():.0f}"
         self.remedies, self.seeds = list(remedies), list(seeds)
+        self.reference = reference or self.remedies[0]
         self.beats: dict[int, float] = {}
         study = optuna.create_study(
             study_name=name, storage=storage, direction="maximize", load_if_exists=True
@@ -138,15 +141,19 @@ class Study:
         self._add_missing()
 
     def _add_missing(self) -> None:
-        """Add the trials that are not there; seeds change slowest, so that each remedy has a first.
+        """Add the trials that are not there.
+
+        All of the reference come first, because they show how far seeds spread; then the first seed
+        of each remedy, the second, and so on.
 
         Two workers that start at once may both add one; `trials` shows the first of them only.
         """
         known = {self.key(t) for t in self.trials()}
-        for seed in self.seeds:
-            for remedy in self.remedies:
-                if (remedy, seed) not in known:
-                    self._add(remedy, seed, {})
+        pairs = [(self.reference, seed) for seed in self.seeds]
+        pairs += [(r, s) for s in self.seeds for r in self.remedies if r != self.reference]
+        for remedy, seed in pairs:
+            if (remedy, seed) not in known:
+                self._add(remedy, seed, {})
 
     def _add(self, remedy: str, seed: int, attributes: Mapping[str, Any]) -> None:
         self.study.add_trial(

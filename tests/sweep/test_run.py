@@ -56,8 +56,9 @@ class Told:
     def keep(self, directory, iteration):
         pass
 
-    def is_below(self, directory, leader, iteration):
-        self.asked.append((os.path.basename(directory), os.path.basename(leader), iteration))
+    def is_below(self, directories, leaders, iteration, spread):
+        names = [[os.path.basename(d) for d in group] for group in (directories, leaders)]
+        self.asked.append((*names, iteration, spread))
         return self.below
 
 
@@ -124,7 +125,10 @@ def test_the_hopeless_is_stopped_at_a_rung_and_its_other_seeds_do_not_run(tmp_pa
     sweep, _ = sweep_in(tmp_path / "out", spec, intervals=told)
     found = states(sweep)
     assert found["bad", 1] == found["bad", 2] == TrialState.PRUNED
-    assert ("bad-seed1", "baseline-seed1", 30) in told.asked
+    own, leaders, iteration, (deviation, freedom) = told.asked[0]
+    assert own == ["bad-seed1"] and leaders == ["baseline-seed1", "baseline-seed2"]
+    # the reference runs first, and its two seeds are 1/30 apart at the rung
+    assert iteration == 30 and freedom == 1 and deviation == pytest.approx(2**-0.5 / 30)
     assert starts(tmp_path / "out", "bad-seed2") == 0
     assert found["baseline", 2] == TrialState.COMPLETE
 
