@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import argument_key, one_class_losses
 from d2_balance.reweight import REWEIGHTERS
-from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 
 # Keys of earlier versions: full name to the new one and, if the value changes as well, what to set.
 RENAMED_KEYS = {
@@ -45,7 +45,7 @@ RENAMED_KEYS = {
 
 
 def _registered() -> Iterator[tuple[str, type]]:
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS):
+    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS):
         yield from registry
 
 
@@ -138,6 +138,9 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Name of PROPOSAL_SAMPLERS, which samples the proposals of RoI heads; "" is Detectron2's random
     # sampling.
     _C.PROPOSAL_SAMPLER = ""
+    # Name of ANCHOR_SAMPLERS, which keeps some anchors of RetinaNet or FCOS by their loss; "" keeps
+    # all. It needs an elementwise loss that does not weigh difficulty itself.
+    _C.ANCHOR_SAMPLER = ""
     # Whether RoI heads train on all proposals that are not ignored, in place of
     # BATCH_SIZE_PER_IMAGE sampled ones (arXiv:1909.04868).
     _C.SAMPLING_FREE = False
@@ -190,6 +193,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.RPN.GUIDED_SCALE = 0.0
     # Whether the RPN trains on all anchors that are not ignored, in place of BATCH_SIZE_PER_IMAGE.
     _C.RPN.SAMPLING_FREE = False
+    # As MODEL.BALANCE.ANCHOR_SAMPLER, in place of BATCH_SIZE_PER_IMAGE random anchors.
+    _C.RPN.ANCHOR_SAMPLER = ""
     # Initial probability of an object; 0.5 is Detectron2's bias of 0.
     _C.RPN.PRIOR_PROB = 0.5
 
@@ -286,7 +291,7 @@ def add_balance_config(cfg: CfgNode) -> None:
         node = constructor_node(cls)
         if node:
             _C[name.upper()] = node
-    for registry in (CLS_LOSSES, BOX_LOSSES):
+    for registry in (CLS_LOSSES, BOX_LOSSES, ANCHOR_SAMPLERS):
         for name, cls in one_class_losses(registry):
             node = constructor_node(cls)
             if node:

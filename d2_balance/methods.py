@@ -123,6 +123,12 @@ METHODS = (
         "VOC07 mAP 66.9 -> 69.9 (VGG16)",
     ),
     Method(
+        ("HardNegatives",),
+        "easy background in dense heads and the RPN",
+        ("1512.02325",),
+        f"{COCO}/retinanet_R_50_FPN_1x_hard_negatives.yaml",
+    ),
+    Method(
         ("ECM",),
         "rare classes",
         config=f"{LVIS1}/mask_rcnn_R_50_FPN_1x_ecm.yaml",
@@ -348,10 +354,10 @@ def source_file(method: Method) -> str:
     """Return the file of a method from the project's directory on; "" if it is Detectron2's."""
     from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
     from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import PROPOSAL_SAMPLERS
+    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 
     root = Path(__file__).parents[1]
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS):
+    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS):
         if method.names[0] in registry:
             path = inspect.getfile(registry.get(method.names[0]))
             return Path(path).relative_to(root).as_posix()
@@ -361,11 +367,12 @@ def source_file(method: Method) -> str:
 def goes_together(cls_name: str) -> dict[str, bool]:
     """Return whether a classification loss works in each head and with each other part, by column.
 
-    The heads are asked with SmoothL1; the other columns in RoI heads, whose losses are the most.
+    The heads are asked with SmoothL1; anchor samplers in RetinaNet, and the other columns in RoI
+    heads, whose losses are the most.
     """
     from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
     from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import PROPOSAL_SAMPLERS
+    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 
     loss = CLS_LOSSES.get(cls_name)
     roi = {"head": "RoI heads", "box_loss": BOX_LOSSES.get("SmoothL1")}
@@ -375,6 +382,8 @@ def goes_together(cls_name: str) -> dict[str, bool]:
         asked[name] = {**roi, "reweighters": [cls]}
     for name, cls in sorted(PROPOSAL_SAMPLERS):
         asked[name] = {**roi, "proposal_sampler": cls}
+    for name, cls in sorted(ANCHOR_SAMPLERS):
+        asked[name] = {**roi, "head": "RetinaNet", "anchor_sampler": cls}
     asked["GUIDED_SCALE"] = {**roi, "guided": True}
     for name in ("norcal", "logit_adjustment", "fracal", "logn"):
         asked[name] = {**roi, "calibration": name}

@@ -18,7 +18,7 @@ from d2_balance.config import add_balance_config, add_training_config, argument_
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import DATA_ARGUMENTS, argument_key
 from d2_balance.reweight import REWEIGHTERS
-from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 from d2_balance.utils.config_tree import leaves
 from d2_balance.utils.files import write_text
 
@@ -37,6 +37,7 @@ SECTIONS = {
     "Box losses (`BOX_LOSS`)": BOX_LOSSES,
     "Reweighters (`REWEIGHTERS`)": REWEIGHTERS,
     "Proposal samplers (`PROPOSAL_SAMPLER`)": PROPOSAL_SAMPLERS,
+    "Anchor samplers (`ANCHOR_SAMPLER`)": ANCHOR_SAMPLERS,
 }
 
 

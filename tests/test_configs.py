@@ -23,7 +23,7 @@ from d2_balance.engine.setup.validate import check_losses_are_used, check_regist
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.postprocess.statistics import CalibrationStatistics
 from d2_balance.reweight import REWEIGHTERS
-from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 from d2_balance.utils.config_tree import leaves
 
 from .conftest import BALANCED
@@ -205,11 +205,19 @@ def test_quick_schedules_write_to_directories_of_their_own():
 def test_every_registered_method_has_a_quick_schedule():
     nodes = [read(file).MODEL.BALANCE for file in SMOKE]
     used = {
-        name for n in nodes for name in (n.CLS_LOSS, n.BOX_LOSS, *n.REWEIGHTERS, n.PROPOSAL_SAMPLER)
+        name
+        for n in nodes
+        for name in (
+            n.CLS_LOSS,
+            n.BOX_LOSS,
+            *n.REWEIGHTERS,
+            n.PROPOSAL_SAMPLER,
+            n.ANCHOR_SAMPLER,
+        )
     }
     registered = {
         name
-        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS)
+        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS)
         for name, _ in part
     }
     assert registered - used == set()

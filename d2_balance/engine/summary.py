@@ -189,6 +189,8 @@ def _run_table(
     rows += [("reweighting", _loss(cfg, name)) for name in balance.REWEIGHTERS]
     if balance.PROPOSAL_SAMPLER:
         rows.append(("proposal sampler", _loss(cfg, balance.PROPOSAL_SAMPLER)))
+    if balance.ANCHOR_SAMPLER:
+        rows.append(("anchor sampler", _loss(cfg, balance.ANCHOR_SAMPLER)))
     if balance.BETA_DECAY.ENABLED:
         rows.append(("beta decay", _arguments(balance.BETA_DECAY, skip=("ENABLED",))))
     if not eval_only:

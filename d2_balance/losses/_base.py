@@ -109,6 +109,9 @@ class ClassificationLoss(_Loss):
     class_logits: bool = True
     """False: the first K columns are not the logits of the classes in one softmax or sigmoid."""
 
+    weighs_difficulty: bool = False
+    """True: easy samples count less already, so that mining hard ones would do it twice."""
+
     num_classes: int | None = None
     """K if the loss was made for so many classes."""
 

@@ -82,6 +82,7 @@ class EFLLoss(ClassificationLoss):
 
     elementwise = True
     activation = "sigmoid"
+    weighs_difficulty = True
     update_after = True
 
     pos_grad: Tensor

@@ -104,6 +104,7 @@ class FocalLoss(ClassificationLoss):
 
     elementwise = True
     activation = "sigmoid"
+    weighs_difficulty = True
 
     def __init__(self, *, alpha: float = 0.25, gamma: float = 2.0) -> None:
         super().__init__()

@@ -92,6 +92,7 @@ class QFLLoss(ClassificationLoss):
 
     elementwise = True
     activation = "sigmoid"
+    weighs_difficulty = True
 
     def __init__(self, *, beta: float = 2.0) -> None:
         super().__init__()
@@ -129,6 +130,7 @@ class VFLLoss(ClassificationLoss):
 
     elementwise = True
     activation = "sigmoid"
+    weighs_difficulty = True
 
     def __init__(self, *, alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__()

@@ -17,7 +17,12 @@ from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.model_classes import class_counts, saved_loss_state
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
 from d2_balance.reweight import REWEIGHTERS, GuidedScale
-from d2_balance.sampling import PROPOSAL_SAMPLERS, ProposalSampler
+from d2_balance.sampling import (
+    ANCHOR_SAMPLERS,
+    PROPOSAL_SAMPLERS,
+    AnchorSampler,
+    ProposalSampler,
+)
 
 from .compatibility import HEADS, check_pairing, check_proposal_sampler
 from .postprocess.calibration import (
@@ -240,6 +245,18 @@ def build_proposal_sampler(
         return None
     check_proposal_sampler(head, _lookup(PROPOSAL_SAMPLERS, "PROPOSAL_SAMPLER", name))
     return _construct(cfg, "PROPOSAL_SAMPLER", PROPOSAL_SAMPLERS, name, num_classes)
+
+
+def build_anchor_sampler(cfg: CfgNode, num_classes: int, subnode: str = "") -> AnchorSampler | None:
+    """The sampler that ANCHOR_SAMPLER of MODEL.BALANCE, or of its `subnode`, names; None if empty.
+
+    Raises:
+        ValueError: the name is unknown or an argument out of range; the message names the key.
+    """
+    name = _node(cfg, subnode).ANCHOR_SAMPLER
+    if not name:
+        return None
+    return _construct(cfg, "ANCHOR_SAMPLER", ANCHOR_SAMPLERS, name, num_classes, subnode)
 
 
 def build_guided(cfg: CfgNode, subnode: str = "") -> GuidedScale | None:

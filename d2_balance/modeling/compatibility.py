@@ -73,6 +73,7 @@ class Parts:
         box_loss: box loss.
         reweighters: what weights samples.
         proposal_sampler: what chooses proposals, or None.
+        anchor_sampler: what chooses anchors, or None.
         sampling_free: whether all proposals train.
         guided: whether the classification loss is scaled to the box loss.
         calibration: what calibrates scores at test time: "norcal", or a name of
@@ -84,6 +85,7 @@ class Parts:
     box_loss: Any
     reweighters: Sequence[Any] = ()
     proposal_sampler: Any = None
+    anchor_sampler: Any = None
     sampling_free: bool = False
     guided: bool = False
     calibration: str = ""
@@ -206,6 +208,35 @@ def _proposals(parts: Parts) -> str | None:
     return None
 
 
+def _anchors(parts: Parts) -> str | None:
+    if parts.anchor_sampler is None:
+        return None
+    key, loss = f"{parts.head.node}.ANCHOR_SAMPLER {_name(parts.anchor_sampler)}", parts.cls_loss
+    if parts.head.proposals:
+        return (
+            f'{key} samples anchors and {parts.head.name} have none; set it to "". '
+            "MODEL.BALANCE.PROPOSAL_SAMPLER OHEM mines proposals, and "
+            "MODEL.BALANCE.RPN.ANCHOR_SAMPLER anchors of the RPN."
+        )
+    if parts.sampling_free:
+        return (
+            f"{key} samples anchors and SAMPLING_FREE True keeps all of them; set SAMPLING_FREE "
+            'False or ANCHOR_SAMPLER "".'
+        )
+    if loss.elementwise and not loss.weighs_difficulty:
+        return None
+    why = (
+        "weighs samples by their difficulty itself"
+        if loss.elementwise
+        else "has no loss per sample"
+    )
+    works = (c for c in parts.head.cls_losses if c.elementwise and not c.weighs_difficulty)
+    return (
+        f"{key} keeps the hardest anchors and CLS_LOSS {_name(loss)} {why}; CLS_LOSS that work: "
+        + _names(works)
+    )
+
+
 def _guided(parts: Parts) -> str | None:
     if not parts.guided or parts.cls_loss.elementwise:
         return None
@@ -249,6 +280,7 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
     _scores,
     _entries,
     _proposals,
+    _anchors,
     _guided,
     _calibration,
 )
@@ -304,5 +336,16 @@ def check_proposal_sampler(head: str, proposal_sampler: Any) -> None:
         ValueError: names both and says what works.
     """
     message = _proposals(Parts(HEADS[head], None, None, proposal_sampler=proposal_sampler))
+    if message is not None:
+        raise ValueError(message)
+
+
+def check_anchor_sampler(head: str, anchor_sampler: Any) -> None:
+    """Refuse an anchor sampler in a head without anchors.
+
+    Raises:
+        ValueError: names both and says what works.
+    """
+    message = _anchors(Parts(HEADS[head], None, None, anchor_sampler=anchor_sampler))
     if message is not None:
         raise ValueError(message)

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
+from d2_balance.losses._base import per_sample
 from d2_balance.reweight import GuidedScale, Reweighter
+from d2_balance.sampling import AnchorSampler
+from d2_balance.sampling.hard_negatives import positives_per_image
 from d2_balance.utils.distributed import sum_across_ranks, world_size
 
 Watcher = Callable[[Samples, tuple[Any, ...], Tensor, Tensor], None]
@@ -71,6 +74,13 @@ class PositiveNormalizer(SampleNormalizer):
 
     def count(self, samples: Samples) -> Tensor:
         return samples.foreground.sum()
+
+
+class ImagePositives(SampleNormalizer):
+    """Number of positives of all ranks, each image with at least one: with an anchor sampler."""
+
+    def count(self, samples: Samples) -> Tensor:
+        return positives_per_image(samples).clamp(min=1).sum()
 
 
 class PositiveEMA(Normalizer):
@@ -171,6 +181,7 @@ def detection_losses(
     cls_weight: float = 1.0,
     box_weight: float = 1.0,
     guided: GuidedScale | None = None,
+    anchor_sampler: AnchorSampler | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one head for one batch.
 
@@ -186,6 +197,7 @@ def detection_losses(
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
         guided: scales the classification loss to the size of the box loss; None leaves it.
+        anchor_sampler: keeps some samples by their classification loss; None keeps all.
 
     Returns:
         "loss_cls" and "loss_box_reg", 0-d tensors with gradient, also without any sample.
@@ -201,6 +213,7 @@ def detection_losses(
             cls_weight=cls_weight,
             box_weight=box_weight,
             guided=guided,
+            anchor_sampler=anchor_sampler,
         )
 
 
@@ -214,6 +227,7 @@ def _detection_losses(
     cls_weight: float,
     box_weight: float,
     guided: GuidedScale | None,
+    anchor_sampler: AnchorSampler | None,
 ) -> dict[str, Tensor]:
     boxes = box_inputs(samples, box_loss)
     if normalizer.training:
@@ -232,6 +246,9 @@ def _detection_losses(
         normalizer.watcher(samples, boxes, cls, box)
 
     cls_factor, box_factor = samples.sample_weight, None
+    if anchor_sampler is not None:
+        kept = anchor_sampler(samples, per_sample(cls.detach()))
+        cls_factor = _product(cls_factor, kept.to(cls.dtype))
     for reweighter in reweighters:
         on_cls, on_box = reweighter(samples, cls, box)
         cls_factor = _product(cls_factor, on_cls)

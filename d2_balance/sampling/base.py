@@ -1,4 +1,4 @@
-"""Proposal samplers: which proposals of an image train the RoI head."""
+"""Samplers: which proposals train a RoI head, and which anchors a dense head or the RPN."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from d2_balance.losses import Samples
 from d2_balance.utils.registry import Named, Registry
 
 PROPOSAL_SAMPLERS = Registry("PROPOSAL_SAMPLERS")
 PROPOSAL_SAMPLERS.__doc__ = (
     "Proposal samplers; the names are what MODEL.BALANCE.PROPOSAL_SAMPLER accepts."
+)
+ANCHOR_SAMPLERS = Registry("ANCHOR_SAMPLERS")
+ANCHOR_SAMPLERS.__doc__ = (
+    "Anchor samplers; the names are what MODEL.BALANCE.ANCHOR_SAMPLER accepts."
 )
 
 
@@ -90,6 +95,28 @@ class ProposalSampler(nn.Module, Named):
 
     def select(self, c: Candidates, batch_size: int, positive_fraction: float) -> Selection:
         """Sample proposals of one image; arguments as for `forward`."""
+        raise NotImplementedError
+
+
+class AnchorSampler(nn.Module, Named):
+    """Base of all anchor samplers, which keep some anchors by their classification loss.
+
+    The criterion then divides by the positives of the batch, each image with at least one.
+    """
+
+    def __init__(self) -> None:  # the signature that the config is made from: no arguments
+        super().__init__()
+
+    def forward(self, samples: Samples, loss: Tensor) -> Tensor:
+        """Choose anchors of a batch.
+
+        Args:
+            samples: R anchors that are not ignored.
+            loss: (R,) classification loss of each, without a graph.
+
+        Returns:
+            (R,) bool, those that train.
+        """
         raise NotImplementedError
 
 

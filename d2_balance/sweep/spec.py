@@ -232,7 +232,7 @@ def named_fragment(path: str, name: str) -> dict[str, Any]:
     """
     from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
     from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import PROPOSAL_SAMPLERS
+    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 
     if name in CLS_LOSSES:
         return {"MODEL": {"BALANCE": {"CLS_LOSS": name}}}
@@ -242,9 +242,11 @@ def named_fragment(path: str, name: str) -> dict[str, Any]:
         return {"MODEL": {"BALANCE": {"REWEIGHTERS": [name]}}}
     if name in PROPOSAL_SAMPLERS:
         return {"MODEL": {"BALANCE": {"PROPOSAL_SAMPLER": name}}}
+    if name in ANCHOR_SAMPLERS:
+        return {"MODEL": {"BALANCE": {"ANCHOR_SAMPLER": name}}}
     if name.endswith("TrainingSampler"):
         return {"DATALOADER": {"SAMPLER_TRAIN": name}}
-    registries = (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS)
+    registries = (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS)
     known = [key for registry in registries for key, _ in registry]
     raise ValueError(
         f"{path}: remedies: {name!r} is unknown; {closest(name, known)}, or give the config keys "

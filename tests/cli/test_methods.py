@@ -10,7 +10,7 @@ from d2_balance.cli import main as cli
 from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.compatibility import HEADS, Parts, check_parts
 from d2_balance.reweight import REWEIGHTERS
-from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 from d2_balance.utils.blocks import with_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +60,11 @@ def test_parts_that_work_on_rows_refuse_losses_without_rows(name, cls):
     for other, part in REWEIGHTERS:
         expected = not cls.elementwise or (part.needs_scores and not plain_outputs(cls))
         assert refused(name, other, **roi, box_loss=SMOOTH, reweighters=[part]) == expected
+    fits = cls.activation == "sigmoid" and plain_outputs(cls)
+    for other, part in ANCHOR_SAMPLERS if fits else ():
+        retinanet = {"head": HEADS["RetinaNet"], "cls_loss": cls, "box_loss": SMOOTH}
+        mined = not refused(name, other, **retinanet, anchor_sampler=part)
+        assert mined == (cls.elementwise and name not in ("Focal", "EFL", "QFL", "VFL"))
     assert refused(name, "GUIDED_SCALE", **roi, box_loss=SMOOTH, guided=True) != cls.elementwise
     plain = cls.activation == "softmax" and name != "BAGS" and plain_outputs(cls)
     for method, works in {
@@ -97,6 +102,16 @@ def test_proposal_samplers_need_proposals():
         assert refused(name, "SAMPLING_FREE", **all_of_them, **parts)
 
 
+def test_anchor_samplers_need_anchors_and_a_choice():
+    for name, part in ANCHOR_SAMPLERS:
+        parts = {"cls_loss": CLS_LOSSES.get("SigmoidCE"), "box_loss": SMOOTH}
+        parts |= {"anchor_sampler": part}
+        for head in HEADS.values():
+            assert refused(name, head.name, head=head, **parts) == (head.name == "RoI heads")
+        all_of_them = {"head": HEADS["the RPN"], "sampling_free": True}
+        assert refused(name, "SAMPLING_FREE", **all_of_them, **parts)
+
+
 def test_levels_are_refused_where_there_are_none():
     class PerLevel(CLS_LOSSES.get("GHMC")):
         per_level = True
@@ -111,7 +126,7 @@ def test_every_registered_name_is_listed_once():
     assert len(listed) == len(set(listed))
     registered = {
         name
-        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS)
+        for part in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS)
         for name, _ in part
     }
     assert registered <= set(listed)
@@ -127,6 +142,7 @@ def test_files_and_configs_exist_and_the_config_uses_the_method(method):
     cfg = read_config(str(ROOT / method.config))
     balance = cfg.MODEL.BALANCE
     used = {balance.CLS_LOSS, balance.BOX_LOSS, *balance.REWEIGHTERS, balance.PROPOSAL_SAMPLER}
+    used |= {balance.ANCHOR_SAMPLER}
     used |= {name for name in ("GUIDED_SCALE",) if balance[name]}
     used |= {"NORCAL.GAMMA"} if balance.NORCAL.GAMMA else set()
     used |= {f"CALIBRATION.NAME {balance.CALIBRATION.NAME}", f"CLASSIFIER {balance.CLASSIFIER}"}

@@ -23,8 +23,10 @@ MODEL_KEYS = (
     "MODEL.BALANCE.BOX_LOSS",
     "MODEL.BALANCE.REWEIGHTERS",
     "MODEL.BALANCE.PROPOSAL_SAMPLER",
+    "MODEL.BALANCE.ANCHOR_SAMPLER",
     "MODEL.BALANCE.RPN.CLS_LOSS",
     "MODEL.BALANCE.RPN.BOX_LOSS",
+    "MODEL.BALANCE.RPN.ANCHOR_SAMPLER",
 )
 # With another value of the rest a run continues, but not as it would have without the stop.
 _SECTIONS = ("MODEL.", "DATASETS.", "DATALOADER.", "INPUT.", "SOLVER.", "SEED")

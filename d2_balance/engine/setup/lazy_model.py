@@ -44,7 +44,7 @@ from d2_balance.modeling import (
 )
 from d2_balance.modeling.build import DATA_ARGUMENTS, NUM_CLASSES
 from d2_balance.reweight import REWEIGHTERS
-from d2_balance.sampling import PROPOSAL_SAMPLERS
+from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
 from d2_balance.utils.names import closest
 
 BALANCED = {
@@ -93,8 +93,10 @@ def balance_model(
     box_loss: str | type | DictConfig | None = None,
     reweighters: Sequence[str | type | DictConfig] = (),
     proposal_sampler: str | type | DictConfig | None = None,
+    anchor_sampler: str | type | DictConfig | None = None,
     rpn_cls_loss: str | type | DictConfig | None = None,
     rpn_box_loss: str | type | DictConfig | None = None,
+    rpn_anchor_sampler: str | type | DictConfig | None = None,
     **arguments: Any,
 ) -> DictConfig:
     """Give a lazy model of Detectron2 the losses of this package.
@@ -112,8 +114,10 @@ def balance_model(
         box_loss: likewise.
         reweighters: likewise, each.
         proposal_sampler: likewise; of RoI heads.
+        anchor_sampler: likewise; of dense models.
         rpn_cls_loss: likewise, of the RPN.
         rpn_box_loss: likewise, of the RPN.
+        rpn_anchor_sampler: likewise, of the RPN.
         **arguments: of the balanced output layers or dense model, such as `box_weight=10.0`.
 
     Returns:
@@ -134,16 +138,22 @@ def balance_model(
     )
     known = (train, classes.num_classes)
     if not has_rois:
-        _set_losses(model, known, cls_loss, box_loss, reweighters)
+        _set_losses(model, known, cls_loss, box_loss, reweighters, anchor_sampler)
         model.update(arguments)
         return model
+    if anchor_sampler is not None:
+        raise ValueError(
+            "anchor_sampler samples the anchors of dense models; must be rpn_anchor_sampler, or "
+            "proposal_sampler for RoI heads"
+        )
     heads = model.roi_heads
     _balance(heads, "model.roi_heads")
     if proposal_sampler is not None:
         heads.proposal_sampler = _part(proposal_sampler, PROPOSAL_SAMPLERS, *known)
-    if rpn_cls_loss is not None or rpn_box_loss is not None:
-        _balance(model.proposal_generator, "model.proposal_generator")
-        _set_losses(model.proposal_generator, (train, 1), rpn_cls_loss, rpn_box_loss, ())
+    if any(part is not None for part in (rpn_cls_loss, rpn_box_loss, rpn_anchor_sampler)):
+        rpn = model.proposal_generator
+        _balance(rpn, "model.proposal_generator")
+        _set_losses(rpn, (train, 1), rpn_cls_loss, rpn_box_loss, (), rpn_anchor_sampler)
     for stage in output_layers(model):
         _balance(stage, "model.roi_heads.box_predictor")
         federated = {key: stage.pop(key, None) for key in _FEDERATED_KEYS}
@@ -188,10 +198,12 @@ def _set_losses(
     cls_loss: str | type | DictConfig | None,
     box_loss: str | type | DictConfig | None,
     reweighters: Sequence[str | type | DictConfig],
+    anchor_sampler: str | type | DictConfig | None = None,
 ) -> None:
     for name, loss, registry in (
         ("cls_loss", cls_loss, CLS_LOSSES),
         ("box_loss", box_loss, BOX_LOSSES),
+        ("anchor_sampler", anchor_sampler, ANCHOR_SAMPLERS),
     ):
         if loss is not None:
             node[name] = _part(loss, registry, *known)

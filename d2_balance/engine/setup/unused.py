@@ -38,6 +38,7 @@ def check_losses_are_used(cfg: CfgNode) -> None:
         "BOX_LOSS",
         "REWEIGHTERS",
         "PROPOSAL_SAMPLER",
+        "ANCHOR_SAMPLER",
         "GUIDED_SCALE",
         "PRIOR_FILE",
         "CLASS_THRESHOLDS",

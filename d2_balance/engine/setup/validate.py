@@ -42,6 +42,7 @@ from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.ignore_regions import region_files
 from d2_balance.data.records import objects_of
 from d2_balance.modeling.build import (
+    build_anchor_sampler,
     build_box_loss,
     build_cls_loss,
     build_guided,
@@ -183,9 +184,15 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
     bare.defrost()
     bare.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
     num_classes = configured_num_classes(cfg)
-    for build in (build_cls_loss, build_box_loss, build_reweighters, build_proposal_sampler):
+    for build in (
+        build_cls_loss,
+        build_box_loss,
+        build_reweighters,
+        build_proposal_sampler,
+        build_anchor_sampler,
+    ):
         build(bare, num_classes)
-    for build in (build_cls_loss, build_box_loss):
+    for build in (build_cls_loss, build_box_loss, build_anchor_sampler):
         build(bare, 1, "RPN")
     for part in ("", "RPN"):
         build_guided(bare, part)

@@ -16,8 +16,10 @@ from d2_balance.data.model_classes import fill_metadata
 from d2_balance.data.priors.foreground import ForegroundPrior
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
 from d2_balance.reweight import GuidedScale
+from d2_balance.sampling import AnchorSampler
 
 from ..build import (
+    build_anchor_sampler,
     build_box_loss,
     build_calibration,
     build_cls_loss,
@@ -28,7 +30,7 @@ from ..build import (
     check_class_quantities,
 )
 from ..compatibility import check_pairing
-from ..criterion import PositiveEMA, detection_losses
+from ..criterion import ImagePositives, PositiveEMA, detection_losses
 from ..image_context import (
     LabelledImages,
     check_ioa,
@@ -57,6 +59,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         "cls_weight": cfg.MODEL.BALANCE.CLS_LOSS_WEIGHT,
         "box_weight": cfg.MODEL.BALANCE.BOX_LOSS_WEIGHT,
         "guided": build_guided(cfg),
+        "anchor_sampler": build_anchor_sampler(cfg, num_classes),
         "prior": load_prior(cfg),
         "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
         "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
@@ -87,7 +90,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
     """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
 
     The normaliser is a buffer counted across all ranks (`loss_normalizer`), so that a resumed run
-    continues with it.
+    continues with it. With an anchor sampler it is the number of positives of the batch.
 
     Subclasses set the class attributes and implement the two defaults:
         head_name: entry of `compatibility.HEADS` and of `data.priors.sample_counts.PARTS`.
@@ -100,6 +103,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         cls_weight: factor of the classification loss.
         box_weight: factor of the box loss.
         guided: scales the classification loss to the size of the box loss; None leaves it.
+        anchor_sampler: keeps some anchors by their classification loss; None keeps all.
         prior: counts that set the initial bias of the classifier; None leaves that of the head.
         class_thresholds: whether the counts also set a score threshold for each class at test time.
         image_labels: turns the inputs' LVIS image-level labels into a mask; None gives no mask.
@@ -115,7 +119,14 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
 
     head_name: str
     initial_normalizer: float
-    training_only = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer")
+    training_only = (
+        "cls_loss",
+        "box_loss",
+        "reweighters",
+        "guided",
+        "anchor_sampler",
+        "normalizer",
+    )
 
     @configurable
     def __init__(
@@ -127,6 +138,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
         guided: GuidedScale | None = None,
+        anchor_sampler: AnchorSampler | None = None,
         prior: ForegroundPrior | None = None,
         class_thresholds: bool = False,
         image_labels: ImageLabels | None = None,
@@ -142,15 +154,18 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         self.box_loss = box_loss or self.default_box_loss()
         self.reweighters = reweighters or nn.ModuleList()
         self.cls_weight, self.box_weight = cls_weight, box_weight
-        self.guided = guided
+        self.guided, self.anchor_sampler = guided, anchor_sampler
         self.image_labels = image_labels
-        self.normalizer = PositiveEMA(self.initial_normalizer)
+        self.normalizer = (
+            PositiveEMA(self.initial_normalizer) if anchor_sampler is None else ImagePositives()
+        )
         check_pairing(
             self.head_name,
             self.cls_loss,
             self.box_loss,
             self.reweighters,
             guided=guided is not None,
+            anchor_sampler=anchor_sampler,
             calibration=calibration_name,
         )
         self.calibration = calibration
@@ -209,6 +224,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
             cls_weight=self.cls_weight,
             box_weight=self.box_weight,
             guided=self.guided,
+            anchor_sampler=self.anchor_sampler,
         )
 
     @torch.no_grad()

@@ -19,11 +19,18 @@ from d2_balance.data.priors.foreground import ForegroundPrior
 from d2_balance.data.priors.sample_counts import RPN as RPN_NAME
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SigmoidCELoss
 from d2_balance.reweight import GuidedScale
+from d2_balance.sampling import AnchorSampler
 from d2_balance.utils.distributed import world_size
 
-from ..build import build_box_loss, build_cls_loss, build_guided, stock_box_loss
+from ..build import (
+    build_anchor_sampler,
+    build_box_loss,
+    build_cls_loss,
+    build_guided,
+    stock_box_loss,
+)
 from ..compatibility import check_pairing
-from ..criterion import Normalizer, PositiveEMA, detection_losses
+from ..criterion import ImagePositives, Normalizer, PositiveEMA, detection_losses
 from ..image_context import check_ioa, ignore_background
 from ..prior_init import load_prior, set_sigmoid_prior
 from ..scripting import Scriptable
@@ -69,6 +76,8 @@ class BalancedRPN(Scriptable, RPN):
         sampling_free: False samples `batch_size_per_image` anchors of each image and divides by
             their number; True trains on all anchors that are not ignored and divides by a moving
             average of the positives.
+        anchor_sampler: keeps some of all anchors that are not ignored by their classification
+            loss, and the denominator is the number of positives; None samples at random.
         prior_prob: initial probability of an object, in (0, 1).
         prior: counted prior, instead of `prior_prob`.
         ignore_ioa: background anchors of which a region of `images.ignore_boxes` holds that
@@ -79,7 +88,7 @@ class BalancedRPN(Scriptable, RPN):
         ValueError: the losses and settings cannot work together, or prior_prob is out of range.
     """
 
-    training_only = ("cls_loss", "box_loss", "guided", "normalizer")
+    training_only = ("cls_loss", "box_loss", "guided", "anchor_sampler", "normalizer")
 
     @configurable
     def __init__(
@@ -91,6 +100,7 @@ class BalancedRPN(Scriptable, RPN):
         box_weight: float = 1.0,
         guided: GuidedScale | None = None,
         sampling_free: bool = False,
+        anchor_sampler: AnchorSampler | None = None,
         prior_prob: float = 0.5,
         prior: ForegroundPrior | None = None,
         ignore_ioa: float = 0.5,
@@ -105,11 +115,20 @@ class BalancedRPN(Scriptable, RPN):
         self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
         self.box_weight = box_weight * self.loss_weight.get("loss_rpn_loc", 1.0)
         self.guided = guided
-        self.sampling_free = sampling_free
-        self.normalizer = (
-            PositiveEMA() if sampling_free else ImageNormalizer(self.batch_size_per_image)
+        self.sampling_free, self.anchor_sampler = sampling_free, anchor_sampler
+        check_pairing(
+            "the RPN",
+            self.cls_loss,
+            self.box_loss,
+            guided=guided is not None,
+            sampling_free=sampling_free,
+            anchor_sampler=anchor_sampler,
         )
-        check_pairing("the RPN", self.cls_loss, self.box_loss, guided=guided is not None)
+        self.normalizer: Normalizer = ImageNormalizer(self.batch_size_per_image)
+        if anchor_sampler is not None:
+            self.normalizer = ImagePositives()
+        elif sampling_free:
+            self.normalizer = PositiveEMA()
         if not 0 < prior_prob < 1:
             raise ValueError(
                 f"MODEL.BALANCE.RPN.PRIOR_PROB is {prior_prob}; must be a number in (0, 1)."
@@ -135,6 +154,7 @@ class BalancedRPN(Scriptable, RPN):
         ret["cls_weight"], ret["box_weight"] = node.CLS_LOSS_WEIGHT, node.BOX_LOSS_WEIGHT
         ret["guided"] = build_guided(cfg, RPN_NAME)
         ret["sampling_free"] = node.SAMPLING_FREE
+        ret["anchor_sampler"] = build_anchor_sampler(cfg, 1, RPN_NAME)
         ret["prior_prob"] = node.PRIOR_PROB
         ret["prior"] = load_prior(cfg)
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
@@ -161,8 +181,9 @@ class BalancedRPN(Scriptable, RPN):
             labels = ignore_background(
                 labels, Boxes.cat(anchors), self._regions, 0, self.ignore_ioa
             )
-        sample = super()._subsample_labels
-        return [label if self.sampling_free else sample(label) for label in labels], boxes
+        if not self.sampling_free and self.anchor_sampler is None:
+            labels = [super(BalancedRPN, self)._subsample_labels(label) for label in labels]
+        return labels, boxes
 
     def losses(
         self,
@@ -182,6 +203,7 @@ class BalancedRPN(Scriptable, RPN):
             cls_weight=self.cls_weight,
             box_weight=self.box_weight,
             guided=self.guided,
+            anchor_sampler=self.anchor_sampler,
         )
         return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
 

@@ -29,8 +29,14 @@ from torch import Tensor, nn
 from d2_balance.data.mapper import MASKED
 from d2_balance.sampling import ProposalSampler
 
-from ..build import build_proposal_sampler, cosine_arguments, normalized_masks, renamed
-from ..compatibility import check_pairing
+from ..build import (
+    build_anchor_sampler,
+    build_proposal_sampler,
+    cosine_arguments,
+    normalized_masks,
+    renamed,
+)
+from ..compatibility import check_anchor_sampler, check_pairing
 from ..image_context import (
     check_ioa,
     classes_of_ids,
@@ -104,7 +110,9 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
             ret = super().from_config(cfg, input_shape)
         if normalized_masks(cfg):
             ret["mask_head"].predictor = _normalized(ret["mask_head"], cfg)
-        ret["proposal_sampler"] = build_proposal_sampler(cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        check_anchor_sampler("RoI heads", build_anchor_sampler(cfg, num_classes))
+        ret["proposal_sampler"] = build_proposal_sampler(cfg, num_classes)
         ret["sampling_free"] = cfg.MODEL.BALANCE.SAMPLING_FREE
         ret["masks_per_image"] = cfg.MODEL.BALANCE.MASKS_PER_IMAGE
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
