@@ -42,21 +42,27 @@ RANKS = """
 import multiprocessing, sys
 sys.path.insert(0, sys.argv[1])
 
-def start(path, loaded, measured, queue):
+def memory():
+    with open("/proc/self/smaps_rollup") as file:  # of a shared page each process has its part
+        return sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+
+def start(path, barrier, queue):
     import bm_data
-    kept = bm_data._lazy_records(path)
-    loaded.wait()
-    with open("/proc/self/smaps_rollup") as file:
-        queue.put(sum(int(line.split()[1]) for line in file if line.startswith("Pss:")))
-    measured.wait()
+    from d2_balance.data import records, samplers
+    barrier.wait()
+    before = memory()
+    barrier.wait()
+    kept = bm_data.lazy_records(path)
+    barrier.wait()
+    queue.put(memory() - before)
+    barrier.wait()
 
 if __name__ == "__main__":
     count = int(sys.argv[3])
     context = multiprocessing.get_context("spawn")
-    loaded, measured, queue = context.Barrier(count), context.Barrier(count), context.Queue()
+    barrier, queue = context.Barrier(count), context.Queue()
     ranks = [
-        context.Process(target=start, args=(sys.argv[2], loaded, measured, queue))
-        for _ in range(count)
+        context.Process(target=start, args=(sys.argv[2], barrier, queue)) for _ in range(count)
     ]
     for rank in ranks:
         rank.start()
@@ -75,7 +81,7 @@ class Usage:
     Attributes:
         cpu: seconds, user and system, of the process and its children.
         gib: peak memory of the process.
-        wall: seconds.
+        wall: seconds of the clock.
         output: what it printed.
     """
 
@@ -83,6 +89,11 @@ class Usage:
     gib: float
     wall: float
     output: str
+
+    @property
+    def last(self) -> str:
+        """The last word of the output."""
+        return self.output.split()[-1]
 
 
 def run(command: list[str], directory: Path, **env: str) -> Usage:
@@ -224,16 +235,33 @@ class Bench:
     ) -> None:
         """Measure a command and what it is compared with, and keep the row."""
         found = run(command, self.directory, **env)
-        row: dict[str, object] = {"what": name, "CPU s": found.cpu, "GiB": found.gib}
+        other = None
         if beside is not None:
-            label, other = beside
-            other = other if isinstance(other, Usage) else run(other, self.directory)
-            row |= {"beside": label, "its CPU s": other.cpu, "its GiB": other.gib}
-            row |= {"CPU ratio": found.cpu / other.cpu, "GiB ratio": found.gib / other.gib}
-        row["target"] = target
+            label, what = beside
+            other = label, what if isinstance(what, Usage) else run(what, self.directory)
+        old = None
         if self.before and before:
             cache = str(self.directory / "cache_before")
             old = run(command, self.directory, PYTHONPATH=self.before, D2_BALANCE_CACHE=cache)
+        self.row(name, found, other, old, target=target)
+
+    def row(
+        self,
+        name: str,
+        found: Usage,
+        beside: tuple[str, Usage] | None = None,
+        old: Usage | None = None,
+        *,
+        target: str = "",
+    ) -> None:
+        """Keep a row and print it."""
+        row: dict[str, object] = {"what": name, "CPU s": found.cpu, "GiB": found.gib}
+        if beside is not None:
+            label, other = beside
+            row |= {"beside": label, "its CPU s": other.cpu, "its GiB": other.gib}
+            row |= {"CPU ratio": found.cpu / other.cpu, "GiB ratio": found.gib / other.gib}
+        row["target"] = target
+        if old is not None:
             row |= {"before, CPU s": old.cpu, "before, GiB": old.gib}
         self.rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -263,28 +291,40 @@ class Bench:
         self.add(f"eval, masks, {images:,} images", command, beside, target="1.5, 1.5")
 
     def training(self) -> None:
-        """From the annotations of the whole training file to the first 16 dicts."""
+        """Annotations of the whole training file to the first 16 dicts; imports do not count."""
         path = self.train()
-        stock = run(data("stock Detectron2, start of a training", path), self.directory)
-        for state, target in (("never read", "0.35, 0.35"), ("read before", "0.15")):
-            self.add(
-                f"start of a training, file {state}",
-                data(f"start of a training, file {state}", path),
-                ("stock Detectron2", stock),
-                target=target,
-                before=False,
+        stock, first, second = (
+            self._data(name, path)
+            for name in (
+                "stock Detectron2, start of a training",
+                "start of a training, file never read",
+                "start of a training, file read before",
             )
+        )
+        beside = "stock Detectron2", stock
+        self.row("start of a training, file never read", first, beside, target="0.35, 0.35")
+        self.row("start of a training, file read before", second, beside, target="0.15")
         script = self.directory / "ranks.py"
         script.write_text(RANKS)
         one, four = (
-            float(run([sys.executable, str(script), HERE, str(path), n], self.directory).output)
+            float(run([sys.executable, str(script), HERE, str(path), n], self.directory).last)
             for n in ("1", "4")
         )
         self.rows.append(
-            {"what": "4 ranks", "GiB": four, "beside": "1 rank", "its GiB": one}
+            {
+                "what": "4 ranks, memory beyond imports",
+                "GiB": four,
+                "beside": "1 rank",
+                "its GiB": one,
+            }
             | {"GiB ratio": four / one, "target": "1.3"}
         )
         print(self.rows[-1], flush=True)
+
+    def _data(self, name: str, path: Path) -> Usage:
+        found = run(data(name, path), self.directory)
+        cpu = float(found.output.split()[-2])  # after the imports
+        return dataclasses.replace(found, cpu=cpu)
 
     def analysis(self) -> None:
         """`analyze` on the training file, with a warm cache and without."""
@@ -298,31 +338,39 @@ class Bench:
         """`rescore fit` beside one evaluation of the same detections."""
         truth, found = self.boxes(1250)
         once = run(ours("eval", found, "--dataset", truth), self.directory)
-        command = ours("rescore", "fit", found, "--dataset", truth, "--output")
-        command.append(str(self.directory / f"fit{len(self.rows)}.json"))
-        self.add(
-            "rescore fit, 1,250 images",
-            command,
-            ("one evaluation", once),
-            target="1/20 of before",
-            before=False,
-        )
-        if self.before:
-            command[-1] = str(self.directory / "fit_before.json")
-            old = run(command, self.directory, PYTHONPATH=self.before)
-            self.rows[-1] |= {"before, CPU s": old.cpu, "before, GiB": old.gib}
+        other = self.directory / "other.json"  # what one evaluates on later; other images
+        content = json.loads(truth.read_text())
+        image = {**content["images"][0], "id": 10**6}
+        other.write_text(json.dumps({**content, "images": [image], "annotations": []}))
+        command = ours("rescore", "fit", found, "--dataset", truth, "--test", other)
+        command += ["--max-dets", "200"]
+        beside, name = ("one evaluation", once), "rescore fit, 1,250 images"
+        self.writing(name, command, beside, target="1/20 of before")
 
     def merging(self) -> None:
         """`ensemble` of three models."""
         truth, found = self.boxes(5000)
-        output = self.directory / "merged.json"
-        arguments = [found, found, found, "--dataset", truth, "--output", output]
-        self.add("ensemble, 3 x 5,000 images", ours("ensemble", *arguments), before=False)
+        command = ours("ensemble", found, found, found, "--dataset", truth)
+        self.writing("ensemble, 3 x 5,000 images", command, target="1/3 of before")
+
+    def writing(
+        self,
+        name: str,
+        command: list[str],
+        beside: tuple[str, Usage] | None = None,
+        *,
+        target: str = "",
+    ) -> None:
+        """Measure a command that writes a file, which may not exist yet."""
+        output = self.directory / "written.json"
+        command = [*command, "--output", str(output)]
+        found = run(command, self.directory)
         output.unlink()
+        old = None
         if self.before:
-            old = run(ours("ensemble", *arguments), self.directory, PYTHONPATH=self.before)
-            self.rows[-1] |= {"before, CPU s": old.cpu, "before, GiB": old.gib}
-            self.rows[-1]["target"] = "1/3 of before"
+            old = run(command, self.directory, PYTHONPATH=self.before)
+            output.unlink()
+        self.row(name, found, beside, old, target=target)
 
 
 def _masks() -> list[tuple[int, dict[str, object]]]:
