@@ -6,11 +6,15 @@
 | eql.detectron2 (the authors' EQL) | Faster, Mask R-CNN | yes |
 | mmdet 2 and 3 | Faster, Mask R-CNN, ResNet or ResNeXt with FPN | yes |
 | mmdet 2 and 3 | RetinaNet, the same backbones | all but P7: mmdet has no ReLU before it |
-| mmdet 1, BAGS (the authors') | Faster, Mask R-CNN | all but coordinates: boxes end a pixel later |
+| mmdet 1, BAGS (the authors') | Faster, Mask R-CNN | all but anchors, which mmdet 1 rounds |
 
 Orders: both projects keep channels of a feature map, anchors before classes, and dx, dy, dw, dh
 alike. mmdet 1 has background first, mmdet 2 and 3 and Detectron2 last. The anchors of a RetinaNet
 location go by ratio, then size in mmdet, and by size, then ratio in Detectron2.
+
+A box of mmdet 1 includes its last pixel. With x2 + 1 for x2 its code of deltas, pooling, clipping
+and non-maximum suppression is Detectron2's with ROIAlign and 2 x 2 samples in a bin; its anchors,
+centred at (stride - 1) / 2, are then those of ANCHOR_GENERATOR.OFFSET 0.5, rounded to whole pixels.
 """
 
 from __future__ import annotations
@@ -105,7 +109,7 @@ def convert(
             )
         converted = from_bags(state, _plain(bins), style)
     else:
-        converted = from_mmdet(state, style)
+        converted = from_mmdet(state, style, str(meta.get("mmdet_version", "")))
     cfg = read_config(get_config_file(converted.config), converted.overrides)
     num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
     if "RetinaNet" not in cfg.MODEL.META_ARCHITECTURE:
@@ -144,18 +148,21 @@ def _plain(path: str) -> Any:
         ) from error
 
 
-def from_mmdet(state: State, style: str = "pytorch") -> Converted:
+def from_mmdet(state: State, style: str = "pytorch", version: str = "") -> Converted:
     """Convert Faster R-CNN, Mask R-CNN or RetinaNet with a ResNet or ResNeXt FPN backbone.
 
     Args:
         state: tensors of mmdet 1, 2 or 3.
         style: "pytorch" or "caffe".
+        version: of mmdet, which the tensors of a RetinaNet do not show; "" is 2 or later.
 
     Raises:
         ValueError: a tensor belongs to another architecture; names it.
     """
     dense = any(name.startswith("bbox_head.retina_cls") for name in state)
-    first = not dense and not any(name.startswith("roi_head.") for name in state)  # mmdet 1
+    first = version.startswith(("0.", "1."))
+    if not dense:
+        first = not any(name.startswith("roi_head.") for name in state)
     state = {
         name.removeprefix("roi_head."): value
         for name, value in state.items()
@@ -187,13 +194,16 @@ def from_mmdet(state: State, style: str = "pytorch") -> Converted:
         config = f"{base}_rcnn_R_50_FPN_1x.yaml"
         if first:
             _background_last(model)
-            overrides += ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"]
-            overrides += ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign"]
-            notes.append(
-                "mmdet 1 counts the last pixel of a box as part of it: boxes differ by up to a "
-                "pixel until the model is fine-tuned."
-            )
+            for head in ("BOX", "MASK"):
+                overrides += [f"MODEL.ROI_{head}_HEAD.POOLER_TYPE", "ROIAlign"]
+                overrides += [f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO", 2]
         overrides += ["MODEL.ROI_HEADS.NUM_CLASSES", _softmax_classes(model)]
+    if first:
+        overrides += ["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5]
+        notes.append(
+            "mmdet 1 rounds its anchors to whole pixels and Detectron2 does not: boxes differ by a "
+            "fraction of a pixel until the model is fine-tuned."
+        )
     return Converted(model, config, overrides, notes)
 
 
@@ -244,7 +254,7 @@ def from_bags(state: State, bins: Any, style: str = "pytorch") -> Converted:
         f"{prefix}.group": group,
         f"{prefix}.member": owner == torch.arange(groups + 1).unsqueeze(1),
     }
-    converted.overrides += [*_BALANCED, "MODEL.BALANCE.CLS_LOSS", "BAGS"]
+    converted.overrides += [*_BALANCED, "MODEL.BALANCE.CLS_LOSS", "BAGS", *_lvis_test(0.001)]
     if groups != 4:
         cuts = [10**k for k in range(1, groups)]
         converted.overrides += ["MODEL.BALANCE.BAGS.CUTS", cuts]
@@ -254,6 +264,12 @@ def from_bags(state: State, bins: Any, style: str = "pytorch") -> Converted:
 _BALANCED = [
     "MODEL.META_ARCHITECTURE", "BalancedRCNN", "MODEL.ROI_HEADS.NAME", "BalancedStandardROIHeads",
 ]  # fmt: skip
+
+
+def _lvis_test(score_threshold: float) -> list[Any]:
+    """Keys of what a release does at test time on LVIS."""
+    keys = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", score_threshold]
+    return [*keys, "TEST.DETECTIONS_PER_IMAGE", 300]
 
 
 def from_eql(state: State, counts: ClassCounts | None = None) -> Converted:
@@ -271,13 +287,24 @@ def from_eql(state: State, counts: ClassCounts | None = None) -> Converted:
     if key not in state:
         raise ValueError(f"{key} is missing; this is no checkpoint of eql.detectron2")
     num_classes = len(state[key])
+    boxes = len(state["roi_heads.box_predictor.bbox_pred.bias"]) // 4
+    if boxes not in (1, num_classes):
+        raise ValueError(
+            f"{key} has {num_classes} outputs for {boxes} classes; EQL has no output for "
+            "background, and the softmax models of eql.detectron2 are Detectron2's own: they load "
+            "without conversion"
+        )
     masks = any(name.startswith("roi_heads.mask_head.") for name in state)
     base = "COCO-InstanceSegmentation/mask" if masks else "COCO-Detection/faster"
     overrides: list[Any] = [*_BALANCED, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes]
     overrides += ["MODEL.RESNETS.DEPTH", _depth(state, "backbone.bottom_up.res{}.", range(2, 6))]
     overrides += ["MODEL.BALANCE.BACKGROUND_COLUMN", False]
-    if state["roi_heads.box_predictor.bbox_pred.weight"].shape[0] == 4:
+    if boxes != num_classes:
         overrides += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    mask_bias = state.get("roi_heads.mask_head.predictor.bias")
+    if mask_bias is not None and len(mask_bias) != num_classes:
+        overrides += ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]
+    overrides += _lvis_test(0.0001)
     model, notes = dict(state), []
     if counts is None:
         overrides += ["MODEL.BALANCE.CLS_LOSS", "SigmoidCE"]

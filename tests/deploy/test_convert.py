@@ -139,12 +139,48 @@ def test_mmdet_1_has_background_first(tmp_path):
     state = original("mask")
     path = save(tmp_path, mmdet1(state), CLASSES=NAMES)
     (note,) = convert(path, "mmdet", str(tmp_path / "o"))
-    assert "last pixel" in note
-    assert_loaded(tmp_path / "o", state)
+    assert "rounds its anchors" in note
+    predictor = assert_loaded(tmp_path / "o", state)
+    heads = predictor.model.roi_heads
+    for pooler in (heads.box_pooler, heads.mask_pooler):
+        assert {(p.sampling_ratio, p.aligned) for p in pooler.level_poolers} == {(2, False)}
+    assert_anchors_of_mmdet_1(predictor.model.proposal_generator.anchor_generator, [8.0])
 
 
-def test_retinanet_of_mmdet(tmp_path):
-    state = original("retinanet")
+def assert_anchors_of_mmdet_1(generator, scales):
+    """Equal anchors but for rounding; a box of mmdet 1 ends in the middle of its last pixel."""
+    sizes = [torch.zeros(1, 1, 2, 3) for _ in generator.strides]
+    for boxes, stride in zip(generator(sizes), generator.strides, strict=True):
+        expected = []
+        center = (stride - 1) / 2
+        for cell in range(3):  # of the first of two lines
+            for scale in scales:
+                for ratio in (0.5, 1.0, 2.0):
+                    width, height = stride * scale / ratio**0.5, stride * scale * ratio**0.5
+                    box = [center - (width - 1) / 2, center - (height - 1) / 2]
+                    box += [center + (width - 1) / 2, center + (height - 1) / 2]
+                    box = torch.tensor(box).round() + torch.tensor([cell * stride, 0.0] * 2)
+                    expected.append(box + torch.tensor([0.0, 0.0, 1.0, 1.0]))
+        difference = boxes.tensor[: len(expected)] - torch.stack(expected)
+        assert difference.abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("version", ["1.2.0+3a1f3b5", "3.3.0"])
+def test_anchors_of_a_retinanet_of_mmdet(tmp_path, version):
+    path = save(tmp_path, retinanet(original("retinanet")), CLASSES=NAMES, mmdet_version=version)
+    notes = convert(path, "mmdet", str(tmp_path / "o"))
+    generator = load(str(tmp_path / "o")).model.anchor_generator
+    if version.startswith("1."):
+        assert len(notes) == 2 and "rounds its anchors" in notes[1]
+        assert_anchors_of_mmdet_1(generator, [4 * 2 ** (k / 3) for k in range(3)])
+    else:
+        assert len(notes) == 1
+        with pytest.raises(AssertionError):
+            assert_anchors_of_mmdet_1(generator, [4 * 2 ** (k / 3) for k in range(3)])
+
+
+def retinanet(state):
+    """The tensors of RetinaNet under mmdet's names, anchors in its order."""
     named = {}
     for name, value in state.items():
         new = mmdet_name(name)
@@ -173,7 +209,12 @@ def test_retinanet_of_mmdet(tmp_path):
                     parts.append(value[anchor * size : (anchor + 1) * size])
             value = torch.cat(parts)
         named[new] = value
-    path = save(tmp_path, named, CLASSES=NAMES)
+    return named
+
+
+def test_retinanet_of_mmdet(tmp_path):
+    state = original("retinanet")
+    path = save(tmp_path, retinanet(state), CLASSES=NAMES)
     (note,) = convert(path, "mmdet", str(tmp_path / "o"))
     assert "no ReLU before P7" in note
     assert_loaded(tmp_path / "o", state)
@@ -263,6 +304,12 @@ class TestRefused:
         state["roi_head.bbox_head.fc_cls.bias"] = torch.zeros(CLASSES + 2)
         with pytest.raises(ValueError, match="must be a softmax"):
             convert(save(tmp_path, state, CLASSES=NAMES), "mmdet", str(tmp_path / "o"))
+
+    def test_softmax_model_of_the_eql_release(self, tmp_path):
+        path = str(tmp_path / "baseline.pth")
+        torch.save({"model": original("faster")}, path)
+        with pytest.raises(ValueError, match="Detectron2's own: they load without conversion"):
+            convert(path, "eql", str(tmp_path / "o"), names=NAMES)
 
     def test_existing_output(self, tmp_path):
         (tmp_path / "o").mkdir()
