@@ -49,13 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-drawing", action="store_true", help="write the JSON files only")
     parser.add_argument(
-        "--batch-size", type=int, default=4, help="images that the model takes at once (default 4)"
+        "--batch-size",
+        type=int,
+        default=4,
+        help="images that the model takes at once on an accelerator (default 4)",
     )
     parser.add_argument(
         "--workers",
         type=int,
-        default=2,
-        help="processes that read images, and as many that draw and write (default 2)",
+        help="processes that read images, and as many that draw and write; on a CPU they detect "
+        "too (default 2; on a CPU one for each core, up to 8)",
     )
 
 

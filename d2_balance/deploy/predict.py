@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from PIL import Image
 from d2_balance.evaluation.draw import overlay
 from d2_balance.utils.files import atomic_path, read_json
 from d2_balance.utils.progress import progress
+from d2_balance.utils.workers import leave_signals
 
 from .predictor import Prediction, Predictor
 
@@ -38,6 +38,9 @@ IMAGES = frozenset(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 PREDICTIONS, DATASET, DRAWN = "predictions.json", "images.json", "drawn"
 _COLOURS = colormap(rgb=True, maximum=1)
+_MOST = 8  # workers on a CPU, for each needs memory for an image
+# forked, as PyTorch's loader does it: a new interpreter takes seconds to import this
+_START = "fork" if "fork" in get_all_start_methods() else None
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +172,7 @@ def predict_files(
     *,
     annotations: str = "",
     batch_size: int = 4,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     draw: bool = True,
     min_drawn_score: float = 0.3,
     quiet: bool = False,
@@ -185,8 +188,10 @@ def predict_files(
         output: directory; it must not hold results.
         annotations: see `image_ids`.
         batch_size: images that the model takes at once.
-        num_workers: processes that read images, and as many that paste masks, draw and write; 0
-            does everything in this process.
+        num_workers: processes that read images, and as many that paste masks, draw and write. On
+            a CPU they detect as well, one image at a time with one thread each, which takes less
+            time than many threads for one image. 0 does everything in this process; None is 2, and
+            on a CPU the number of threads that PyTorch would take, up to 8.
         draw: whether to write drawn images and videos.
         min_drawn_score: detections below it are not drawn.
         quiet: whether to show no progress.
@@ -196,66 +201,124 @@ def predict_files(
         ValueError: an image without an id; a number out of range.
     """
     check_output(output)
+    num_workers = _checked_workers(predictor, batch_size, num_workers)
     ids = image_ids(sources, annotations)
     targets = _drawn_paths(sources, os.path.join(output, DRAWN)) if draw else {}
+    stills = [(s, n) for s, n in zip(sources, ids, strict=True) if not s.is_video]
     report = PredictionReport()
     stopped: BaseException | None = None
-    finish = _Finish(tuple(predictor.names), tuple(predictor.category_ids), min_drawn_score)
-    with _results(output, predictor, report) as results, _Finisher(finish, num_workers) as finisher:
+    detector = _Detector(predictor, batch_size, num_workers)
+    work = _Work(
+        tuple(predictor.names),
+        tuple(predictor.category_ids),
+        min_drawn_score,
+        predictor if detector.in_workers else None,
+    )
+    with _results(output, predictor, report) as results, _Workers(work, num_workers) as workers:
         try:
-            stills = [(s, n) for s, n in zip(sources, ids, strict=True) if not s.is_video]
-            work: Iterable[Prediction] = ()
-            if stills:
-                work = predictor.predict(
-                    [source.path for source, _ in stills],
-                    batch_size=batch_size,
-                    num_workers=num_workers,
-                    paste_masks=False,
-                )
-            for prediction in progress(work, "predicting", len(stills), quiet=quiet):
-                source, image_id = stills[prediction.index]
-                if prediction.instances is None:
-                    report.failed.append((source.path, prediction.error or "unknown error"))
-                    continue
+            paths = [source.path for source, _ in stills]
+            for index, prediction in progress(
+                detector.files(paths), "predicting", len(paths), quiet=quiet
+            ):
+                source, image_id = stills[index]
                 target = targets.get(source.name, "")
                 job = _Job(prediction, image_id, source.name, source.path, target)
-                results.add(finisher.submit(job))
-            results.add(finisher.drain())
+                results.add(workers.submit(job))
+            results.add(workers.drain())
             number = len(sources)
             for source in (s for s in sources if s.is_video):
+                target = targets.get(source.name, "")
                 try:
-                    with _Video(source.path, targets.get(source.name, "")) as video:
-                        work = predictor.predict_frames(
-                            video.frames(), batch_size=batch_size, paste_masks=False
-                        )
-                        words = f"predicting {source.name}"
-                        for prediction in progress(
-                            work, words, video.length, unit="frames", quiet=quiet
+                    with _Video(source.path, target) as video:
+                        for index, prediction in progress(
+                            detector.frames(video.frames()),
+                            f"predicting {source.name}",
+                            video.length,
+                            unit="frames",
+                            quiet=quiet,
                         ):
                             number += 1
-                            frame = video.waiting.pop(prediction.index)
-                            name = f"{source.name}#{prediction.index}"
+                            frame = video.waiting.pop(index)
+                            name = f"{source.name}#{index}"
                             job = _Job(prediction, number, name, frame, "" if draw else None)
-                            results.add(finisher.submit(job), video)
-                        results.add(finisher.drain(), video)
+                            results.add(workers.submit(job), video)
+                        results.add(workers.drain(), video)
                 except ValueError as error:
-                    results.add(finisher.drain())
+                    results.add(workers.drain())
                     report.failed.append((source.path, str(error)))
         except (KeyboardInterrupt, SystemExit) as stop:
             stopped = stop
-        results.add(finisher.drain())
+        results.add(workers.drain())
     if stopped is not None:
         logger.warning(f"{output} holds the {report.images} images that were done.")
         raise stopped
     return report
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One prediction on its way to the files.
+def _checked_workers(predictor: Predictor, batch_size: int, num_workers: int | None) -> int:
+    if num_workers is None:
+        on_cpu = predictor.device.type == "cpu"
+        num_workers = min(torch.get_num_threads(), _MOST) if on_cpu else 2
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 "
+            "and 0"
+        )
+    return num_workers
+
+
+class _Detector:
+    """Detects in this process, or leaves that to the workers.
+
+    Args:
+        predictor: the model.
+        batch_size: images that the model takes at once.
+        num_workers: processes that read images.
 
     Attributes:
-        prediction: with masks that are not pasted yet.
+        in_workers: whether the workers detect; the predictions are None then.
+    """
+
+    def __init__(self, predictor: Predictor, batch_size: int, num_workers: int) -> None:
+        self._predictor, self._batch_size, self._readers = predictor, batch_size, num_workers
+        self.in_workers = num_workers > 0 and predictor.device.type == "cpu" and _START == "fork"
+
+    def files(self, paths: Sequence[str]) -> Iterator[tuple[int, Prediction | None]]:
+        """Yield the index and the prediction of each image."""
+        return self._pairs(
+            paths,
+            lambda: self._predictor.predict(
+                paths,
+                batch_size=self._batch_size,
+                num_workers=self._readers,
+                paste_masks=False,
+            ),
+        )
+
+    def frames(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[int, Prediction | None]]:
+        """Yield the index and the prediction of each frame."""
+        return self._pairs(
+            frames,
+            lambda: self._predictor.predict_frames(
+                frames, batch_size=self._batch_size, paste_masks=False
+            ),
+        )
+
+    def _pairs(
+        self, images: Iterable[Any], predict: Callable[[], Iterator[Prediction]]
+    ) -> Iterator[tuple[int, Prediction | None]]:
+        if self.in_workers:
+            yield from ((index, None) for index, _ in enumerate(images))
+        else:
+            yield from ((prediction.index, prediction) for prediction in predict())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image on its way to the files.
+
+    Attributes:
+        prediction: with masks that are not pasted yet; None is made by the worker.
         image_id: id in the output.
         name: file name in the output.
         image: path of the image, or its pixels (H, W, 3) in BGR order.
@@ -263,7 +326,7 @@ class _Job:
             draws nothing.
     """
 
-    prediction: Prediction
+    prediction: Prediction | None
     image_id: int
     name: str
     image: str | np.ndarray
@@ -277,18 +340,22 @@ class _Done:
     record: dict[str, Any]
     detections: list[dict[str, Any]]
     drawn: np.ndarray | None = None
+    failed: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
-class _Finish:
-    """Paste masks, encode them, and draw: what a worker does for one image."""
+class _Work:
+    """Detect if that is not done, paste masks, encode them, and draw: the work for one image."""
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
     min_drawn_score: float
+    predictor: Predictor | None = None
 
     def __call__(self, job: _Job) -> _Done:
-        prediction = job.prediction
+        prediction = job.prediction or self._predict(job.image)
+        if prediction.size is None or prediction.instances is None:
+            return _Done({}, [], failed=(str(job.image), prediction.error or "unknown error"))
         height, width = prediction.size
         instances = prediction.instances
         if instances.has("pred_masks") and instances.pred_masks.dim() == 4:
@@ -307,6 +374,12 @@ class _Finish:
         record = {"id": job.image_id, "file_name": job.name, "width": width, "height": height}
         return _Done(record, detections, drawn)
 
+    def _predict(self, image: str | np.ndarray) -> Prediction:
+        assert self.predictor is not None  # else the main process predicts
+        if isinstance(image, str):
+            return next(self.predictor.predict([image], paste_masks=False))
+        return next(self.predictor.predict_frames([image], paste_masks=False))
+
     def _draw(self, image: str | np.ndarray, detections: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """(h, w, 3) in BGR order, enlarged where the image is small."""
         pixels = read_image(image, format="RGB") if isinstance(image, str) else image[:, :, ::-1]
@@ -323,24 +396,25 @@ class _Finish:
         return overlay(pixels, items)[:, :, ::-1]
 
 
-class _Finisher:
-    """Runs `_Finish` in worker processes, and returns results in the order of the jobs.
+class _Workers:
+    """Does work in processes, and returns results in the order of the jobs.
 
     Args:
-        finish: what is done.
+        work: what is done for a job.
         num_workers: processes; 0 works in this one.
     """
 
-    def __init__(self, finish: _Finish, num_workers: int) -> None:
-        self._finish, self._limit = finish, 4 * num_workers
+    def __init__(self, work: _Work, num_workers: int) -> None:
+        self._work, self._limit = work, 4 * num_workers
         self._waiting: deque[Future[_Done]] = deque()
         self._pool = None
         if num_workers:
-            # forked, as PyTorch's loader does it: a new interpreter takes seconds to import this
-            start = "fork" if "fork" in get_all_start_methods() else None
-            self._pool = ProcessPoolExecutor(num_workers, get_context(start), _quiet_worker)
+            # the model goes to forked workers by way of memory, without a copy
+            self._pool = ProcessPoolExecutor(
+                num_workers, get_context(_START), _begin_worker, (work,)
+            )
 
-    def __enter__(self) -> _Finisher:
+    def __enter__(self) -> _Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -350,8 +424,8 @@ class _Finisher:
     def submit(self, job: _Job) -> list[_Done]:
         """Take a job; return results that are ready, or that must be awaited to bound the queue."""
         if self._pool is None:
-            return [self._finish(job)]
-        self._waiting.append(self._pool.submit(_run, self._finish, job))
+            return [self._work(job)]
+        self._waiting.append(self._pool.submit(_run, job))
         done = []
         while self._waiting and (len(self._waiting) > self._limit or self._waiting[0].done()):
             done.append(self._waiting.popleft().result())
@@ -364,14 +438,18 @@ class _Finisher:
         return done
 
 
-def _run(finish: _Finish, job: _Job) -> _Done:
-    return finish(job)
+_worker: dict[str, _Work] = {}  # what this process does, if it is a worker
 
 
-def _quiet_worker() -> None:
-    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(work: _Work) -> None:
+    """Leave signals to the main process, and the other cores to the other workers."""
+    leave_signals()
     torch.set_num_threads(1)
+    _worker["work"] = work
+
+
+def _run(job: _Job) -> _Done:
+    return _worker["work"](job)
 
 
 class _Results:
@@ -388,6 +466,9 @@ class _Results:
 
     def add(self, done: Iterable[_Done], video: _Video | None = None) -> None:
         for one in done:
+            if one.failed is not None:
+                self._report.failed.append(one.failed)
+                continue
             self.images.append(one.record)
             for detection in one.detections:
                 self._file.write(b",\n" if self._report.detections else b"[\n")

@@ -7,7 +7,6 @@ size of another one and each gets the detections that it gets alone.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2_balance.data.model_classes import ModelClasses, class_activation, class_thresholds
 from d2_balance.utils.names import closest
+from d2_balance.utils.workers import leave_signals
 
 _Item = tuple[int, dict[str, Any] | str]  # index, and inputs of the model or why there are none
 _AHEAD = 4  # batches of other sizes that wait until they are full
@@ -228,7 +228,7 @@ class Predictor:
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=2 * batch_size if num_workers else None,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=leave_signals,
         )
         for prediction in self._predict(items, batch_size, paste_masks):
             image = images[prediction.index]
@@ -264,10 +264,6 @@ class Predictor:
 
     def _in_format(self, image: np.ndarray) -> np.ndarray:
         return image[:, :, ::-1] if self.input_format == "RGB" else image
-
-
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 class _Images(Dataset):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from d2_balance.cli.main import main
 from d2_balance.deploy import Predictor, load
+from d2_balance.deploy import predict as predict_module
 from d2_balance.utils import progress as progress_module
 from d2_balance.utils.progress import progress
 from tests.deploy.conftest import IDS, NAMES, make_run
@@ -46,7 +47,7 @@ def read(output, name):
     return json.loads((output / name).read_text())
 
 
-@pytest.mark.parametrize("options", [("--workers", "0", "--batch-size", "1"), ("--workers", "2")])
+@pytest.mark.parametrize("options", [("--workers", "0", "--batch-size", "2"), ("--workers", "2")])
 def test_writes_the_detections_of_the_model(run, images, tmp_path, options):
     output = tmp_path / "out"
     assert predict(run, [images], output, *options) == 0
@@ -160,10 +161,40 @@ def test_ctrl_c_keeps_what_was_done(run, images, tmp_path, monkeypatch, caplog):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Predictor, "forward", stopping)
-    assert predict(run, [images], tmp_path / "out", "--batch-size", "1") == 130
+    options = ("--batch-size", "1", "--workers", "0")
+    assert predict(run, [images], tmp_path / "out", *options) == 130
     assert len(read(tmp_path / "out", "images.json")["images"]) == 1
     assert {d["image_id"] for d in read(tmp_path / "out", "predictions.json")} == {1}
     assert "holds the 1 images that were done" in caplog.text
+
+
+def test_ctrl_c_keeps_what_the_workers_have_begun(run, images, tmp_path, monkeypatch):
+    submit = predict_module._Workers.submit
+
+    def stopping(self, job):
+        if job.name.startswith("more"):
+            raise KeyboardInterrupt
+        return submit(self, job)
+
+    monkeypatch.setattr(predict_module._Workers, "submit", stopping)
+    assert predict(run, [images], tmp_path / "out", "--workers", "2") == 130
+    names = [image["file_name"] for image in read(tmp_path / "out", "images.json")["images"]]
+    assert names == ["a.jpg", "b.png"]
+
+
+def test_workers_write_what_one_process_writes(run, images, tmp_path):
+    assert predict(run, [images], tmp_path / "one", "--workers", "0", "--batch-size", "1") == 0
+    assert predict(run, [images], tmp_path / "two", "--workers", "2") == 0
+    for file in (p for p in (tmp_path / "one").rglob("*") if p.is_file()):
+        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert file.read_bytes() == other.read_bytes(), file
+
+
+def test_numbers_out_of_range_are_refused(run, images, tmp_path, capsys):
+    for option, value in (("--workers", "-1"), ("--batch-size", "0")):
+        assert predict(run, [images], tmp_path / "out", option, value) == 2
+        assert "must be at least 1 and 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(capsys, monkeypatch):
