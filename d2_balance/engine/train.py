@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -27,6 +28,8 @@ from .setup.scaling import batch_warning, scale_to_batch
 from .setup.validate import validate
 from .summary import write_summary
 from .trainer import BalancedTrainer
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +72,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         return results
 
 
+def _without_colours(record: logging.LogRecord) -> bool:
+    """Take the colours of a terminal out of a message; a filter that keeps every record."""
+    record.msg = _ESCAPE.sub("", str(record.msg))
+    return True
+
+
 def _train(trainer: BalancedTrainer) -> dict[str, Any]:
     try:
         with short_messages(PROGRAM, (NonFiniteLossError, RunStopped)):
@@ -95,6 +104,7 @@ def _set_up(args: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, type[B
     register_from_config(cfg)
     validate(cfg, eval_only=args.eval_only, resume=args.resume, registered=trainer.lazy is None)
     unscaled = "" if trainer.lazy is not None else batch_warning(cfg, args.config_file, args.opts)
+    logging.getLogger("detectron2").addFilter(_without_colours)  # of the config, in files and pipes
     default_setup(cfg, args)
     if without_cuda:
         logger.info("There is no CUDA device: MODEL.DEVICE is cpu.")

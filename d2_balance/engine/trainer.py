@@ -29,6 +29,7 @@ from d2_balance.modeling.inert import inert_remedies
 from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
+from d2_balance.utils.workers import shielded
 
 from .errors import Interrupted, StopTraining
 from .hooks.best import BestModel, StopEarly
@@ -283,7 +284,7 @@ class BalancedTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         """Detectron2's loader, which leaves out images that cannot be read."""
         mapper = SkipUnreadable(DatasetMapper(cfg, is_train=False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

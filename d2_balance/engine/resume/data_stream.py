@@ -33,6 +33,7 @@ from d2_balance.data.samplers import (
     weighted_repeat_factors,
 )
 from d2_balance.data.training_set import sources, training_records
+from d2_balance.utils.workers import leave_signals
 
 from ..errors import RunStopped
 from .random_state import seeded
@@ -138,7 +139,7 @@ class TrainStream:
             batch_sampler=itertools.islice(self.batches(), start, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=leave_signals,
             # Without one of its own, a loader draws from the global generator when it starts, and
             # the first step of a resumed run would see other random numbers.
             generator=torch.Generator().manual_seed(self._seed),
@@ -155,11 +156,6 @@ class TrainStream:
             if len(batch) == self._batch_size:
                 yield batch[:]
                 batch.clear()
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which the terminal sends to workers too, to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from d2_balance.data.mapper import BalancedMapper
 from d2_balance.data.unreadable import SkipUnreadable
 from d2_balance.modeling.build import argument_key
 from d2_balance.utils.config_tree import leaves
+from d2_balance.utils.workers import shielded
 
 from ..resume.data_stream import TrainStream
 from ..resume.random_state import seeded
@@ -265,7 +266,7 @@ def lazy_trainer(config: DictConfig) -> type[BalancedTrainer]:
             node.dataset.names = dataset_name
             loader = _plain(node)
             loader["mapper"] = {"_target_": SkipUnreadable, "mapper": loader["mapper"]}
-            return instantiate(loader)
+            return shielded(instantiate(loader))
 
         @classmethod
         def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
