@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
+from PIL import Image
 
-from d2_balance.data.checks.images import image_head, is_deep
+from d2_balance.data.checks.images import has_pixels, image_head, is_deep, is_mirrored
+from d2_balance.data.records import ImageFinder
 from d2_balance.utils.progress import progress
 
 from .source import Source
@@ -14,8 +14,14 @@ from .table import DataTable
 
 MISSING = "image that does not exist"
 UNREADABLE = "image that cannot be read"
+TOO_LARGE = "image above Pillow's limit of pixels: cut it into tiles"
 OTHER_SIZE = "image of another size than the file says"
 DEEP = "image of more than 8 bits per channel, which is read as one colour: convert it to 8 bits"
+MIRRORED = (
+    "image that its EXIF tag turns and leaves as large as it is: its boxes must be those of the "
+    "turned image"
+)
+_PIXELS = 100  # images that are decoded as a whole
 
 
 def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
@@ -33,7 +39,7 @@ def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
 
 
 def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
-    """Open some images and compare their sizes; only the heads of the files are read.
+    """Open some images and compare their sizes; the pixels of the first 100 are read too.
 
     Args:
         source: the dataset.
@@ -46,17 +52,23 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
     if table is None or not table.files or not source.image_root:
         return {}
     problems: dict[str, list] = {}
-    for image in progress(images, "looking at images"):
-        places = [os.path.join(source.image_root, name) for name in table.files[image]]
-        path = next((place for place in places if os.path.isfile(place)), None)
+    finder = ImageFinder(source.image_root)
+    for n, image in enumerate(progress(images, "looking at images")):
+        names = table.files[image]
+        path = finder.find(names)
         if path is None:
-            problems.setdefault(MISSING, []).append(places[0] if places else f"image {image}")
+            problems.setdefault(MISSING, []).append(names[0] if names else f"image {image}")
             continue
         try:
-            size, mode, _ = image_head(path)
-        except ValueError:
-            problems.setdefault(UNREADABLE, []).append(path)
+            size, mode, orientation = image_head(path)
+        except ValueError as error:
+            large = isinstance(error.__cause__, Image.DecompressionBombError)
+            problems.setdefault(TOO_LARGE if large else UNREADABLE, []).append(path)
             continue
+        if n < _PIXELS and not has_pixels(path):
+            problems.setdefault(UNREADABLE, []).append(path)
+        if is_mirrored(size, orientation):
+            problems.setdefault(MIRRORED, []).append(f"{path} (EXIF orientation {orientation})")
         if is_deep(mode):
             problems.setdefault(DEEP, []).append(f"{path} (mode {mode})")
         if size != tuple(table.sizes[image].tolist()):

@@ -76,6 +76,10 @@ def _class_table(found: Analysis) -> Table:
         [f"{n:,}" for n in counts.image_count.tolist()],
         [f"{n:,}" for n in counts.instance_count.tolist()],
     ]
+    if table is not None and table.crowd.any():
+        headers.append("crowds")
+        crowds = np.bincount(table.label[table.crowd], minlength=table.num_classes)
+        columns.append([f"{n:,}" for n in crowds])
     if table is not None:
         headers.append("median size (pixels)")
         columns.append([_pixels(n) for n in plots.median_sizes(found)])

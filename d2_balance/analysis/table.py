@@ -115,8 +115,13 @@ class DataTable:
         kept = len(self.kept_images(filter_empty))
         if not kept:
             crowds = int(self.crowd.sum())
-            why = f": {crowds} of {len(self.crowd)} have iscrowd 1 or ignore 1" if crowds else ""
-            raise ValueError(f"{self.name}: no image has an object to train on{why}")
+            why = (
+                f": {crowds} of {len(self.crowd)} have iscrowd 1 (or ignore 1), as CVAT and "
+                "datumaro write masks; set iscrowd to 0"
+            )
+            raise ValueError(
+                f"{self.name}: no image has an object to train on{why if crowds else ''}"
+            )
         shown = ~self.crowd
         counts = count_classes(
             self.image[shown], self.label[shown], self.num_classes, len(self.sizes)

@@ -282,7 +282,14 @@ class Annotations:
             ids(self.trimmed & self.usable),
             {r: ids(bad_mask == n) for n, r in enumerate(MASK_PROBLEMS) if (bad_mask == n).any()},
             hints(self),
+            self._crowds(),
         )  # fmt: skip
+
+    def _crowds(self) -> dict[str, int]:
+        """Crowds by class name."""
+        counts = np.bincount(self.category[self.usable & self.crowd], minlength=self.num_classes)
+        names = self.class_names.values()
+        return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
 
 
 _read: dict[str, Annotations] = {}  # by content, the last ones

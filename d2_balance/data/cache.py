@@ -33,7 +33,7 @@ import numpy as np
 
 from d2_balance.utils.files import atomic_path
 
-VERSION = 2  # of what is read, and of the form of the entries
+VERSION = 3  # of what is read, and of the form of the entries
 _MASKS = "masks.bin"
 _HEADER = "header.json"
 _BLOCK = 1 << 22  # bytes that are summed at once

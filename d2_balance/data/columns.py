@@ -22,7 +22,7 @@ import numpy as np
 
 from d2_balance.utils.files import parse_json
 
-from .checks.annotations import box_problems, mask_problems
+from .checks.annotations import POLYGONS, box_problems, mask_problems
 
 TOP_LEVEL_KEYS = ("images", "annotations", "categories")
 IMAGE_LABEL_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -190,9 +190,8 @@ def _parse_columns(content: bytes, path: str, masks: BinaryIO | _Nowhere) -> dic
         tables = [_raws.decode(t) for t in (top.images, top.annotations, top.categories)]
     except msgspec.ValidationError:  # no object, or a table that is missing or no list
         tables = _tables_of(parse_json(content, path), path)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        data = _with_constants(content, path)
-        tables = _tables_of(data, path)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # with NaN or Infinity, or corrupt
+        tables = _tables_of(parse_json(content, path), path)
     images, annotations, categories = tables
     table = _Categories(categories, path)
     result = table.columns | _image_columns(images, table, path)
@@ -201,14 +200,6 @@ def _parse_columns(content: bytes, path: str, masks: BinaryIO | _Nowhere) -> dic
     result["categories"] = table.categories
     result["federated"] = has_lvis_marks(content)
     return result
-
-
-def _with_constants(content: bytes, path: str) -> Any:
-    """A file that msgspec refuses: with NaN or Infinity, which become strings, or corrupt."""
-    try:
-        return json.loads(content, parse_constant=str)
-    except (ValueError, RecursionError):
-        return parse_json(content, path)  # raises with a message
 
 
 def _tables_of(data: Any, path: str) -> list[list[msgspec.Raw]]:
@@ -300,7 +291,8 @@ def _is_root(category: Mapping[str, Any]) -> bool:
 def _same_name(path: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return (
         f"{path}: the categories {first['id']} and {second['id']} have the same name "
-        f"{category_name(first)!r}; class names must be unique"
+        f"{category_name(first)!r}; class names must be unique: rename one, or delete the one that "
+        "has no objects"
     )
 
 
@@ -399,7 +391,7 @@ def _annotation_columns(
             records = _annotations.decode(b"[" + b",".join(part) + b"]")
         except msgspec.DecodeError:
             records = [_read_slowly(raw, start + n, path) for n, raw in enumerate(part)]
-        points = points or any(len(bytes(a.keypoints)) > 2 for a in records[:100])
+        points = points or any(bytes(a.keypoints) not in _NOTHING for a in records[:100])
         ids += [a.id for a in records]
         references.look_at(records, "image_id", image_index, "images")
         references.look_at(records, "category_id", categories.index, "categories")
@@ -408,17 +400,17 @@ def _annotation_columns(
         found = _chunk_columns(records, image_index, categories.index, path)
         texts = [bytes(a.segmentation) for a in records]
         texts = [b"" if text in _NOTHING else text for text in texts]
-        what, problem, trimmed = mask_problems(texts, images["size"][found["image"]])
-        for i, text in trimmed.items():
+        what, problem, rewritten = mask_problems(texts, images["size"][found["image"]])
+        for i, text in rewritten.items():
             texts[i] = text
         kept = [t if w and p < 0 else b"" for t, w, p in zip(texts, what, problem, strict=True)]
         masks.write(b"".join(kept))
-        was_trimmed = np.zeros(len(records), bool)
-        was_trimmed[list(trimmed)] = True
+        trimmed = np.zeros(len(records), bool)
+        trimmed[[i for i in rewritten if what[i] == POLYGONS]] = True
         for name, column in found.items():
             columns[name].append(column)
         length = np.fromiter(map(len, kept), np.int64, len(kept))
-        for name, column in zip(more, (what, problem, was_trimmed, length), strict=True):
+        for name, column in zip(more, (what, problem, trimmed, length), strict=True):
             more[name].append(column)
     references.finish(_check_ids(ids, "annotations", path))
     if not ids:
@@ -438,7 +430,7 @@ def _annotation_columns(
     return result
 
 
-_NOTHING = frozenset((b"", b"null", b"[]", b"[[]]", b'""', b"false", b"{}"))
+_NOTHING = frozenset((b"", b"null", b"[]", b"[[]]", b'""', b"false", b"{}", b"NaN"))
 
 
 def _chunk_columns(
@@ -486,6 +478,8 @@ def _flags(
         flags = []
     for record, value in zip(records, values, strict=True):
         plain = value.strip().lower() if isinstance(value, str) else value
+        if isinstance(plain, float) and math.isnan(plain):
+            plain = None  # pandas writes NaN where nothing is given
         if not isinstance(plain, Hashable) or plain not in _FLAGS:
             raise ValueError(
                 f"{path}: annotation {record.id}: {key!r} is {_short(value)}; it must be 0 or 1"
@@ -499,10 +493,11 @@ def _read_slowly(raw: msgspec.Raw, number: int, path: str) -> _Annotation:
     label = f"{path}: annotations[{number}]"
     try:
         fields = _fields.decode(raw)
-    except msgspec.ValidationError:
-        raise ValueError(
-            f"{label} is {_short(json.loads(bytes(raw)))}; it must be an object"
-        ) from None
+    except msgspec.DecodeError:  # no object, or NaN somewhere
+        record = json.loads(bytes(raw))
+        if not isinstance(record, dict):
+            raise ValueError(f"{label} is {_short(record)}; it must be an object") from None
+        fields = {key: msgspec.Raw(json.dumps(value).encode()) for key, value in record.items()}
     read: dict[str, Any] = {
         key: json.loads(bytes(fields[key]))
         for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")
@@ -518,11 +513,8 @@ def _read_slowly(raw: msgspec.Raw, number: int, path: str) -> _Annotation:
             )
         read[key] = _integer(read[key])
     box = read.get("bbox")
-    numbers = isinstance(box, list) and len(box) == 4
-    if numbers and all(_is_number(v) or v in _CONSTANTS for v in box):
-        read["bbox"] = tuple(_finite(v) for v in box)
-    else:
-        read["bbox"] = None
+    numbers = list(map(_number, box)) if isinstance(box, list) and len(box) == 4 else [None]
+    read["bbox"] = None if None in numbers else tuple(map(_finite, numbers))
     read["area"] = _area(read.get("area"), read["id"], path)
     for key in ("segmentation", "keypoints"):
         if key in fields:
@@ -530,7 +522,14 @@ def _read_slowly(raw: msgspec.Raw, number: int, path: str) -> _Annotation:
     return _Annotation(**read)
 
 
-_CONSTANTS = ("NaN", "Infinity", "-Infinity")  # as `_with_constants` writes them
+def _number(value: Any) -> int | float | None:
+    """A number, also one that is written as text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _finite(value: Any) -> int | float:
@@ -543,7 +542,7 @@ def _finite(value: Any) -> int | float:
 
 def _area(value: Any, annotation_id: Hashable, path: str) -> float | None:
     """An area, None for one that says nothing; it is taken from mask or box then."""
-    if value is None or (isinstance(value, str) and value.strip() in ("", "null", *_CONSTANTS)):
+    if value is None or (isinstance(value, str) and value.strip() in ("", "null")):
         return None
     try:
         if isinstance(value, bool):
@@ -639,10 +638,6 @@ def _id_array(ids: Sequence[Hashable]) -> np.ndarray:
 def _integer(value: Any) -> Any:
     """An id written as a float becomes the integer that it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole(size: float) -> bool:

@@ -413,10 +413,15 @@ def find_images(annotations: Annotations, image_root: str) -> list[str]:
             paths.append(path)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        remedy = "the image directory must hold every file_name (or the last one or two parts of "
+        if all(map(look.has_base, missing)):
+            remedy = (
+                "the images lie in it without the directories of their names: take them out of "
+            )
+            remedy += "every file_name (or the "
         raise ValueError(
             f"{annotations.path}: {len(missing)} of {len(annotations.image_id)} images are missing "
-            f"below {image_root}: {shown}; the image directory must hold every file_name (or the "
-            "last one or two parts of coco_url)"
+            f"below {image_root}: {shown}; {remedy}coco_url)"
         )
     return paths
 
@@ -425,7 +430,8 @@ class ImageFinder:
     """Looks images up below a directory; each directory is listed once.
 
     A name that is written in another way than the file system has it is found all the same where
-    it is the only one: backslashes of Windows, %20, another form of Unicode, another case.
+    it is the only one: backslashes of Windows, %20, another form of Unicode, another case, the last
+    directories of the root in front of it.
 
     Args:
         root: the image directory.
@@ -443,11 +449,25 @@ class ImageFinder:
                 return os.path.join(directory, base)
         for place in places:
             plain = unquote(place).replace("\\", "/")
-            directory, base = os.path.split(os.path.join(self._root, plain))
-            name = self._names(directory)[1].get(_plain(base))
-            if name is not None:
-                return os.path.join(directory, name)
+            for below in (plain, self._below_root(plain)):
+                directory, base = os.path.split(os.path.join(self._root, below))
+                name = self._names(directory)[1].get(_plain(base))
+                if name is not None:
+                    return os.path.join(directory, name)
         return None
+
+    def _below_root(self, place: str) -> str:
+        """A place that begins with the last directories of the root, without them."""
+        parts = os.path.normpath(place).split("/")
+        root = os.path.abspath(self._root).split(os.sep)
+        longest = min(len(parts) - 1, len(root))
+        overlap = next((n for n in range(longest, 0, -1) if root[-n:] == parts[:n]), 0)
+        return "/".join(parts[overlap:])
+
+    def has_base(self, place: str) -> bool:
+        """Whether a file of the last part of a place lies in the directory itself."""
+        base = unquote(place).replace("\\", "/").split("/")[-1]
+        return self._names(self._root)[1].get(_plain(base)) is not None
 
     def _names(self, directory: str) -> tuple[frozenset[str], dict[str, str | None]]:
         """Names in a directory, and names by their plain form; None for one of several."""

@@ -280,6 +280,8 @@ def _data(cfg: CfgNode, eval_only: bool) -> str:
             parts.append(f"{name}:\n\n```\n{report.describe()}\n```")
         elif report is not None:
             parts.append(f"{name}: no bad annotations.")
+        if report is not None and report.crowds:
+            parts.append(f"{name}: {report.describe_crowds()}.")
     return "\n\n".join(parts) or "Nothing was counted."
 
 

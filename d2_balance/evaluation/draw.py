@@ -5,6 +5,7 @@ Images come by their rarest class.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,19 @@ from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.groups import GROUPS, groups_from_counts
 from d2_balance.data.records import objects_of
 from d2_balance.data.resolve import load_annotations, locate
+from d2_balance.data.unreadable import UNREADABLE
 from d2_balance.utils.names import closest
 from d2_balance.utils.plotting import COLOURS, GROUP_COLOURS, new_figure, save_figure
 from d2_balance.utils.progress import progress
 
 from .predictions import DetectionTexts, Predictions, read_predictions
 
-_WIDTH = 800  # pixels that a panel has at least, so that labels stay readable on small images
+# Pixels that the longer side of a panel has at least, so that labels stay readable on small
+# images, and at most, so that a satellite image does not fill the memory.
+_WIDTH, _LONGEST = 800, 4000
+_NARROWEST = 4.0  # inches of a panel
 _DPI = 100
+logger = logging.getLogger(__name__)
 _NAMES = 12  # image-level labels written out below an image
 _LABELS = dict(
     zip(IMAGE_LABEL_KEYS, ("verified absent", "present, not marked completely"), strict=True)
@@ -151,8 +157,9 @@ def _detection(detection: Mapping[str, Any], classes: Classes) -> dict[str, Any]
 
 
 def overlay(image: np.ndarray, items: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(H, W, 3) the image with its items, enlarged where it is small."""
-    scale = max(1.0, _WIDTH / image.shape[1])
+    """(H, W, 3) the image with its items, enlarged where it is small, reduced where it is huge."""
+    longest = max(image.shape[:2])
+    scale = max(1.0, _WIDTH / longest) if longest < _LONGEST else _LONGEST / longest
     visualizer = Visualizer(image, scale=scale)
     if items:
         # masks and boxes are for all objects or for none
@@ -175,7 +182,7 @@ def _compose(
     height, width = drawn[0][1].shape[:2]
     notes = _notes(record, classes)
     extra = 0.75 + 0.22 * len(notes)  # inches for the text
-    size = (len(drawn) * width / _DPI + 0.2, height / _DPI + extra)
+    size = (len(drawn) * max(width / _DPI, _NARROWEST) + 0.2, height / _DPI + extra)
     figure = new_figure(*size, dpi=_DPI)
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (title, image) in zip(panels, drawn, strict=True):
@@ -256,10 +263,25 @@ def draw_dataset(
     if predictions:
         truth = load_annotations(dataset, "dataset")
         found = _by_image(read_predictions(predictions, truth), truth)
+    drawn, unreadable = [], []
     for path, record in zip(progress(paths, "drawing"), chosen, strict=True):
         detections = None if found is None else found.get(record["image_id"], [])
-        save_figure(draw(record, classes, detections, min_score), path)
-    return paths
+        try:
+            figure = draw(record, classes, detections, min_score)
+        except UNREADABLE as error:
+            unreadable.append(f"{record['file_name']} ({type(error).__name__}: {error})")
+            continue
+        save_figure(figure, path)
+        drawn.append(path)
+    if unreadable:
+        text = f"{len(unreadable)} of {len(chosen)} images cannot be read and are not drawn: "
+        text += ", ".join(unreadable)
+        if not drawn:
+            raise ValueError(
+                f"{dataset}: {text}; download them again, or cut large ones into tiles"
+            )
+        logger.warning(f"{dataset}: {text}")
+    return drawn
 
 
 def _by_image(

@@ -189,6 +189,8 @@ def ground_notes(
             f"{report.total} bad annotations of {truth.path} not evaluated: {report.counts}"
         )
     notes += report.hints
+    if report.crowds and not truth.federated:
+        notes.append(f"{report.describe_crowds()} and neither right nor missed here")
     if "segm" in tasks and report.bad_masks:
         counts = {reason: len(ids) for reason, ids in report.bad_masks.items()}
         total = sum(counts.values())

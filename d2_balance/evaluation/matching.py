@@ -111,7 +111,9 @@ class GroundTruth:
         self.left_out = 0
         if self.federated:
             sound = (area > 0) & (area < np.inf)  # as lvis's get_ann_ids
-            self.left_out = int((~sound).sum())
+            empty = unmeasured & (annotations.area == 0)
+            unmeasured &= ~empty
+            self.left_out = int((~sound).sum() + empty.sum())
             rows, area = rows[sound], area[sound]
         self.row, self.area = rows, area
         self.image = self.position[annotations.image[rows]]

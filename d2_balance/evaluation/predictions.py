@@ -8,12 +8,14 @@ D: detections of the file.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gc
 import json
 import math
 import mmap
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,6 +192,8 @@ class _Index:
     def __call__(self, given: list[int | str]) -> np.ndarray:
         if self._order is None or not len(self._ids):
             return np.fromiter((self._places.get(i, -1) for i in given), np.int32, len(given))
+        if str in set(map(type, given)):
+            return np.full(len(given), -1, np.int32)  # numpy would take "7" for 7
         wanted = np.fromiter(given, np.int64, len(given))
         at = np.searchsorted(self._ids, wanted, sorter=self._order).clip(max=len(self._ids) - 1)
         image = self._order[at].astype(np.int32)
@@ -237,6 +241,8 @@ def _mapped(path: str) -> Iterator[mmap.mmap]:
 def _inner(content: mmap.mmap) -> tuple[int, int]:
     """First byte and end of what stands between the brackets of a list."""
     start, end = 0, len(content)
+    if content[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
+        start = len(codecs.BOM_UTF8)
     while start < end and content[start] in b" \t\r\n":
         start += 1
     while end > start and content[end - 1] in b" \t\r\n":
@@ -279,10 +285,14 @@ def read_objects(path: str) -> Iterator[tuple[int, int, Any]]:  # noqa: C901  on
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     with file:
+        first_bytes = file.read(_CHUNK)
+        if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path}: the text is UTF-16; predictions must be UTF-8")
         # latin-1: one character a byte, so that positions are those of the file
-        text = file.read(_CHUNK).decode("latin-1")
-        base, position, ended = 0, len(text) - len(text.lstrip()), False
-        if not text.strip():
+        text = first_bytes.decode("latin-1")
+        mark = len(codecs.BOM_UTF8) if first_bytes.startswith(codecs.BOM_UTF8) else 0
+        base, position, ended = 0, mark + len(text[mark:]) - len(text[mark:].lstrip()), False
+        if not text[mark:].strip():
             raise ValueError(f"{path}: the file is empty; copy or write it again")
         if text[position : position + 1] != "[":
             found = type(read_json(path)).__name__  # raises where the file is no JSON
@@ -427,7 +437,7 @@ def _problem(detection: Any, checks: _Checks) -> str:
     for field in FIELDS:
         if field not in detection:
             return f"lacks {field!r}; needed are {', '.join(FIELDS)} and bbox or segmentation"
-        if isinstance(detection[field], list | dict):
+        if isinstance(detection[field], list | dict | bool):
             return f"{field!r} is {detection[field]!r}; it must be a number or, for ids, a string"
     if not _is_number(detection["score"]):
         return f"score is {detection['score']!r}; it must be a finite number"
@@ -462,7 +472,9 @@ def _mask_problem(mask: Any, image_id: int | str, checks: _Checks) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN, and for integers that are too long
 
 
 def _some(values: Iterable) -> str:

@@ -13,7 +13,7 @@ BAD = {
     # polygons and boxes in an image of 40 x 30
     "missing": ({"bbox": None}, "box is missing or not four numbers"),
     "three": ({"bbox": [1, 2, 3]}, "box is missing or not four numbers"),
-    "text": ({"bbox": ["1", "2", "3", "4"]}, "box is missing or not four numbers"),
+    "text": ({"bbox": ["1", "2", "three", "4"]}, "box is missing or not four numbers"),
     "nan": ({"bbox": [1, math.nan, 3, 4]}, "box is not finite"),
     "infinite": ({"bbox": [1, 2, math.inf, 4]}, "box is not finite"),
     "huge": ({"bbox": [1, 2, 10**400, 4]}, "box is not finite"),

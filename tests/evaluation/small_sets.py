@@ -29,6 +29,23 @@ def box_mask(box, rng=None):
     return mask
 
 
+def with_broken(rng, dataset):
+    """Give some objects an empty mask, a flat polygon or a box without area."""
+    for ann in dataset["annotations"]:
+        x, y, w, h = ann["bbox"]
+        form = rng.random()
+        if form < 0.1:
+            ann["segmentation"] = rle(np.zeros((HEIGHT, WIDTH), bool))
+            ann["area"] = float(rng.choice([0, ann["area"]]))
+        elif form < 0.2:
+            ann["segmentation"] = [[x, y, x + w, y + h, x, y]]
+        elif form < 0.3:
+            ann["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        elif form < 0.35:
+            ann["bbox"] = [x, y, 0, h]
+    return dataset
+
+
 def small_dataset(rng, lvis):
     """Up to 4 images and 4 classes, with crowds, ignored objects, areas of 0 and empty classes."""
     classes = int(rng.integers(1, 5))

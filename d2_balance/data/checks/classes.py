@@ -8,7 +8,8 @@ from detectron2.config import CfgNode
 
 from ..catalog.metadata import category_names, id_map, loaded_metadata, target_categories
 from ..records import objects_of
-from .annotations import NO_MASK, RLE
+from .annotations import NO_MASK, RLE, bad_annotations
+from .hints import LEFT_OUT
 
 _SHOWN = 5
 
@@ -53,9 +54,12 @@ def check_class_count(cfg: CfgNode, name: str, count: int) -> None:
     """
     if count != configured_num_classes(cfg):
         key = num_classes_key(cfg)
+        report = bad_annotations(name)
+        left_out = [hint for hint in report.hints if LEFT_OUT in hint] if report else []
         raise ValueError(
             f"the dataset {name!r} has {count} classes, but {key} is "
             f"{configured_num_classes(cfg)}: set {key} to {count}"
+            + "".join(f" ({hint.rstrip('.')})" for hint in left_out)
         )
 
 

@@ -6,6 +6,8 @@ that these are sentences for the user, and nothing is left out for them.
 
 from __future__ import annotations
 
+import posixpath
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ from ..columns import category_name
 if TYPE_CHECKING:
     from ..annotations import Annotations
 
+LEFT_OUT = "is left out"
 _SHOWN = 5
 _FRACTION = 1.001  # a box that ends here or before may be given in fractions of its image
+_ROUNDED = 1.0  # pixel by which boxes may leave an image
 _SMALL = 8  # pixels; an image of this size may have boxes of one pixel
 _FEW = 4  # objects of which one area for all means nothing
 
@@ -27,6 +31,7 @@ def hints(source: Annotations) -> list[str]:
     found = (
         _parents(source),
         _fractions(source),
+        _corners(source),
         _areas(source),
         _crowds(source),
         _doubled(source),
@@ -42,7 +47,7 @@ def _parents(source: Annotations) -> str:
     """Roboflow's parent category, which is no class."""
     if source.unused_parents:
         return (
-            f"The category {', '.join(source.unused_parents)} is left out: it has no object and "
+            f"The category {', '.join(source.unused_parents)} {LEFT_OUT}: it has no object and "
             "bears the name of a class, as the parent in Roboflow's exports does. Delete it."
         )
     named = {c.get("supercategory") for c in source.categories}
@@ -67,12 +72,44 @@ def _fractions(source: Annotations) -> str:
     box = source.box[source.usable]
     if not len(box) or source.size.min() <= _SMALL:
         return ""
-    if (box[:, :2] + box[:, 2:]).max() > _FRACTION:
+    corners = box.max() <= _FRACTION and (box != box.round()).any()  # x1, y1 in place of a size
+    if (box[:, :2] + box[:, 2:]).max() > _FRACTION and not corners:
         return ""
     return (
         f"All {len(box):,} boxes lie within 0 and 1: they are fractions of the image and must be "
         "pixels. Multiply x and width by the width of the image, y and height by its height."
     )
+
+
+def _corners(source: Annotations) -> str:
+    """Boxes that leave their images as x, y, width, height and fit in as something else."""
+    at = np.flatnonzero(np.isfinite(source.box).all(axis=1))
+    box, (height, width) = source.box[at], source.size[source.image[at]].T
+    x, y, w, h = box.T
+
+    def outside(x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray) -> np.ndarray:
+        low, high = (
+            np.minimum(x0, y0) < -_ROUNDED,
+            (x1 > width + _ROUNDED) | (y1 > height + _ROUNDED),
+        )
+        return low | high | (x1 <= x0) | (y1 <= y0)
+
+    leaves = outside(x, y, x + w, y + h)
+    if len(at) < _FEW or 4 * leaves.sum() < len(at):
+        return ""
+    if not outside(x, y, w, h).any():
+        return (
+            f"{leaves.sum():,} of {len(at):,} boxes leave their image, and all of them fit in as "
+            "x0, y0, x1, y1: bbox must be x, y, width, height. Subtract the first corner from the "
+            "second."
+        )
+    if not outside(x - w / 2, y - h / 2, x + w / 2, y + h / 2).any():
+        return (
+            f"{leaves.sum():,} of {len(at):,} boxes leave their image, and all of them fit in with "
+            "x, y as their centre: they must be the upper left corner. Subtract half the width and "
+            "height."
+        )
+    return ""
 
 
 def _areas(source: Annotations) -> str:
@@ -106,13 +143,13 @@ def _crowds(source: Annotations) -> str:
 
 
 def _doubled(source: Annotations) -> str:
-    by_name: dict[bytes, list[int]] = {}
+    by_name: dict[str, list[int]] = {}
     for image, (name, url) in enumerate(zip(source.file_name, source.coco_url, strict=True)):
         if name or url:
-            by_name.setdefault(name or url, []).append(image)
+            by_name.setdefault(_plain(name or url), []).append(image)
     ids = source.image_id.tolist()
     twice = [
-        f"{name.decode('utf-8', 'replace')} (ids {', '.join(str(ids[i]) for i in images)})"
+        f"{name} (ids {', '.join(str(ids[i]) for i in images)})"
         for name, images in by_name.items()
         if len(images) > 1
     ]
@@ -123,6 +160,12 @@ def _doubled(source: Annotations) -> str:
         "is evaluated as an image of its own, which lacks the objects of the others (Label Studio "
         "writes one per annotator): give all of them one id."
     )
+
+
+def _plain(name: bytes) -> str:
+    """A path without what writes one file in several ways."""
+    text = unicodedata.normalize("NFC", name.decode("utf-8", "replace")).replace("\\", "/")
+    return posixpath.normpath(text) if "/" in text else text
 
 
 def _some(texts: Sequence[str]) -> str:

@@ -12,7 +12,9 @@ from d2_balance.utils.progress import progress
 
 _ORIENTATION = 274  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_KEPT = (2, 3, 4)  # orientations that change the pixels and keep width and height
 _DEEP = ("I", "F")  # first letters of the modes of more than 8 bits: I, I;16, I;16B, F
+_NO_RGB = ("LAB",)  # modes that Pillow does not turn into RGB
 _SHOWN = 5
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -57,6 +59,37 @@ def is_deep(mode: str) -> bool:
     return mode.startswith(_DEEP)
 
 
+def _check_modes(images: Sequence[tuple[str, str]], name: str) -> None:
+    """Warn of (path, mode) of many bits; raise ValueError for one that cannot become RGB."""
+    deep = [f"{path} (mode {mode})" for path, mode in images if is_deep(mode)]
+    if deep:
+        logger.warning(
+            f"{name}: {len(deep)} of {len(images)} images looked at have more than 8 bits per "
+            f"channel, and will be read as one colour: {_some(deep)}; convert them to 8 bits"
+        )
+    wrong = [f"{path} (mode {mode})" for path, mode in images if mode in _NO_RGB]
+    if wrong:
+        raise ValueError(
+            f"{name}: {len(wrong)} of {len(images)} images looked at have a mode that cannot be "
+            f"read as RGB: {_some(wrong)}; convert them to RGB"
+        )
+
+
+def is_mirrored(size: tuple[int, int], orientation: int) -> bool:
+    """Whether EXIF turns or mirrors an image so that its (height, width) does not show it."""
+    return orientation in _KEPT or (orientation in _TURNED and size[0] == size[1])
+
+
+def has_pixels(path: str) -> bool:
+    """Whether the pixels of an image can be read."""
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except UNREADABLE:
+        return False
+    return True
+
+
 def check_image_sizes(
     dataset_dicts: Sequence[Mapping[str, Any]], name: str, limit: int | None = None
 ) -> None:
@@ -64,7 +97,8 @@ def check_image_sizes(
 
     Boxes of an image of another size point beside the objects, and nothing else would say so where
     only a part of the images was resized. Images that cannot be read are skipped: the loader skips,
-    names and counts them. Images of 16 bits or of floats are warned of.
+    names and counts them. Images of 16 bits or of floats are warned of, and such as EXIF turns
+    without a change of size.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
@@ -78,7 +112,7 @@ def check_image_sizes(
     count = len(dataset_dicts)
     limit = count if limit is None else min(limit, count)
     chosen = [int(n * count / limit) for n in range(limit)]
-    wrong, deep, looked = [], [], 0
+    wrong, mirrored, modes, looked = [], [], [], 0
     for index in progress(chosen, "checking the sizes of images"):
         record = dataset_dicts[index]
         if "height" not in record or "width" not in record:
@@ -88,8 +122,9 @@ def check_image_sizes(
             size, mode, orientation = image_head(record["file_name"])
         except ValueError:
             continue
-        if is_deep(mode):
-            deep.append(f"{record['file_name']} (mode {mode})")
+        modes.append((record["file_name"], mode))
+        if is_mirrored(size, orientation):
+            mirrored.append(f"{record['file_name']} (orientation {orientation})")
         if size != (record["height"], record["width"]):
             turned = size[::-1] == (record["height"], record["width"]) and orientation != 1
             wrong.append(
@@ -97,10 +132,12 @@ def check_image_sizes(
                 f"not {record['width']} x {record['height']}"
                 + (f" (turned by its EXIF orientation {orientation})" if turned else "")
             )
-    if deep:
+    _check_modes(modes, name)
+    if mirrored:
         logger.warning(
-            f"{name}: {len(deep)} of {looked} images looked at have more than 8 bits per channel, "
-            f"and will be read as one colour: {_some(deep)}; convert them to 8 bits"
+            f"{name}: {len(mirrored)} of {looked} images looked at are turned or mirrored by their "
+            f"EXIF tag, which their size does not show: {_some(mirrored)}; their boxes must be "
+            "those of the turned image, or the tag must go"
         )
     if wrong:
         hint = "give the images that were annotated, or scale the boxes with them"

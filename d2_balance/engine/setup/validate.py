@@ -306,7 +306,7 @@ def check_train_set(cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]], name:
     if crowd.all():
         raise ValueError(
             f"the dataset {name!r} has nothing to train on: {len(crowd)} of {len(crowd)} objects "
-            "have iscrowd 1, as CVAT and datumaro write masks; set iscrowd to 0."
+            "have iscrowd 1 (or ignore 1), as CVAT and datumaro write masks; set iscrowd to 0."
         )
     if cfg.MODEL.KEYPOINT_ON and registered_file(name):
         raise ValueError(
