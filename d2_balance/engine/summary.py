@@ -106,6 +106,8 @@ def read_metrics(path: str) -> list[dict[str, float]]:
 def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: str) -> str:
     """Return a Markdown table of AP in percent, "-" for NaN, and below it the reasons for each "-".
 
+    Frequency groups that none of the classes belongs to are left out.
+
     Args:
         results: task to metric to percent.
         records: AP by class, as the evaluator writes it; {} where it writes none.
@@ -114,9 +116,12 @@ def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: 
     tasks = [task for task in TASKS if task in results]
     if not tasks:
         return _other_results(results, name)
-    rows = [[TASKS[task], *(percent(results[task].get(m)) for m in METRICS)] for task in tasks]
-    text = table(rows, ["", *METRICS])
-    missing = [m for m in METRICS if _is_missing(results[tasks[0]].get(m))]
+    groups = {record.get("group") for record in records.values()} - {None}
+    left_out = {f"AP{group}" for group in GROUPS if groups and group not in groups}
+    metrics = [metric for metric in METRICS if metric not in left_out]
+    rows = [[TASKS[task], *(percent(results[task].get(m)) for m in metrics)] for task in tasks]
+    text = table(rows, ["", *metrics])
+    missing = [m for m in metrics if _is_missing(results[tasks[0]].get(m))]
     reasons: dict[str, list[str]] = {}
     for metric in missing:
         reason = _reason(metric, metric in results[tasks[0]], records, name)

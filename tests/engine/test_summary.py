@@ -30,6 +30,13 @@ def test_the_table_has_a_row_per_task_and_a_reason_per_gap():
     assert text.endswith("- APr: val has no ground truth of rare classes.")
 
 
+def test_a_group_without_a_class_is_left_out():
+    records = {name: record for name, record in RECORDS.items() if record["group"] != "r"}
+    text = results_table({"bbox": BOX}, records, "val")
+    assert text.startswith("|     | AP   | AP50   | AP75   | APc   | APf   |")
+    assert "rare" not in text
+
+
 @pytest.mark.parametrize(
     ("results", "records", "reason"),
     [
