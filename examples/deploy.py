@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """From a training to a model in use without PyTorch: train, predict, export, run in ONNX Runtime.
 
-    python examples/deploy.py --output output/deploy [--iterations 40]
+    python examples/deploy.py --output output/deploy [--iterations 60]
 
 The script trains Mask R-CNN R-18 with EQL on the built-in set mini_lvis, predicts on images of its
 validation set, exports the model to ONNX, and runs the exported file with NumPy, Pillow and
@@ -90,7 +90,7 @@ def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="new directory")
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=60)
     args = parser.parse_args()
     directory = args.output.resolve()
     if directory.exists():

@@ -95,7 +95,7 @@ def test_recipes_are_found_by_name(site, tmp_path):
 def test_example_trains_predicts_exports_and_gets_the_same_detections(site, tmp_path):
     pytest.importorskip("onnxruntime")
     shutil.copy(ROOT / "examples" / "deploy.py", tmp_path)
-    printed = call("deploy.py", "--output", "out", "--iterations", 60, cwd=tmp_path, site=site)
+    printed = call("deploy.py", "--output", "out", cwd=tmp_path, site=site)
     assert "ONNX Runtime gives the same" in printed
     assert (tmp_path / "out" / "model.json").is_file()
     assert (tmp_path / "out" / "predictions" / "drawn").is_dir()
