@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from d2_balance.data.checks.images import has_pixels, image_head, is_deep, is_mirrored
+from d2_balance.data.checks.images import has_pixels, image_head, is_deep, is_flipped
 from d2_balance.data.records import ImageFinder
 from d2_balance.utils.progress import progress
 
@@ -17,7 +17,7 @@ UNREADABLE = "image that cannot be read"
 TOO_LARGE = "image above Pillow's limit of pixels: cut it into tiles"
 OTHER_SIZE = "image of another size than the file says"
 DEEP = "image of more than 8 bits per channel, which is read as one colour: convert it to 8 bits"
-MIRRORED = (
+FLIPPED = (
     "image that its EXIF tag turns and leaves as large as it is: its boxes must be those of the "
     "turned image"
 )
@@ -67,8 +67,8 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
             continue
         if n < _PIXELS and not has_pixels(path):
             problems.setdefault(UNREADABLE, []).append(path)
-        if is_mirrored(size, orientation):
-            problems.setdefault(MIRRORED, []).append(f"{path} (EXIF orientation {orientation})")
+        if is_flipped(size, orientation):
+            problems.setdefault(FLIPPED, []).append(f"{path} (EXIF orientation {orientation})")
         if is_deep(mode):
             problems.setdefault(DEEP, []).append(f"{path} (mode {mode})")
         if size != tuple(table.sizes[image].tolist()):

@@ -330,7 +330,7 @@ def test_an_exif_turn_that_keeps_the_size_is_warned_of(tmp_path, caplog, orienta
     Image.new("RGB", size).save(tmp_path / "a.jpg", exif=exif)
     with caplog.at_level(logging.WARNING, logger="d2_balance.data.checks.images"):
         check_image_sizes(one_image(tmp_path / "a.jpg", size), "mine")
-    assert "turned or mirrored by their EXIF tag" in caplog.text
+    assert "rotated or flipped by their EXIF tag" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def _check_modes(images: Sequence[tuple[str, str]], name: str) -> None:
         )
 
 
-def is_mirrored(size: tuple[int, int], orientation: int) -> bool:
-    """Whether EXIF turns or mirrors an image so that its (height, width) does not show it."""
+def is_flipped(size: tuple[int, int], orientation: int) -> bool:
+    """Whether EXIF rotates or flips an image so that its (height, width) does not show it."""
     return orientation in _KEPT or (orientation in _TURNED and size[0] == size[1])
 
 
@@ -112,7 +112,7 @@ def check_image_sizes(
     count = len(dataset_dicts)
     limit = count if limit is None else min(limit, count)
     chosen = [int(n * count / limit) for n in range(limit)]
-    wrong, mirrored, modes, looked = [], [], [], 0
+    wrong, flipped, modes, looked = [], [], [], 0
     for index in progress(chosen, "checking the sizes of images"):
         record = dataset_dicts[index]
         if "height" not in record or "width" not in record:
@@ -123,8 +123,8 @@ def check_image_sizes(
         except ValueError:
             continue
         modes.append((record["file_name"], mode))
-        if is_mirrored(size, orientation):
-            mirrored.append(f"{record['file_name']} (orientation {orientation})")
+        if is_flipped(size, orientation):
+            flipped.append(f"{record['file_name']} (orientation {orientation})")
         if size != (record["height"], record["width"]):
             turned = size[::-1] == (record["height"], record["width"]) and orientation != 1
             wrong.append(
@@ -133,10 +133,10 @@ def check_image_sizes(
                 + (f" (turned by its EXIF orientation {orientation})" if turned else "")
             )
     _check_modes(modes, name)
-    if mirrored:
+    if flipped:
         logger.warning(
-            f"{name}: {len(mirrored)} of {looked} images looked at are turned or mirrored by their "
-            f"EXIF tag, which their size does not show: {_some(mirrored)}; their boxes must be "
+            f"{name}: {len(flipped)} of {looked} images looked at are rotated or flipped by their "
+            f"EXIF tag, which their size does not show: {_some(flipped)}; their boxes must be "
             "those of the turned image, or the tag must go"
         )
     if wrong:
