@@ -19,7 +19,7 @@ from d2_balance.evaluation.predictions import read_predictions
 
 from .small_sets import small_dataset, small_detections
 
-SIMULATED = int(os.environ.get("D2_BALANCE_COVERAGE", "60"))
+SIMULATED = int(os.environ.get("D2_BALANCE_COVERAGE", "20"))
 
 
 def matcher_of(directory, dataset, detections, lvis, task="bbox"):
@@ -104,21 +104,124 @@ class Simulated:
         return np.full((2, 1), (self.values * weights).sum() / weights.sum())
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """A known difference of 2 AP, images that are easy or hard for both runs alike."""
-    covered, rng = 0, np.random.default_rng(0)
+class Sampled:
+    """A run on images that are sampled from a population."""
+
+    def __init__(self, population, images):
+        self.population, self.images = population, images
+
+    def average_precision(self, weights):
+        total = self.population.num_images
+        return self.population.average_precision(np.bincount(self.images, weights, total))
+
+
+POPULATION, SAMPLE = 500, 120  # images
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    """Two runs on the same images, the second's on images of their own, and what they reach."""
+    rng = np.random.default_rng(0)
+    images, annotations, found = [], [], []
+    for number in range(POPULATION):
+        for run, (recall, shift) in enumerate(((0.6, 4.0), (0.75, 3.0))):
+            image = 1 + number + run * POPULATION
+            images.append({"id": image, "width": 200, "height": 200})
+            objects = np.random.default_rng(number)
+            for corner in objects.uniform(0, 150, (objects.integers(1, 4), 2)):
+                category = int(objects.integers(1, 4))
+                box = [*corner.tolist(), 40.0, 40.0]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": 1600.0,
+                        "iscrowd": 0,
+                    }
+                )
+                if rng.random() < recall:
+                    moved = [*(corner + rng.normal(0, shift, 2)).tolist(), 40.0, 40.0]
+                    found.append((image, category, moved, rng.beta(4, 2)))
+            for corner in rng.uniform(0, 150, (2, 2)):
+                box = [*corner.tolist(), 40.0, 40.0]
+                found.append((image, int(rng.integers(1, 4)), box, rng.beta(2, 4)))
+    keys = ("image_id", "category_id", "bbox", "score")
+    dataset = {
+        "images": sorted(images, key=lambda image: image["id"]),
+        "annotations": annotations,
+        "categories": [{"id": k, "name": f"class{k}"} for k in (1, 2, 3)],
+    }
+    detections = [dict(zip(keys, detection, strict=True)) for detection in found]
+    matcher = matcher_of(tmp_path_factory.mktemp("population"), dataset, detections, lvis=False)
+    return bootstrap.Resampled(matcher)
+
+
+def share_of(verdicts):
+    """Fraction, and four standard errors of 95 % with so many trials."""
+    wide = 4 * (0.95 * 0.05 / len(verdicts)) ** 0.5
+    print(f"{np.mean(verdicts):.4f} of {len(verdicts)}")
+    return np.mean(verdicts), max(wide, 0.02)
+
+
+def compared(first, second, size, rng):
+    zeros = np.zeros(size, dtype=int)
+    result = bootstrap.compare(
+        first, second, ["f"] * 3, ["a", "b", "c"], zeros, 300, int(rng.integers(10**6))
+    )
+    return result.metrics["AP"]
+
+
+def test_intervals_cover_the_difference_of_two_populations(population):
+    every = np.arange(POPULATION)
+    ones = np.ones(POPULATION)
+    reached = [
+        bootstrap.figures(
+            Sampled(population, every + run * POPULATION).average_precision(ones), ["f"] * 3
+        )[0]
+        for run in (0, 1)
+    ]
+    truth, rng, covered = reached[1] - reached[0], np.random.default_rng(1), []
+    assert 5 < truth < 30
     for _ in range(SIMULATED):
-        common = rng.normal(0.4, 0.2, 150)
-        first = Simulated(common + rng.normal(0, 0.1, 150))
-        second = Simulated(common + 0.02 + rng.normal(0, 0.1, 150))
-        strata = np.zeros(150, dtype=int)
-        result = bootstrap.compare(
-            [first], [second], ["f"], ["a"], strata, 300, int(rng.integers(99))
-        )
-        low, high = result.metrics["AP"].low, result.metrics["AP"].high
-        covered += low <= 2 <= high
-    # four standard errors around 95 %
-    assert abs(covered / SIMULATED - 0.95) < max(4 * (0.95 * 0.05 / SIMULATED) ** 0.5, 0.02)
+        images = rng.integers(0, POPULATION, SAMPLE)
+        runs = [Sampled(population, images + run * POPULATION) for run in (0, 1)]
+        found = compared(runs[:1], runs[1:], SAMPLE, rng)
+        covered.append(found.low <= truth <= found.high)
+    reached, wide = share_of(covered)
+    assert abs(reached - 0.95) < wide
+
+
+def test_runs_that_differ_in_nothing_are_within_noise(population):
+    """Which of two runs an image is taken from is left to chance: there is no difference."""
+    rng, verdicts = np.random.default_rng(2), []
+    for _ in range(SIMULATED):
+        images = rng.integers(0, POPULATION, SAMPLE)
+        coin = rng.integers(0, 2, SAMPLE)
+        runs = [Sampled(population, images + side * POPULATION) for side in (coin, 1 - coin)]
+        verdicts.append(compared(runs[:1], runs[1:], SAMPLE, rng).verdict == bootstrap.NOISE)
+    reached, wide = share_of(verdicts)
+    assert reached > 0.95 - wide
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_over_seeds_cover_the_difference(seeds):
+    """A known difference of 2 AP; training moves each run by one AP, images by less."""
+    covered, rng = [], np.random.default_rng(seeds)
+    for _ in range(4 * SIMULATED):
+        common = rng.normal(0.4, 0.2, 100)
+        groups = [
+            [
+                Simulated(common + gain + rng.normal(0, 0.01) + rng.normal(0, 0.05, 100))
+                for _ in range(seeds)
+            ]
+            for gain in (0.0, 0.02)
+        ]
+        found = bootstrap.compare(*groups, ["f"], ["a"], np.zeros(100, dtype=int), 100)
+        covered.append(found.metrics["AP"].low <= 2 <= found.metrics["AP"].high)
+    reached, wide = share_of(covered)
+    assert reached > 0.95 - wide
 
 
 def test_equal_runs_are_within_noise_and_clear_ones_are_not(tmp_path):
