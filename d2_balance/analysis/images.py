@@ -7,6 +7,7 @@ from PIL import Image
 
 from d2_balance.data.checks.images import has_pixels, image_head, is_deep, is_flipped
 from d2_balance.data.records import ImageFinder
+from d2_balance.utils.arrays import unique
 from d2_balance.utils.progress import progress
 
 from .source import Source
@@ -28,7 +29,7 @@ def sample_images(table: DataTable, count: int, seed: int) -> np.ndarray:
     """Return indices of up to `count` images with objects, one of each class first."""
     rng = np.random.default_rng(seed)
     image, label = table.image[~table.crowd], table.label[~table.crowd]
-    known = np.unique(image)
+    known = unique(image)
     if len(known) <= count:
         return known
     order = rng.permutation(len(image))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from d2_balance.data.groups import GROUPS
+from d2_balance.utils.arrays import unique
 
 from . import plots
 from .parts import Part, Plot, Section, Table, Text
@@ -257,8 +258,8 @@ def _labels(found: Analysis) -> Iterator[Part]:
     images, classes = len(table.sizes), table.num_classes
     present = table.image_classes(crowds=True)
     keys = [pairs[:, 0] * classes + pairs[:, 1] for pairs in (present, table.absent)]
-    known = len(np.union1d(*keys))
-    labelled = len(np.unique(table.absent[:, 0]))
+    known = len(unique(*keys))
+    labelled = len(unique(table.absent[:, 0]))
     open_pairs = 0 if table.not_exhaustive is None else len(table.not_exhaustive)
     rows = [
         ["images with verified absences", f"{labelled:,}", _percent(labelled / images)],
@@ -268,7 +269,7 @@ def _labels(found: Analysis) -> Iterator[Part]:
         ["image and class known", f"{known:,}", _percent(known / (images * classes))],
     ]
     yield Table(["label", "number", "fraction"], rows)
-    both = len(np.intersect1d(*keys))
+    both = sum(map(len, keys)) - known  # neither has a pair twice
     if both:
         yield Text(f"{both:,} classes are marked as absent in images that show them.", True)
     yield Text(

@@ -15,6 +15,7 @@ import numpy as np
 from d2_balance.data.annotations import Annotations, count_classes
 from d2_balance.data.checks.annotations import NO_MASK
 from d2_balance.data.groups import LVIS_CUTS, groups_from_counts
+from d2_balance.utils.arrays import unique
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
 DUPLICATE = "duplicate: the same class and box once more in the image"
@@ -96,6 +97,7 @@ class DataTable:
     files: list[list[str]] = field(default_factory=list)
     problems: dict[str, list] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
+    _pairs: dict[bool, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -133,14 +135,16 @@ class DataTable:
     def kept_images(self, filter_empty: bool) -> np.ndarray:
         """Indices of the images that a training sees, ascending."""
         if filter_empty:
-            return np.unique(self.image[~self.crowd])
+            return unique(self.image[~self.crowd])
         return np.arange(len(self.sizes))
 
     def image_classes(self, crowds: bool = False) -> np.ndarray:
         """(P, 2) every image with every class that it shows, once."""
-        kept = slice(None) if crowds else ~self.crowd
-        pairs = np.unique(self.image[kept] * self.num_classes + self.label[kept])
-        return np.stack(np.divmod(pairs, self.num_classes), axis=1)
+        if crowds not in self._pairs:
+            kept = slice(None) if crowds else ~self.crowd
+            pairs = unique(self.image[kept] * self.num_classes + self.label[kept])
+            self._pairs[crowds] = np.stack(np.divmod(pairs, self.num_classes), axis=1)
+        return self._pairs[crowds]
 
     @classmethod
     def from_annotations(cls, name: str, source: Annotations) -> DataTable:
@@ -173,7 +177,7 @@ class DataTable:
             int((has_mask & usable & ~crowd).sum()),
             source.negative.pairs() if source.negative.given.any() else None,
             source.not_exhaustive.pairs() if source.not_exhaustive.given.any() else None,
-            [source.image_places(image) for image in range(len(source.image_id))],
+            source.all_image_places(),
             problems,
             list(report.hints),
         )
@@ -223,11 +227,13 @@ class DataTable:
     def _find_more(self, annotation_ids: list, image_ids: list) -> None:
         """Duplicates, empty images and classes without an object."""
         columns = [self.image, self.label, *np.rint(self.boxes * _ROUND).astype(np.int64).T]
+        alike = _alike(columns)
+        columns = [column[alike] for column in columns]
         order = np.lexsort(columns[::-1])  # stable: of equal rows the first one stays the first
         again = np.ones(max(len(order) - 1, 0), dtype=bool)
         for column in columns:
             again &= np.diff(column[order]) == 0
-        self._note(DUPLICATE, annotation_ids, np.sort(order[1:][again]))
+        self._note(DUPLICATE, annotation_ids, np.sort(alike[order[1:][again]]))
         trained = np.bincount(self.image[~self.crowd], minlength=len(self.sizes)) > 0
         marked = np.bincount(self.image, minlength=len(self.sizes)) > 0
         verified = np.zeros(len(self.sizes), dtype=bool)
@@ -242,6 +248,17 @@ class DataTable:
     def _note(self, text: str, ids: Sequence, places: np.ndarray) -> None:
         if len(places):
             self.problems[text] = [ids[n] for n in places]
+
+
+def _alike(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows whose hash another row has too: all that are equal, and hardly any that are not."""
+    mixed = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    in_order = np.sort(mixed)
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    return np.flatnonzero(np.isin(mixed, twice, kind="sort"))
 
 
 def _boxes(boxes: list) -> np.ndarray:

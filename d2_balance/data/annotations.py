@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from d2_balance.utils.arrays import unique
 from d2_balance.utils.files import read_bytes
 from d2_balance.utils.files import read_json as read_json  # imported from here by others
 
@@ -75,13 +76,20 @@ def count_classes(
         num_classes: K.
         num_images: number of images, those without objects included.
     """
-    pairs = np.unique(image.astype(np.int64) * num_classes + category)
+    pairs = unique(image.astype(np.int64) * num_classes + category)
     return Counts(
         np.bincount(pairs % num_classes, minlength=num_classes),
         np.bincount(category, minlength=num_classes),
         num_images,
-        len(np.unique(image)),
+        len(unique(image)),
     )
+
+
+def _places(name: bytes, url: bytes) -> list[str]:
+    """Places below the image directory of an image with that file_name and coco_url."""
+    parts = url.decode("utf-8", "surrogatepass").split("/")
+    places = ["/".join(parts[-2:]), parts[-1]] if url else []
+    return [name.decode("utf-8", "surrogatepass"), *places] if name else places
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +201,11 @@ class Annotations:
 
     def image_places(self, image: int) -> list[str]:
         """Places below the image directory where an image may lie, the likeliest first."""
-        name, url = (
-            t[image].decode("utf-8", "surrogatepass") for t in (self.file_name, self.coco_url)
-        )
-        parts = url.split("/")
-        return [name] * bool(name) + ["/".join(parts[-2:]), parts[-1]] * bool(url)
+        return _places(self.file_name[image], self.coco_url[image])
+
+    def all_image_places(self) -> list[list[str]]:
+        """`image_places` of every image."""
+        return list(map(_places, self.file_name, self.coco_url))
 
     def class_counts(self, masks: bool = False) -> Counts:
         """Count the objects that are trained on, see `trained`."""

@@ -117,7 +117,8 @@ def load(key: str) -> tuple[Columns, dict[str, Any]] | None:
             if name == _MASKS:
                 columns["masks"] = _mapped(path)
             else:
-                columns[name.removesuffix(".npy")] = np.load(path, mmap_mode="r")
+                mapped = np.load(path, mmap_mode="r")
+                columns[name.removesuffix(".npy")] = np.asarray(mapped)  # np.memmap slices slowly
     except (OSError, ValueError, TypeError):
         return None
     return columns, header["data"]
@@ -196,7 +197,7 @@ def _in_memory(build: Build, error: OSError) -> tuple[Columns, dict[str, Any]]:
 def _mapped(path: str) -> np.ndarray:
     if not os.path.getsize(path):
         return np.zeros(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
 
 def _checksum(path: str) -> int:

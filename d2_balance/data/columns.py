@@ -8,6 +8,7 @@ annotation does not (see `checks.annotations`).
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from d2_balance.utils.arrays import unique
 from d2_balance.utils.files import parse_json
 
 from .checks.annotations import POLYGONS, box_problems, mask_problems
@@ -64,7 +66,8 @@ class Texts:
         return self.content[start:end].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        return map(self.__getitem__, range(len(self)))
+        content, offsets = self.content.tobytes(), self.offsets.tolist()
+        return (content[start:end] for start, end in itertools.pairwise(offsets))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ class ImageLabels:
         """(L, 2) int64 image and class of every label, each once, ascending."""
         images = np.repeat(np.arange(len(self.given)), np.diff(self.offsets))
         classes = int(self.category.max(initial=0)) + 1
-        pairs = np.unique(images * classes + self.category)
+        pairs = unique(images * classes + self.category)
         return np.stack(np.divmod(pairs, classes), axis=1)
 
 

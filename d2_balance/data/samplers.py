@@ -23,6 +23,8 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 from torch import Tensor
 
+from d2_balance.utils.arrays import unique
+
 from .annotations import Counts, count_classes
 from .records import objects_of
 
@@ -48,7 +50,7 @@ def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
     """
     size, objects = len(dataset_dicts), objects_of(dataset_dicts)
     kept = ~objects.crowd
-    pairs = np.unique(objects.category[kept] * size + objects.image[kept])  # class by class
+    pairs = unique(objects.category[kept] * size + objects.image[kept])  # class by class
     classes, images = np.divmod(pairs, max(size, 1))
     first = np.flatnonzero(np.diff(classes, prepend=-1))
     starts = np.append(first, len(pairs))

@@ -22,6 +22,7 @@ from hotcoco import mask as mask_api
 
 from d2_balance.data.annotations import Annotations
 from d2_balance.data.checks.annotations import NO_MASK
+from d2_balance.utils.arrays import unique
 
 from .predictions import Predictions
 
@@ -123,7 +124,7 @@ class GroundTruth:
         self.crowd = none if self.federated else annotations.crowd[rows]
         self.counts = ~(annotations.ignore[rows] if self.federated else annotations.crowd[rows])
         labels = self._labels(annotations.negative), self._labels(annotations.not_exhaustive)
-        self._verified = np.union1d(labels[0], self.key(self.image, self.category))
+        self._verified = unique(labels[0], self.key(self.image, self.category))
         self._partial = labels[1] if self.federated else labels[1][:0]
         self._add_unmeasured(np.flatnonzero(unmeasured))
 
@@ -135,10 +136,10 @@ class GroundTruth:
         """
         image = self.position[self.annotations.image[rows]]
         category = self.annotations.category[rows].astype(np.int64)
-        self.unmeasured = np.unique(self.key(image, category))
+        self.unmeasured = unique(self.key(image, category))
         if self.federated:
-            self._verified = np.union1d(self._verified, self.unmeasured)
-            self._partial = np.union1d(self._partial, self.unmeasured)
+            self._verified = unique(self._verified, self.unmeasured)
+            self._partial = unique(self._partial, self.unmeasured)
             return
         box = self.annotations.box[rows]
         self.row = np.append(self.row, rows)
@@ -162,7 +163,7 @@ class GroundTruth:
         """Keys of image and class that are listed, ascending."""
         pairs = labels.pairs()
         position = self.position[pairs[:, 0]]
-        return np.unique(self.key(position[position >= 0], pairs[position >= 0, 1]))
+        return unique(self.key(position[position >= 0], pairs[position >= 0, 1]))
 
     def key(self, image: np.ndarray, category: np.ndarray) -> np.ndarray:
         """One integer for each pair of image and class."""

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
+from d2_balance.utils.arrays import unique
+
 from ..catalog.metadata import category_names, id_map, loaded_metadata, target_categories
 from ..records import objects_of
 from .annotations import NO_MASK, RLE, bad_annotations
@@ -127,7 +129,7 @@ def check_masks(
     trained = ~objects.crowd & ~objects.bad_mask
 
     def where(chosen: np.ndarray) -> list[str]:
-        images = np.unique(objects.image[trained & chosen])
+        images = unique(objects.image[trained & chosen])
         first = [dataset_dicts[int(images[0])]["file_name"]] if len(images) else []
         return first * len(images)
 

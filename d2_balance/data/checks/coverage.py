@@ -4,8 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from d2_balance.utils.arrays import unique
 from d2_balance.utils.text import plural
 
 from ..records import objects_of
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 def classes_with_objects(dataset_dicts: Sequence[dict[str, Any]]) -> set[int]:
     """Indices of the classes that have an object; crowds do not count."""
     objects = objects_of(dataset_dicts)
-    return set(np.unique(objects.category[~objects.crowd]).tolist())
+    return set(unique(objects.category[~objects.crowd]).tolist())
 
 
 def log_unseen_classes(
