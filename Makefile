@@ -13,7 +13,7 @@ TORCH ?= torch torchvision
 DEMO_CONFIG ?= configs/quick_schedules/mask_rcnn_R_18_eql_mini_lvis_demo.yaml
 DEMO_OUTPUT ?= output/demo
 BENCH_OUTPUT ?= output/bench
-BENCH_PAGE ?= docs/performance.md
+BENCH_PAGE ?= benchmarks/README.md
 PYTEST_ARGS ?=
 # Processes that share the tests; `auto` is one per core. Each computes on one thread.
 WORKERS ?= auto
@@ -28,7 +28,7 @@ CHECK_VERSION := import sys; v = sys.version_info[:2]; \
 CHECK_PAIR := import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
 
-.PHONY: help setup demo test test-slow test-faults coverage lint type words docs findings bench bench-long clean
+.PHONY: help setup demo test test-slow test-faults coverage lint type words docs findings bench bench-lvis bench-gpu bench-long clean
 
 help:
 	@echo "make demo    set up, train the built-in mini_lvis set with EQL, evaluate ($(DEMO_OUTPUT))"
@@ -40,8 +40,10 @@ help:
 	@echo "make lint    ruff check, ruff format --check, mypy and the words; make type, make words alone"
 	@echo "make docs    the pages in site/, every link checked"
 	@echo "make findings      surprises of other libraries, seen again: minutes, installs packages"
-	@echo "make bench   cost of losses, training steps and data: tables in $(BENCH_OUTPUT) and"
+	@echo "make bench   cost of losses and training steps: tables in $(BENCH_OUTPUT) and"
 	@echo "             in $(BENCH_PAGE) (BENCH_PAGE= leaves that as it is)"
+	@echo "make bench-lvis    evaluation, analysis and training start at LVIS v1's size, beside peers"
+	@echo "make bench-gpu     GPU tests, losses and training steps on a CUDA device"
 	@echo "make bench-long    the benchmarks that train or evaluate for long"
 	@echo "make clean   remove $(VENV) and caches; output/ and datasets/ stay"
 
@@ -112,10 +114,28 @@ bench: $(STAMP)
 		$(BIN)/python benchmarks/bm_$$name.py "$$@" --json $(BENCH_OUTPUT)/$$name.json \
 		> $(BENCH_OUTPUT)/$$name.md || exit 1; cat $(BENCH_OUTPUT)/$$name.md; }; \
 	run losses --repeat 3 --plots $(BENCH_OUTPUT); \
-	run train --repeat 7 --size 192; \
-	run data --repeats 1
+	run train --repeat 7 --size 192
 	@[ -z "$(BENCH_PAGE)" ] || \
 		$(BIN)/python benchmarks/performance_page.py $(BENCH_OUTPUT) --page $(BENCH_PAGE)
+
+# Evaluation, analysis and training start on files of LVIS v1's size, under 20 minutes on two cores.
+# BEFORE=DIRECTORY runs the same commands from a checkout of another version too.
+bench-lvis: $(STAMP)
+	@mkdir -p $(BENCH_OUTPUT)
+	$(BIN)/python benchmarks/bm_lvis_size.py --json $(BENCH_OUTPUT)/lvis_size.json \
+		--page docs/performance.md $(if $(BEFORE),--before $(BEFORE))
+
+# What a GPU decides; 6 minutes after the set-up.
+bench-gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make bench-gpu \
+	needs a CUDA device, and none is visible")'
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@mkdir -p $(BENCH_OUTPUT)
+	$(PYTEST) -m gpu
+	$(BIN)/python benchmarks/bm_losses.py --compiled --shapes "100,000 x 80, 300" "8,192 x 1,203" \
+		--json $(BENCH_OUTPUT)/losses_gpu.json
+	$(BIN)/python benchmarks/bm_train.py --depth 50 --size 640 --batch 2 --repeat 5 \
+		--only stock Focal EQL GHMC DR AP Seesaw --json $(BENCH_OUTPUT)/train_gpu.json
 
 # What trains or evaluates for long.
 bench-long: $(STAMP)

@@ -2,7 +2,7 @@
 """Forward and backward time of every loss, as a multiple of cross-entropy on the same logits.
 
     python benchmarks/bm_losses.py [--repeat N] [--only NAME ...] [--shapes PART ...]
-                                   [--json FILE] [--plots DIRECTORY] [--fresh-memory]
+                                   [--json FILE] [--plots DIRECTORY] [--fresh-memory] [--compiled]
 
 Each loss is timed in turn with the plain loss, in one run, and the medians are compared, so that
 other work on the machine meets both. Dense heads are compared with
@@ -18,6 +18,8 @@ part: `mmdet_losses.py` loads only its loss files, with stand-ins for what they 
 Freed memory is kept for the next call (`measuring.keep_memory`); --fresh-memory leaves that to the
 C library, whose pages from the system can take longer than a loss.
 
+With --compiled each loss's plain formula, compiled by torch.compile, is timed in turn with ours.
+
 With --plots the growth of every loss with R, K and P is timed, fitted and drawn (`growth.py`).
 """
 
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import growth
 import torch
-from loss_cases import isr_case, loss_cases, peers
+from loss_cases import compiled_cases, isr_case, loss_cases, peers
 from measuring import about, in_turn, in_words, keep_memory, peak_memory, seconds
 from tabulate import tabulate
 from tqdm import tqdm
@@ -77,6 +79,16 @@ def measure_peers(wanted: Callable[[str, str], bool], repeat: int, device: str) 
     return table
 
 
+def measure_compiled(wanted: Callable[[str, str], bool], repeat: int, device: str) -> list[dict]:
+    """Ours and the compiled plain formula, from the test that holds them equal."""
+    table = []
+    for shape, name, run, compiled in compiled_cases(device, wanted):
+        ours, theirs = in_turn(run, compiled, repeat)
+        row = {"shape": shape, "loss": name, "ms": 1000 * ours, "compiled, ms": 1000 * theirs}
+        table.append(row | {"times faster": theirs / ours})
+    return table
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,6 +99,7 @@ def main() -> None:
     parser.add_argument("--plots", metavar="DIRECTORY", help="also measure and draw the growth")
     parser.add_argument("--scale", type=float, default=1.0, help="growth: factor of R and P (1)")
     parser.add_argument("--fresh-memory", action="store_true", help="freed memory is not kept")
+    parser.add_argument("--compiled", action="store_true", help="beside torch.compile")
     args = parser.parse_args()
     if not args.fresh_memory:
         keep_memory()
@@ -102,9 +115,10 @@ def main() -> None:
         rows.append(measure(isr_case(device), args.repeat, device))
     rows.sort(key=lambda row: row["shape"])
     others = measure_peers(wanted, args.repeat, device)
+    compiled = measure_compiled(wanted, args.repeat, device) if args.compiled else []
     machine = about() | {"memory": "fresh" if args.fresh_memory else "kept"}
     print(in_words(machine))
-    for table in (rows, others):
+    for table in filter(None, (rows, others, compiled)):
         print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"), end="\n\n")
     if not any(row["library"].startswith("mmdet") for row in others):
         print("No comparison with mmdet: not asked for, on a GPU, or not installed (extra bench).")
@@ -116,7 +130,7 @@ def main() -> None:
         print(tabulate(grads, headers="keys", tablefmt="github", floatfmt=".2f"))
     if args.json:
         result = {"about": machine, "rows": rows, "peers": others}
-        result |= {"growth": points, "gradients": grads}
+        result |= {"compiled": compiled, "growth": points, "gradients": grads}
         with atomic_path(args.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
 

@@ -141,7 +141,7 @@ def ours(*arguments: object) -> list[str]:
 
 
 def code(text: str) -> list[str]:
-    """Return the command line of a piece of Python."""
+    """Return the command line of Python code."""
     return [sys.executable, "-c", text]
 
 
@@ -293,6 +293,7 @@ class Bench:
     def training(self) -> None:
         """Annotations of the whole training file to the first 16 dicts; imports do not count."""
         path = self.train()
+        run(data("columns, same file again", path), self.directory)  # fills the cache
         stock, first, second = (
             self._data(name, path)
             for name in (
@@ -373,6 +374,51 @@ class Bench:
         self.row(name, found, beside, old, target=target)
 
 
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the rows as a Markdown table, with the columns that any of them has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    order = [key for key in keys if key != "target"] + ["target"]
+    lines = [[row.get(key, "") for key in order] for row in rows]
+    return tabulate(lines, headers=order, tablefmt="github", floatfmt=".2f")
+
+
+def draw(rows: list[dict[str, object]], path: str) -> None:
+    """Draw CPU seconds of each row, of what stands beside it, and of the version before."""
+    from d2_balance.utils.plotting import new_figure
+
+    shown = [row for row in rows if "CPU s" in row][::-1]
+    figure = new_figure(8, 0.5 * len(shown) + 1.2)
+    axes = figure.subplots()
+    series = {"CPU s": "d2_balance", "its CPU s": "beside it", "before, CPU s": "version before"}
+    for offset, (key, label) in zip((0.27, 0.0, -0.27), series.items(), strict=True):
+        at = [n for n, row in enumerate(shown) if key in row]
+        if at:
+            axes.barh([n + offset for n in at], [shown[n][key] for n in at], 0.25, label=label)
+    for n, row in enumerate(shown):
+        if row.get("beside"):
+            axes.text(row["its CPU s"], n, f" {row['beside']}", va="center", fontsize=8)
+    axes.set_yticks(range(len(shown)), [str(row["what"]) for row in shown])
+    axes.set_xscale("log")
+    axes.set_xlabel("CPU seconds, user and system (log scale)")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def write_page(page: Path, about: dict[str, object], rows: list[dict[str, object]]) -> None:
+    """Bring table, machine and chart of a page up to date."""
+    from d2_balance.utils.blocks import with_blocks
+    from d2_balance.utils.files import atomic_path
+
+    machine = ", ".join(f"{key} {value}" for key, value in about.items())
+    text = with_blocks(
+        page.read_text(encoding="utf-8"), {"lvis machine": machine, "lvis": table(rows)}
+    )
+    with atomic_path(str(page.parent / "images" / "lvis_size.png")) as path:
+        draw(rows, path)
+    with atomic_path(str(page)) as path:
+        Path(path).write_text(text, encoding="utf-8")
+
+
 def _masks() -> list[tuple[int, dict[str, object]]]:
     """Area and RLE of random ellipses."""
     import pycocotools.mask as mask_util
@@ -408,6 +454,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the images")
     parser.add_argument("--directory", help="keep the files there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures")
+    parser.add_argument("--page", type=Path, help="page to bring up to date")
     args = parser.parse_args()
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as temporary:
@@ -423,7 +470,9 @@ def main() -> None:
         "scale": args.scale,
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(tabulate(bench.rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+    print(table(bench.rows))
+    if args.page:
+        write_page(args.page, about, bench.rows)
     if args.json:
         from d2_balance.utils.files import atomic_path
 

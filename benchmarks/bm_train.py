@@ -49,14 +49,15 @@ OTHERS = {"Mask R-CNN": {"ISR": ["REWEIGHTERS", ["ISR"]], "CARL": ["REWEIGHTERS"
 """Methods besides the losses: a key of MODEL.BALANCE and its value."""
 
 
-def config(model: str, method: str, classes: int, counts_file: str) -> CfgNode:
-    """A detector with a ResNet-18; method: a loss, one of `OTHERS`, or stock Detectron2."""
+def config(model: str, method: str, classes: int, counts_file: str, depth: int = 18) -> CfgNode:
+    """A detector with a ResNet; method: a loss, one of `OTHERS`, or stock Detectron2."""
     cfg = get_cfg()
     add_balance_config(cfg)
     retina = model == "RetinaNet"
     kind = "retinanet_resnet" if retina else "resnet"
     cfg.MODEL.BACKBONE.NAME = f"build_{kind}_fpn_backbone"
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"][retina:]
     cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
     cfg.MODEL.MASK_ON = not retina
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="timed pairs per line (7)")
     parser.add_argument("--size", type=int, default=256, help="side of the images (256)")
     parser.add_argument("--batch", type=int, default=1, help="images of a step (1)")
+    parser.add_argument("--depth", type=int, default=18, help="of the ResNet (18)")
     parser.add_argument("--classes", type=int, default=80, help="classes (80)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods to time")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -175,15 +177,19 @@ def main() -> None:
     batch, rows = images(args.size, args.batch, args.classes), []
     with tempfile.TemporaryDirectory() as directory:
         counts = long_tail(args.classes, str(Path(directory) / "statistics.json"))
+
+        def step_of(model: str, method: str) -> Callable[[], None]:
+            return training_step(config(model, method, args.classes, counts, args.depth), batch)
+
         for model in args.models:
-            stock = training_step(config(model, STOCK, args.classes, counts), batch)
+            stock = step_of(model, STOCK)
             stock()
             base = held_and_waited(stock)
             names = [n for n in methods(model) if not args.only or n in args.only]
             for name in tqdm(names, model, leave=False):
                 # both are new: where in memory a model lies can cost some percent
-                stock = training_step(config(model, STOCK, args.classes, counts), batch)
-                step = training_step(config(model, name, args.classes, counts), batch)
+                stock = step_of(model, STOCK)
+                step = step_of(model, name)
                 found = compare(step, stock, args.repeat, base)
                 rows.append({"model": model, "method": name, **found})
     machine = about() | {"images": args.batch, "pixels": args.size, "classes": args.classes}

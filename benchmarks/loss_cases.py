@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import mmdet_losses
 import torch
@@ -111,6 +114,29 @@ def loss_cases(
                 samples = make_samples(rows, columns, classes, positives, device)
 
                 yield shape, name, training_step(loss, samples), plain_loss(samples, softmax)
+
+
+def compiled_cases(
+    device: str, wanted: Callable[[str, str], bool]
+) -> Iterator[tuple[str, str, Callable, Callable]]:
+    """Shape, name, the loss and its compiled plain formula, on one shape of each kind of head."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from tests.losses.test_fast_forms import PLAIN
+
+    for name, cls in sorted(CLS_LOSSES):
+        rows, classes, positives = DENSE[1] if has_class_columns_only(cls) else ROI[2]
+        shape = f"{rows:,} x {classes:,}, {positives:,} positive"
+        if name not in PLAIN or not wanted(shape, name):
+            continue
+        loss = build(name, classes).to(device)
+        samples = make_samples(rows, loss.num_outputs(classes), classes, positives, device)
+        formula = torch.compile(functools.partial(PLAIN[name], loss))
+
+        def compiled(samples=samples, formula=formula) -> None:
+            samples.logits.grad = None
+            formula(fresh(samples)).sum().backward()
+
+        yield shape, name, training_step(loss, samples), compiled
 
 
 def isr_case(device: str) -> tuple[str, str, Callable, Callable]:

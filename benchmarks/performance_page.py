@@ -1,9 +1,9 @@
-"""Tables of docs/performance.md from what `make bench` has measured.
+"""Tables of benchmarks/README.md from what `make bench` has measured.
 
-    python benchmarks/performance_page.py DIRECTORY [--page docs/performance.md]
+    python benchmarks/performance_page.py DIRECTORY [--page benchmarks/README.md]
 
-DIRECTORY holds losses.json, train.json and data.json of the benchmarks, and the growth plots,
-which go to `images` beside the page. What is written by hand in the page stays.
+DIRECTORY holds losses.json and train.json of the benchmarks, and the growth plots, which go beside
+the page. What is written by hand in the page stays.
 """
 
 from __future__ import annotations
@@ -84,12 +84,6 @@ def grads(rows: list[dict]) -> str:
     return table([row | {"loss": f"`{row['loss']}`"} for row in rows])
 
 
-def data(seconds: dict[str, float]) -> str:
-    """Return the table of loading times."""
-    load = seconds["json.load"]
-    return table([{"what": k, "s": v, "times json.load": v / load} for k, v in seconds.items()])
-
-
 def blocks(directory: Path) -> dict[str, str]:
     """Tables by the names of their markers.
 
@@ -98,7 +92,7 @@ def blocks(directory: Path) -> dict[str, str]:
     """
     measured = {
         name: json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("losses", "train", "data")
+        for name in ("losses", "train")
     }
     losses, train = measured["losses"], measured["train"]
     return {
@@ -110,7 +104,6 @@ def blocks(directory: Path) -> dict[str, str]:
         "gradients": grads(losses["gradients"]),
         "train machine": machine(train["about"]),
         "train": table(train["rows"]),
-        "data": data(measured["data"]["seconds"]),
     }
 
 
@@ -118,13 +111,11 @@ def main() -> None:
     """Brings the page up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument(
-        "--page", type=Path, default=Path(__file__).parents[1] / "docs/performance.md"
-    )
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_name("README.md"))
     args = parser.parse_args()
     text = with_blocks(args.page.read_text(encoding="utf-8"), blocks(args.directory))
     for name in ("growth_dense.png", "growth_roi.png"):
-        with atomic_path(str(args.page.parent / "images" / name)) as path:
+        with atomic_path(str(args.page.parent / name)) as path:
             shutil.copyfile(args.directory / name, path)
     with atomic_path(str(args.page)) as path:
         Path(path).write_text(text, encoding="utf-8")
