@@ -54,9 +54,12 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
         return {}
     problems: dict[str, list] = {}
     finder = ImageFinder(source.image_root)
+    paths = [finder.find(table.files[image]) for image in images]
+    if None in paths:  # others of the file say whether a name may stand for it without directories
+        every = finder.find_all(table.files)
+        paths = [every[image] for image in images]
     for n, image in enumerate(progress(images, "looking at images")):
-        names = table.files[image]
-        path = finder.find(names)
+        names, path = table.files[image], paths[n]
         if path is None:
             problems.setdefault(MISSING, []).append(names[0] if names else f"image {image}")
             continue

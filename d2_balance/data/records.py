@@ -397,33 +397,23 @@ def find_images(annotations: Annotations, image_root: str) -> list[str]:
     Raises:
         ValueError: with the number of missing images and the first names.
     """
-    look = ImageFinder(image_root)
-    paths, missing = [], []
-    for image in range(len(annotations.image_id)):
-        places = annotations.image_places(image)
-        if not places:
+    places = [annotations.image_places(n) for n in range(len(annotations.image_id))]
+    for image, own in enumerate(places):
+        if not own:
             raise ValueError(
                 f"{annotations.path}: image {annotations.image_id[image]} has neither 'file_name' "
                 "nor 'coco_url'; one of them must be given"
             )
-        path = look.find(places)
-        if path is None:
-            missing.append(places[0])
-        else:
-            paths.append(path)
+    found = ImageFinder(image_root).find_all(places)
+    missing = [own[0] for own, path in zip(places, found, strict=True) if path is None]
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        remedy = "the image directory must hold every file_name (or the last one or two parts of "
-        if all(map(look.has_base, missing)):
-            remedy = (
-                "the images lie in it without the directories of their names: take them out of "
-            )
-            remedy += "every file_name (or the "
         raise ValueError(
             f"{annotations.path}: {len(missing)} of {len(annotations.image_id)} images are missing "
-            f"below {image_root}: {shown}; {remedy}coco_url)"
+            f"below {image_root}: {shown}; the image directory must hold every file_name (or the "
+            "last one or two parts of coco_url)"
         )
-    return paths
+    return [path for path in found if path is not None]
 
 
 class ImageFinder:
@@ -440,6 +430,25 @@ class ImageFinder:
     def __init__(self, root: str) -> None:
         self._root = root
         self._listed: dict[str, tuple[frozenset[str], dict[str, str | None]]] = {}
+
+    def find_all(self, places: Sequence[Sequence[str]]) -> list[str | None]:
+        """Path of every image, see `find`.
+
+        Directories that are not there (of a server's uploads) are left out of the names, if no two
+        images have one name without them.
+        """
+        found = [self.find(own) for own in places]
+        lost = [n for n, path in enumerate(found) if path is None and places[n]]
+        if lost:
+            names: dict[str, set[str]] = {}
+            for own in filter(None, places):
+                names.setdefault(_base(own[0]), set()).add(own[0])
+            bases = [_base(places[n][0]) for n in lost]
+            flat = [self._names(self._root)[1].get(base) for base in bases]
+            if all(flat) and all(len(names[base]) == 1 for base in bases):
+                for n, name in zip(lost, flat, strict=True):
+                    found[n] = os.path.join(self._root, str(name))
+        return found
 
     def find(self, places: Sequence[str]) -> str | None:
         """Path of an image that lies at one of some places below the directory, or None."""
@@ -464,11 +473,6 @@ class ImageFinder:
         overlap = next((n for n in range(longest, 0, -1) if root[-n:] == parts[:n]), 0)
         return "/".join(parts[overlap:])
 
-    def has_base(self, place: str) -> bool:
-        """Whether a file of the last part of a place lies in the directory itself."""
-        base = unquote(place).replace("\\", "/").split("/")[-1]
-        return self._names(self._root)[1].get(_plain(base)) is not None
-
     def _names(self, directory: str) -> tuple[frozenset[str], dict[str, str | None]]:
         """Names in a directory, and names by their plain form; None for one of several."""
         if directory not in self._listed:
@@ -481,6 +485,11 @@ class ImageFinder:
                 names[plain] = None if plain in names else name
             self._listed[directory] = found, names
         return self._listed[directory]
+
+
+def _base(place: str) -> str:
+    """The last part of a path or URL, however it is written."""
+    return _plain(unquote(place).replace("\\", "/").split("/")[-1])
 
 
 def _plain(name: str) -> str:
