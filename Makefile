@@ -100,9 +100,10 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The pages lie in site/; open site/index.html."
 
-# Each script has an environment of its own in a temporary directory.
+# Each script has an environment of its own in a temporary directory; those with torch share one.
 findings:
-	@failed=; for script in findings/*.sh; do \
+	@shared=$$(mktemp -d); trap 'rm -rf "$$shared"' EXIT; export FINDINGS_TORCH=$$shared/torch; \
+	failed=; for script in findings/*.sh; do \
 		echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "changed, or could not run:$$failed"; exit 1; }
 

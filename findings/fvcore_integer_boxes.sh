@@ -9,8 +9,14 @@
 set -eu
 directory=$(mktemp -d)
 trap 'rm -rf "$directory"' EXIT
-python3 -m venv "$directory/venv"
-"$directory/venv/bin/pip" install --quiet fvcore==0.1.5.post20221221 numpy==2.4.6 torch==2.14.1
+# `make findings` lets the scripts with torch share one environment, which takes gigabytes
+environment=${FINDINGS_TORCH:-$directory/venv}
+if [ ! -e "$environment/ready" ]; then
+  python3 -m venv "$environment"
+  "$environment/bin/pip" install --quiet fvcore==0.1.5.post20221221 numpy==2.4.6 \
+    torch==2.14.1 torchvision==0.29.1
+  touch "$environment/ready"
+fi
 cd "$directory"
 cat > resize.py <<'PYTHON'
 import sys
@@ -38,4 +44,4 @@ same = (
 )
 sys.exit(0 if same else 1)
 PYTHON
-"$directory/venv/bin/python" resize.py
+"$environment/bin/python" resize.py
