@@ -37,7 +37,8 @@ def check_remedies(spec: SweepSpec) -> Plan:
             f"{spec.path}: DATASETS.TEST has {len(base.DATASETS.TEST)} datasets; a sweep compares "
             "on one"
         )
-    problems, plans = [], {}
+    problems: dict[str, list[str]] = {}  # message to remedies
+    plans = {}
     with _each_message_once():
         for remedy in spec.remedies:
             try:
@@ -45,10 +46,13 @@ def check_remedies(spec: SweepSpec) -> Plan:
                 _check(cfg)
                 plans[remedy.name] = (cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST[0])
             except (ValueError, KeyError) as error:
-                problems.append(f"- {remedy.name}: {error.args[0] if error.args else error}")
+                message = str(error.args[0] if error.args else error)
+                problems.setdefault(message, []).append(remedy.name)
     if problems:
+        bad = sum(map(len, problems.values()))
+        lines = [f"- {', '.join(names)}: {message}" for message, names in problems.items()]
         raise ValueError(
-            f"{spec.path}: {len(problems)} remedies do not fit:\n" + "\n".join(problems)
+            f"{spec.path}: {bad} of {len(spec.remedies)} remedies do not fit:\n" + "\n".join(lines)
         )
     if len(set(plans.values())) > 1:
         shown = ", ".join(f"{name} {n} on {test}" for name, (n, test) in plans.items())

@@ -1,7 +1,10 @@
 """Sweep files: what they may say, and what each mistake is told."""
 
 import pytest
+import yaml
 
+from d2_balance import get_config_file
+from d2_balance.sweep.checks import check_remedies
 from d2_balance.sweep.spec import Remedy, read_sweep, with_suggestions
 
 
@@ -72,3 +75,21 @@ def test_mistakes_name_the_file_the_field_and_what_it_must_be(tmp_path, text, me
     with pytest.raises(ValueError, match=message) as error:
         read_sweep(write(tmp_path, text))
     assert "sweep.yaml" in str(error.value)
+
+
+def test_remedies_that_do_not_fit_are_listed_together_under_their_reason(tmp_path):
+    base = get_config_file("quick_schedules/faster_rcnn_R_18_softmax_mini_lvis.yaml")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "base": base,
+                "overrides": {"MODEL": {"WEIGHTS": "missing.pth"}},
+                "remedies": ["Seesaw", "BAGS"],
+            }
+        )
+    )
+    with pytest.raises(ValueError, match="3 of 3 remedies do not fit") as raised:
+        check_remedies(read_sweep(str(path)))
+    (line,) = str(raised.value).splitlines()[1:]
+    assert line.startswith("- baseline, Seesaw, BAGS: MODEL.WEIGHTS: the file 'missing.pth'")
