@@ -219,6 +219,12 @@ class Annotations:
         counts = self.class_counts().image_count.tolist()
         return dict(zip(self.class_names.values(), counts, strict=True))
 
+    @property
+    def gives_image_count(self) -> bool:
+        """Whether every class has an `image_count`, of whatever images."""
+        given = [category.get("image_count") for category in self.categories]
+        return all(isinstance(n, int) and not isinstance(n, bool) for n in given)
+
     @functools.cached_property
     def training_image_count(self) -> tuple[int, ...] | None:
         """Training images of each class as `image_count` of the file says; None where it does not.
@@ -226,9 +232,9 @@ class Annotations:
         Files of LVIS give the counts of the training set. Others (lvis-api's sample of 100 images)
         give their own: where every count may be the file's own, it says nothing of a training.
         """
-        given = tuple(category.get("image_count") for category in self.categories)
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in given):
+        if not self.gives_image_count:
             return None
+        given = tuple(category["image_count"] for category in self.categories)
         everything = count_classes(
             self.image, self.category, self.num_classes, len(self.image_id)
         ).image_count

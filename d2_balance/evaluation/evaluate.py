@@ -77,6 +77,14 @@ def measure(
     grounds = {t: GroundTruth(truth, t) for t in _able(tasks, predictions)}
     chosen = usable_tasks(grounds, tasks, notes)
     notes[:0] = ground_notes(truth, grounds, chosen)
+    if truth.federated and train is None and truth.gives_image_count:
+        own = truth.training_image_count is None
+        notes.append(
+            f"image_count of {truth.name} counts its own images, not those of a training: groups "
+            "are those of the file; --train names the training set"
+            if own
+            else f"training images are image_count of {truth.name}"
+        )
     matchers = {
         task: Matcher(grounds[task], select(grounds[task], predictions, max_dets))
         for task in chosen

@@ -24,7 +24,7 @@ from d2_balance.evaluation.evaluate import measure
 from d2_balance.evaluation.matching import GroundTruth
 from d2_balance.evaluation.predictions import read_predictions
 
-from .conftest import coco_data
+from .conftest import coco_data, lvis_data
 
 NAN, INFINITE = math.nan, math.inf
 
@@ -442,6 +442,29 @@ def test_a_thin_strip_is_not_enlarged_beyond_bounds(tmp_path, shown):
     Image.new("RGB", (8, 500)).save(tmp_path / "images/a.png")
     status, [drawn], output = shown(data)
     assert status == 0 and max(Image.open(output / drawn).size) < 1200
+
+
+def counted(tmp_path, capsys, counts, *arguments):
+    """Output of `eval` on an LVIS-style file whose dogs and cats have these counts."""
+    data = lvis_data()
+    for category, count in zip(data["categories"], counts, strict=True):
+        category["image_count"] = count
+    (tmp_path / "lvis.json").write_text(json.dumps(data))
+    (tmp_path / "p.json").write_text(json.dumps([detection()]))
+    files = [str(tmp_path / "p.json"), "--dataset", str(tmp_path / "lvis.json")]
+    status = cli.main(["eval", *files, *arguments])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def test_eval_says_whose_images_image_count_counts(tmp_path, capsys):
+    status, text = counted(tmp_path, capsys, (400, 4))
+    assert status == 0 and "training images are image_count of" in text and "| 400 " in text
+    status, text = counted(tmp_path, capsys, (2, 1))
+    assert status == 0 and "counts its own images, not those of a training" in text
+    assert counted(tmp_path, capsys, (400, 4), "--cuts", "1", "5")[0] == 0
+    status, text = counted(tmp_path, capsys, (2, 1), "--cuts", "1", "5")
+    assert status == 2 and "--train" in text
 
 
 def test_a_report_without_flaws_has_none_of_this(write, names, caplog):

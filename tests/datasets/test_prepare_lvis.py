@@ -2,10 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
 from d2_balance.data import ClassCounts
+
+TINY = Path(__file__).parents[2] / "../shared/data/tiny_coco"
 
 # image_count as this file shows it: person 2, cow 1, abacus 1
 TRAIN = {
@@ -138,3 +141,21 @@ def test_files_that_are_no_lvis_and_tables_that_are_wrong_are_named(write, scrip
         err = script("prepare_cocofied_lvis", write(), out, "--synsets", table)[2]
         assert message in err
     assert not out.exists()
+
+
+def test_the_directories_of_images_are_those_of_the_coco_urls(write, script):
+    def change(data):  # as LVIS v1 val, whose images lie in two directories
+        data["images"][3]["coco_url"] = "http://some.where/val2017/4.jpg"
+
+    out = script("prepare_lvis", write(change=change))[1]
+    assert "images by directory of their coco_url: train2017: 3, val2017: 1" in out
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="../shared/data/tiny_coco is not there")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_directories_of_real_files_are_those_of_the_page(script, tmp_path, split):
+    path = tmp_path / f"{split}.json"
+    path.write_bytes((TINY / f"lvis_style_{split}.json").read_bytes())
+    status, out, err = script("prepare_lvis", path)
+    assert status == 0, err
+    assert f"images by directory of their coco_url: {split}2017: 50" in out
