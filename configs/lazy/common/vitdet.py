@@ -20,6 +20,9 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from d2_balance.engine import balance_model
+from d2_balance.losses import FederatedLoss
+
 _SIDE, _BATCH, _COCO_IMAGES, _LVIS_IMAGES = 1024, 64, 118_000, 100_170
 
 # channels, blocks, heads, drop path rate, decay of the learning rate by layer, epochs, MAE weights
@@ -57,8 +60,31 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 
-def use_size(name, model, optimizer, train, lr_multiplier, images=_COCO_IMAGES):
-    """Set the transformer ("B", "L" or "H") and the length of the training."""
+def vitdet(size, dataset, *, cascade=False):
+    """Return model, dataloader, optimizer, lr_multiplier and train of one of the models.
+
+    Args:
+        size: transformer, "B", "L" or "H".
+        dataset: "coco", or "lvis" (v1) with federated loss.
+        cascade: True makes a Cascade Mask R-CNN.
+    """
+    _set_size(size, _LVIS_IMAGES if dataset == "lvis" else _COCO_IMAGES)
+    if cascade:
+        _make_cascade()
+    if dataset == "lvis":
+        _use_lvis()
+        loss = L(FederatedLoss)(num_sampled=50, power=0.5)
+        settings = {"num_classes": 1203, "test_score_thresh": 0.02, "test_topk_per_image": 300}
+        balance_model(model, "lvis_v1_train", cls_loss=loss, **settings)
+    else:
+        balance_model(model, "coco_2017_train")
+    name = "cascade_mask_rcnn" if cascade else "mask_rcnn"
+    train.output_dir = f"output/{name}_vitdet_{size.lower()}_{dataset}"
+    return model, dataloader, optimizer, lr_multiplier, train
+
+
+def _set_size(name, images):
+    """Set the transformer and the length of the training."""
     width, blocks, heads, drop_path, decay, epochs, weights = _SIZES[name]
     net, quarter = model.backbone.net, blocks // 4
     net.update(embed_dim=width, depth=blocks, num_heads=heads, drop_path_rate=drop_path)
@@ -80,7 +106,7 @@ def use_size(name, model, optimizer, train, lr_multiplier, images=_COCO_IMAGES):
     lr_multiplier.warmup_length = 250 / train.max_iter
 
 
-def use_cascade(model):
+def _make_cascade():
     """Make three stages of the box head, at an IoU of 0.5, 0.6 and 0.7."""
     heads = model.roi_heads
     box_head, predictor = heads.pop("box_head"), heads.pop("box_predictor")
@@ -99,7 +125,7 @@ def use_cascade(model):
     ]
 
 
-def use_lvis(dataloader, optimizer):
+def _use_lvis():
     """Train on LVIS v1: images of rare classes are repeated, with twice COCO's learning rate."""
     dataloader.train.dataset.names, dataloader.test.dataset.names = "lvis_v1_train", "lvis_v1_val"
     dataloader.train.sampler = L(RepeatFactorTrainingSampler)(
