@@ -146,8 +146,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.SAMPLING_FREE = False
     # With SAMPLING_FREE: positives of an image that train mask and keypoint heads at most.
     _C.MASKS_PER_IMAGE = 128
-    # Share of a background anchor's or proposal's area that an ignore region must hold, in (0, 1],
-    # for the anchor or proposal not to count; see DATASETS.IGNORE_REGIONS.
+    # Fraction of a background anchor's or proposal's area, in (0, 1], that an ignore region must
+    # hold for the anchor or proposal not to count; see DATASETS.IGNORE_REGIONS.
     _C.IGNORE_IOA = 0.5
     # Factor of the classification loss.
     _C.CLS_LOSS_WEIGHT = 1.0
@@ -171,8 +171,8 @@ def add_balance_config(cfg: CfgNode) -> None:
     # on DATASETS.TRAIN; "checkpoint" takes them from the loaded weights, for inference only.
     _C.CLASS_COUNTS_FILE = ""
 
-    # JSON file of `d2-balance prior`: classifiers start at the counted share of foreground in place
-    # of PRIOR_PROB; "" is off.
+    # JSON file of `d2-balance prior`: classifiers start at the counted fraction of foreground in
+    # place of PRIOR_PROB; "" is off.
     _C.PRIOR_FILE = ""
     # Whether a class's score threshold is its fraction of the samples, by PRIOR_FILE, in place of
     # SCORE_THRESH_TEST (arXiv:1909.04868, equation 7).
@@ -310,8 +310,8 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.INIT_SCALE = 65536.0
     # Overflows in a row that end the run; each alone skips one step. At least 1.
     cfg.SOLVER.AMP.MAX_SKIPPED = 50
-    # Micro-batches that the share of a rank in IMS_PER_BATCH is split into, at least 1: less memory
-    # for the same batch. Costs a second forward pass.
+    # Micro-batches that the images of a rank in IMS_PER_BATCH are split into, at least 1: less
+    # memory for the same batch. Costs a second forward pass.
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
     # Seconds after Ctrl-C or SIGTERM, above 0, in which a run must have saved its checkpoint; it
     # ends then without one.
@@ -324,7 +324,7 @@ def add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA = CfgNode()
     # Whether it is kept, evaluated in place of the weights, and saved as model_final_ema.pth.
     cfg.SOLVER.EMA.ENABLED = False
-    # Share of the old average, in [0, 1); smaller in the first steps t: (1 + t) / (10 + t).
+    # Fraction of the old average, in [0, 1); smaller in the first steps t: (1 + t) / (10 + t).
     cfg.SOLVER.EMA.DECAY = 0.9998
 
     # The best model by a metric, saved as model_best.pth.

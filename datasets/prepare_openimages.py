@@ -12,7 +12,7 @@ class goes into not_exhaustive_category_ids where the image shows it but has no 
 box of a group (IsGroupOf), which becomes `ignore` and `iscrowd`. Everything else is unknown.
 
 Images are those of --images that the boxes or the labels name. Their sizes are read, because
-the CSV files give boxes as shares of them. Memory holds one line of boxes at a time.
+the CSV files give boxes as fractions of them. Memory holds one line of boxes at a time.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def box_of(
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         given = ", ".join(f"{edge} {row[edge]}" for edge in EDGES)
         raise ValueError(
-            f"{path}: line {line}: image {row['ImageID']}: {given}; edges are shares of the "
+            f"{path}: line {line}: image {row['ImageID']}: {given}; edges are fractions of the "
             "image in [0, 1], the smaller one first"
         )
     height, width = size

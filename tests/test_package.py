@@ -80,5 +80,5 @@ def test_config_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypat
     (package.parent / "configs").mkdir()  # of another package
     monkeypatch.setattr(config_files, "_PACKAGE", package)
     assert Path(d2_balance.get_config_file(name)) == package / "configs" / name
-    with pytest.raises(ValueError, match=f"no config 'ghm.yaml'; allowed: {name}"):
+    with pytest.raises(ValueError, match=f"no config 'ghm.yaml'; must be one of {name}"):
         d2_balance.get_config_file("ghm.yaml")

@@ -25,9 +25,20 @@ WORDS = {
     r"at several sizes|several sizes": "test-time augmentation",
     r"not reached|nobody looked for": "unmatched; annotated exhaustively",
     r"pieces?": "chunk",
+    r"shares? of": "fraction of",
+    r"looked at|looked for": "checked, counted, analysed; searched",
+    r"; allowed|(is|are) not allowed": "must be one of ...",
+    r"at test(?! (time|size))": "at test time, inference",
 }
 # In these rooms a row of logits is a sample; elsewhere tables have rows.
-SAMPLE_ROOMS = ("losses", "sampling", "reweight", "modeling")
+SAMPLE_ROOMS = (
+    "losses",
+    "sampling",
+    "reweight",
+    "modeling",
+    "data/priors",
+    "engine/replay",
+)
 SAMPLE_WORDS = {r"rows?": "sample"}
 
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".sh", ""}
@@ -65,8 +76,8 @@ def files(root):
 
 
 def words_of(file):
-    room = file.split("/")[1] if file.startswith("d2_balance/") else ""
-    return WORDS | (SAMPLE_WORDS if room in SAMPLE_ROOMS else {})
+    in_room = file.startswith(tuple(f"d2_balance/{room}/" for room in SAMPLE_ROOMS))
+    return WORDS | (SAMPLE_WORDS if in_room else {})
 
 
 def problems(file, text):

@@ -23,8 +23,9 @@ from d2_balance.data.priors.sample_counts import (
     RPN,
     AnchorCounter,
     PointCounter,
-    row_counters,
+    sample_counters,
 )
+from d2_balance.utils.config_tree import changed
 from d2_balance.utils.progress import progress
 
 from .images import sample_images
@@ -41,17 +42,17 @@ ResizedImage = tuple[tuple[int, int], Tensor, np.ndarray]
 
 @dataclass(frozen=True)
 class Level:
-    """Anchors of one feature map, summed over the images that were looked at.
+    """Anchors of one feature map, summed over the counted images.
 
     Attributes:
         name: of the feature map.
         positives: anchors with an object.
-        rows: anchors that are not ignored.
+        samples: anchors that are not ignored.
     """
 
     name: str
     positives: int
-    rows: int
+    samples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +63,9 @@ class AnchorReport:
         part: "RetinaNet", "FCOS" or "RPN".
         levels: one per feature map.
         prior: counts and pi* of the part; None where no anchor is positive.
-        images: number of images that were looked at.
+        images: number of counted images.
         edge: shorter sides of these images in training, the smallest and the largest, in pixels.
-        objects: (K,) objects that were looked at.
+        objects: (K,) counted objects.
         threshold: IoU from which an object is reached; None without anchors (FCOS).
         low_quality: whether an unmatched object gets its best anchors all the same.
         sizes: MODEL.ANCHOR_GENERATOR.SIZES, by level.
@@ -111,12 +112,12 @@ def anchor_report(
     Raises:
         ValueError: the model has neither anchors nor anchor points.
     """
-    counters = row_counters(cfg)
+    counters = sample_counters(cfg)
     part = next((name for name in counters if name != ROI_HEADS), None)
     if part is None:
         raise ValueError(
-            f"MODEL.PROPOSAL_GENERATOR.NAME {cfg.MODEL.PROPOSAL_GENERATOR.NAME} has no anchors to "
-            "look at; RPN and BalancedRPN have"
+            f"MODEL.PROPOSAL_GENERATOR.NAME {cfg.MODEL.PROPOSAL_GENERATOR.NAME} has no anchors; "
+            "must be RPN or BalancedRPN"
         )
     counter = cast(AnchorCounter | PointCounter, counters[part])  # all parts but ROI_HEADS
     images = images_in_training(cfg, table, sample_images(table, max_images, seed))
@@ -125,14 +126,14 @@ def anchor_report(
         for total, counts in zip(levels, counter.by_level(size, boxes), strict=True):
             total[0] += counts[0]
             total[1] += counts[1]
-    positives, rows = map(sum, zip(*levels, strict=True))
+    positives, samples = map(sum, zip(*levels, strict=True))
     outputs = 1 if part == RPN else table.num_classes
     edges = [min(size) for size, _, _ in images]
     labels = np.concatenate([own for _, _, own in images])
     report = AnchorReport(
         part=part,
         levels=[Level(n, *t) for n, t in zip(counter.levels, levels, strict=True)],
-        prior=PartCount(positives, rows, outputs) if 0 < positives < rows else None,
+        prior=PartCount(positives, samples, outputs) if 0 < positives < samples else None,
         images=len(images),
         edge=(min(edges), max(edges)),
         objects=np.bincount(labels, minlength=table.num_classes),
@@ -239,10 +240,7 @@ def _changed(cfg: CfgNode, change: tuple[float, float]) -> CfgNode:
             [round(size * factor, 1) for size in level]
             for level, factor in zip(sizes, factors.tolist(), strict=True)
         ]
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = sizes
-    return cfg
+    return changed(cfg, {"MODEL.ANCHOR_GENERATOR.SIZES": sizes})
 
 
 def _sizes(cfg: CfgNode) -> list[list[float]]:

@@ -58,7 +58,7 @@ def check_images(source: Source, images: np.ndarray) -> dict[str, list]:
     if None in paths:  # others of the file say whether a name may stand for it without directories
         every = finder.find_all(table.files)
         paths = [every[image] for image in images]
-    for n, image in enumerate(progress(images, "looking at images")):
+    for n, image in enumerate(progress(images, "checking images")):
         names, path = table.files[image], paths[n]
         if path is None:
             problems.setdefault(MISSING, []).append(names[0] if names else f"image {image}")

@@ -10,10 +10,9 @@ from d2_balance.utils.page import Page
 from d2_balance.utils.progress import progress
 from d2_balance.utils.text import table
 
-from .parts import Plot, Section, Table, Text
 from .remedies import inert, suggestions
 from .report import Analysis
-from .sections import sections
+from .sections import Plot, Section, Table, Text, sections
 from .suggest import advice, settings, to_yaml
 
 
@@ -31,7 +30,7 @@ class Base:
 
 
 WHAT_TO_SET = "What to set"
-NOTHING = "Nothing: the configuration fits the data in all that was looked at."
+NOTHING = "Nothing: the configuration fits the data in everything that was checked."
 
 
 def as_text(found: Analysis, base: Base = Base()) -> str:
@@ -64,7 +63,7 @@ def as_page(found: Analysis, base: Base = Base()) -> Page:
     page = Page(f"What is in {os.path.basename(found.source.name)}")
     if base.file:
         given = f", {' '.join(base.given)}" if base.given else ""
-        page.text(f"Looked at with {base.file}{given}.", "note")
+        page.text(f"Analysed with {base.file}{given}.", "note")
     made = sections(found)
     for section in progress(made, "drawing", unit="sections"):
         _add(page, section)

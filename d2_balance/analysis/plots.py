@@ -100,7 +100,7 @@ def plot_levels(report: AnchorReport) -> Figure:
     axes = figure.add_subplot()
     places = np.arange(len(report.levels))
     positives = np.array([n.positives for n in report.levels])
-    background = np.array([n.rows - n.positives for n in report.levels])
+    background = np.array([n.samples - n.positives for n in report.levels])
     axes.bar(places - 0.2, np.maximum(background, 0.5), 0.4, color=LIGHT, label="background")
     axes.bar(places + 0.2, np.maximum(positives, 0.5), 0.4, color="#0072B2", label="foreground")
     axes.set_xticks(places, [n.name for n in report.levels])

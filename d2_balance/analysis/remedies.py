@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from d2_balance.utils.config_tree import nested, value_of
+from d2_balance.utils.names import BALANCED
 from d2_balance.utils.text import plural, table
 
 from .table import EMPTY_VERIFIED
-from .tail import Tail, tail_at
+from .tail import Tail
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -27,13 +29,6 @@ MOST = 5
 PLAIN_LOSSES = ("", "SigmoidCE", "BalancedCE", "SoftmaxCE", "Focal")
 LVIS_SCORE = 0.0001  # score threshold and detections of an image in LVIS evaluations
 LVIS_DETECTIONS = 300
-# stock parts of Detectron2 and the ones that read MODEL.BALANCE
-BALANCED_ARCH = {"RetinaNet": "BalancedRetinaNet", "GeneralizedRCNN": "BalancedRCNN"}
-BALANCED_HEADS = {
-    "StandardROIHeads": "BalancedStandardROIHeads",
-    "CascadeROIHeads": "BalancedCascadeROIHeads",
-}
-LAMBDA_LOSSES = ("EQL", "SoftmaxEQL", "DropLoss")
 
 
 @dataclass(frozen=True)
@@ -72,14 +67,7 @@ class Suggestion:
     @property
     def fragment(self) -> dict[str, Any]:
         """The settings as nested keys, to be merged into a config."""
-        tree: dict[str, Any] = {}
-        for setting in self.settings:
-            *parents, last = setting.key.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = setting.value
-        return tree
+        return nested({setting.key: setting.value for setting in self.settings})
 
 
 @dataclass(frozen=True)
@@ -119,29 +107,11 @@ def decision_table() -> str:
 
 def inert(analysis: Analysis) -> list[str]:
     """Return a sentence for each remedy of the configuration that does nothing on these data."""
-    cfg = analysis.cfg
-    if cfg is None:
+    if analysis.cfg is None:
         return []
-    lines = []
-    name = cfg.MODEL.BALANCE.CLS_LOSS
-    if name in LAMBDA_LOSSES:
-        value = cfg.MODEL.BALANCE[name.upper()].LAMBDA
-        if not tail_at(analysis.statistics, value).classes:
-            rarest = float(analysis.statistics.frequency.min())
-            lines.append(
-                f"{name} protects no class here: the rarest is in {100 * rarest:.2g} % of the "
-                f"images, and MODEL.BALANCE.{name.upper()}.LAMBDA is {100 * value:.2g} %. It "
-                "trains as cross-entropy."
-            )
-    threshold = cfg.DATALOADER.REPEAT_THRESHOLD
-    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and any(
-        repeat.threshold == threshold and not repeat.repeated for repeat in analysis.repeats
-    ):
-        lines.append(
-            "RepeatFactorTrainingSampler repeats nothing here: no class is in fewer than "
-            f"{100 * threshold:g} % of the images (DATALOADER.REPEAT_THRESHOLD)."
-        )
-    return lines
+    from d2_balance.modeling.inert import inert_on  # needs Detectron2
+
+    return inert_on(analysis.cfg, analysis.statistics.as_class_counts())
 
 
 def _anchors(analysis: Analysis) -> Suggestion | None:
@@ -300,7 +270,7 @@ def _prior(analysis: Analysis) -> Suggestion | None:
     if not key or cfg.MODEL.BALANCE.CLS_LOSS != "SigmoidCE":
         return None
     value = float(f"{report.prior.prior:.3g}")
-    positives, rows = report.prior.positives, report.prior.rows
+    positives, rows = report.prior.positives, report.prior.samples
     return Suggestion(
         "initial bias",
         f"Background is {100 * (1 - positives / rows):.3f} % of the anchors, "
@@ -372,13 +342,17 @@ def tail_loss(analysis: Analysis) -> str:
     chosen = cfg.MODEL.BALANCE.CLS_LOSS
     if chosen in ("EQL", "EFL"):
         return chosen
-    known = {*BALANCED_ARCH, *BALANCED_ARCH.values(), "BalancedFCOS"}
-    if chosen not in PLAIN_LOSSES or cfg.MODEL.META_ARCHITECTURE not in known:
+    if chosen not in PLAIN_LOSSES or not _is_balanced(cfg, "MODEL.META_ARCHITECTURE"):
         return ""
     if _is_dense(cfg):
         return "EFL"
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    return "EQL" if heads in (*BALANCED_HEADS, *BALANCED_HEADS.values()) else ""
+    return "EQL" if _is_balanced(cfg, "MODEL.ROI_HEADS.NAME") else ""
+
+
+def _is_balanced(cfg: CfgNode, key: str) -> bool:
+    """Whether a part is one that reads MODEL.BALANCE, or has a form that does."""
+    names = BALANCED[key]
+    return value_of(cfg, key) in {*names, *names.values()}
 
 
 def has_image_labels(analysis: Analysis) -> bool:
@@ -390,9 +364,8 @@ def has_image_labels(analysis: Analysis) -> bool:
 
 def config_value(cfg: CfgNode, key: str) -> Any:
     """Return the value of a key with dots, tuples as lists, as YAML has them."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return list(cfg) if isinstance(cfg, tuple) else cfg
+    value = value_of(cfg, key)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_set(cfg: CfgNode | None, setting: Setting) -> bool:
@@ -413,10 +386,15 @@ def _class_node(cfg: CfgNode) -> str:
 
 
 def _balanced_parts(cfg: CfgNode | None) -> Iterator[Setting]:
-    arch = "GeneralizedRCNN" if cfg is None else cfg.MODEL.META_ARCHITECTURE
-    heads = "StandardROIHeads" if cfg is None else cfg.MODEL.ROI_HEADS.NAME
-    reason = "Reads MODEL.BALANCE; all else stays as it is."
-    if arch in BALANCED_ARCH:
-        yield Setting("MODEL.META_ARCHITECTURE", BALANCED_ARCH[arch], reason)
-    if arch in ("GeneralizedRCNN", "BalancedRCNN") and heads in BALANCED_HEADS:
-        yield Setting("MODEL.ROI_HEADS.NAME", BALANCED_HEADS[heads], reason)
+    stock = {
+        "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    }
+    if cfg is not None:
+        stock = {key: value_of(cfg, key) for key in stock}
+        if _is_dense(cfg):
+            del stock["MODEL.ROI_HEADS.NAME"]
+    for key, name in stock.items():
+        if name in BALANCED[key]:
+            reason = "Reads MODEL.BALANCE; all else stays as it is."
+            yield Setting(key, BALANCED[key][name], reason)

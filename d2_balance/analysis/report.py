@@ -38,7 +38,7 @@ class Analysis:
 
     Attributes:
         source: the dataset.
-        cfg: the configuration it is looked at with, or None.
+        cfg: the configuration it is analysed with, or None.
         statistics: class counts as a training with the suggested settings sees them.
         groups: K letters r, c, f.
         cuts: cut points that the user chose, or None.
@@ -49,7 +49,7 @@ class Analysis:
         repeat: the suggested one, or None.
         anchors: what the anchors reach, or None.
         problems: what is wrong in the data, to the ids it was found in.
-        notes: what could not be looked at, and why.
+        notes: what could not be analysed, and why.
     """
 
     source: Source
@@ -91,11 +91,11 @@ def analyze(
 
     Args:
         source: the dataset.
-        cfg: configuration whose anchors and settings are looked at, or None.
+        cfg: configuration whose anchors and settings are checked, or None.
         lambda_: threshold of the equalization loss whose TR is wanted, or None.
         ratio: TR whose lambda is wanted, or None.
         cuts: cut points of the frequency groups; None takes the file's groups or LVIS's.
-        max_images: images whose anchors are looked at.
+        max_images: images whose anchors are counted.
 
     Raises:
         ValueError: no image has an object, or the model has no anchors or anchor points.

@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.arrays import unique
+from d2_balance.utils.names import listed
 
 from . import plots
-from .parts import Part, Plot, Section, Table, Text
 from .report import Analysis
 from .tail import RepeatFactors
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .anchors import AnchorReport
 
 MANY = 40  # classes, above which a table of all of them is folded and left to the page
 SHOWN_IDS = 20
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a warning stands out."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells.
+
+    Attributes:
+        headers: one for each column.
+        rows: cells as text or numbers.
+        folded: heading under which a page hides it at first, "" shows it.
+        page_only: True keeps it off the console.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence]
+    folded: str = ""
+    page_only: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An image, drawn when a page asks for it."""
+
+    draw: Callable[[], Figure]
+    caption: str
+
+
+Part = Text | Table | Plot
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    parts: list[Part]
 
 
 def sections(found: Analysis) -> list[Section]:
@@ -110,8 +157,8 @@ def _foreground(found: Analysis) -> Iterator[Part]:
         f"{what} of {report.part} on {report.images:,} images with a shorter side of {edge} "
         "pixels in training."
     )
-    rows = [_level_row(n.name, n.positives, n.rows) for n in report.levels]
-    total = [sum(n.positives for n in report.levels), sum(n.rows for n in report.levels)]
+    rows = [_level_row(n.name, n.positives, n.samples) for n in report.levels]
+    total = [sum(n.positives for n in report.levels), sum(n.samples for n in report.levels)]
     rows.append(_level_row("all", *total))
     yield Table(["level", "foreground", "background", "background per foreground"], rows)
     empty = [n.name for n in report.levels if not n.positives]
@@ -123,7 +170,7 @@ def _foreground(found: Analysis) -> Iterator[Part]:
         return
     prior = report.prior
     yield Text(
-        f"Optimal prior pi* = N_f / (N C) = {prior.positives:,} / ({prior.rows:,} x "
+        f"Optimal prior pi* = N_f / (N C) = {prior.positives:,} / ({prior.samples:,} x "
         f"{prior.outputs:,}) = {prior.prior:.3g}, bias {prior.bias:.2f}. Cross-entropy over all "
         "anchors starts lowest there; focal loss is made for 0.01, and sampled anchors have "
         "another fraction of foreground. "
@@ -161,7 +208,7 @@ def _reach(found: Analysis, report: AnchorReport, reached: np.ndarray) -> Iterat
     missed, objects = report.missed(), report.objects
     total = 1 - reached.sum() / max(objects.sum(), 1)
     text = (
-        f"{_percent(total)} of the objects that were looked at have no anchor with an IoU of "
+        f"{_percent(total)} of the counted objects have no anchor with an IoU of "
         f"{report.threshold:g} or more."
     )
     if report.low_quality:
@@ -287,8 +334,7 @@ def _problems(found: Analysis) -> Iterator[Part]:
         return
     rows = []
     for text, ids in found.problems.items():
-        more = f" and {len(ids) - SHOWN_IDS:,} more" if len(ids) > SHOWN_IDS else ""
-        rows.append([text, f"{len(ids):,}", ", ".join(map(str, ids[:SHOWN_IDS])) + more])
+        rows.append([text, f"{len(ids):,}", listed(ids, SHOWN_IDS)])
     yield Table(["what", "number", "ids"], rows)
 
 

@@ -56,7 +56,7 @@ def load(dataset: str, files: list[str] | None = None) -> Source:
     if place.path == dataset:
         counts = _class_counts(dataset)
         if counts is not None:
-            note = "The file holds class counts only: no boxes to look at."
+            note = "The file holds class counts only, and no boxes."
             return Source(dataset, None, counts, note)
     found = read_annotations(place.path)
     return Source(dataset, DataTable.from_annotations(dataset, found), image_root=place.image_root)

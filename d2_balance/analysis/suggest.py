@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from d2_balance.utils.config_tree import nested
+
 from .remedies import PLAIN_LOSSES, RULES, Setting, config_value
 
 if TYPE_CHECKING:
@@ -70,15 +72,8 @@ def to_yaml(lines: list[Setting], base: str = "") -> str:
         lines: the settings.
         base: config file that they build on, for `_BASE_`; "" leaves it out.
     """
-    tree: dict[str, Any] = {}
-    for line in lines:
-        *parents, last = line.key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = line
     text = [f"_BASE_: {_scalar(base)}"] if base else []
-    return "\n".join([*text, *_render(tree, 0)]) + "\n"
+    return "\n".join([*text, *_render(nested({line.key: line for line in lines}), 0)]) + "\n"
 
 
 def _render(tree: dict[str, Any], depth: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from d2_balance.data.annotations import Annotations, count_classes
 from d2_balance.data.checks.annotations import NO_MASK
 from d2_balance.data.groups import LVIS_CUTS, groups_from_counts
 from d2_balance.utils.arrays import unique
+
+if TYPE_CHECKING:
+    from d2_balance.data.class_counts import ClassCounts
 
 _ROUND = 100  # hundredths of a pixel, to which two boxes are the same
 DUPLICATE = "duplicate: the same class and box once more in the image"
@@ -52,6 +55,15 @@ class Statistics:
     def frequency(self) -> np.ndarray:
         """(K,) float64 fraction of the images that show each class."""
         return self.image_count / self.num_images
+
+    def as_class_counts(self) -> ClassCounts:
+        """The same with tensors, as models take it."""
+        import torch
+
+        from d2_balance.data.class_counts import ClassCounts
+
+        images, objects = map(torch.from_numpy, (self.image_count, self.instance_count))
+        return ClassCounts(images, objects, self.num_images, self.class_names, self.file_groups)
 
     def group(self, cuts: tuple[int, int] | None = None) -> list[str]:
         """Return K letters r, c, f: by cut points, else the file's, else by those of LVIS."""

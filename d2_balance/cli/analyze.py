@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_overwrite, add_set, at_least, fraction
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `d2-balance analyze`."""
@@ -26,73 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        help="YAML file, or a name of Detectron2's model zoo; its anchors and settings are looked "
-        "at, and sets of its DATASETS.REGISTER are known",
+        help="YAML file, or a name of Detectron2's model zoo, whose anchors and settings are "
+        "checked, and whose DATASETS.REGISTER is registered",
     )
     parser.add_argument("--html", metavar="FILE", help="write one page with images there")
     parser.add_argument("--yaml", metavar="FILE", help="write the suggested settings there")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    add_overwrite(parser)
     parser.add_argument(
         "--cuts",
         nargs=2,
-        type=_count,
+        type=at_least(0),
         metavar=("RARE", "COMMON"),
         help="images up to which a class is rare or common; the file's groups, or 10 100",
     )
     parser.add_argument(
         "--max-images",
-        type=_positive,
+        type=at_least(1),
         default=200,
-        help="images whose anchors are looked at, sampled with seed 0 (default 200)",
+        help="images whose anchors are counted, sampled with seed 0 (default 200)",
     )
-    parser.add_argument("--lambda", dest="lambda_", type=_fraction, help="print TR of this lambda")
+    parser.add_argument("--lambda", dest="lambda_", type=fraction, help="print TR of this lambda")
     parser.add_argument(
-        "--tail-ratio", type=_fraction, help="print lambda for this TR, for example 0.08"
+        "--tail-ratio", type=fraction, help="print lambda for this TR, for example 0.08"
     )
-    parser.add_argument(
-        "--set",
-        dest="opts",
-        nargs="+",
-        default=[],
-        metavar="KEY VALUE",
-        help="keys of the configuration and their values",
-    )
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 1")
-    return value
+    add_set(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables and write the files."""
-    print(analyze_and_save(args))
-    return 0
-
-
-def analyze_and_save(args: argparse.Namespace) -> str:
-    """Return the report for the console; write page and YAML if they were asked for.
-
-    Raises:
-        ValueError: the data or the configuration cannot be used.
-        FileExistsError: an output exists and --overwrite is not given.
-    """
+    """Print the tables; write page and YAML if they were asked for."""
     from d2_balance.analysis.output import Base, as_page, as_text, suggestion
     from d2_balance.analysis.report import analyze
     from d2_balance.analysis.source import load
@@ -111,7 +74,7 @@ def analyze_and_save(args: argparse.Namespace) -> str:
         base = Base(find_config(args.config_file), args.opts)
         cfg = read_config(base.file, base.given)
         register_from_config(cfg)
-    found = analyze(
+    analysis = analyze(
         load(args.dataset, args.register),
         cfg,
         lambda_=args.lambda_,
@@ -119,11 +82,11 @@ def analyze_and_save(args: argparse.Namespace) -> str:
         cuts=tuple(args.cuts) if args.cuts else None,
         max_images=args.max_images,
     )
-    text = as_text(found, base)
+    print(as_text(analysis, base))
     if args.html:
-        as_page(found, base).write(args.html)
-        text += f"\n\npage written to {args.html}"
+        as_page(analysis, base).write(args.html)
+        print(f"\npage written to {args.html}")
     if args.yaml:
-        write_text(args.yaml, suggestion(found, base, args.yaml))
-        text += f"\n\nsettings written to {args.yaml}"
-    return text
+        write_text(args.yaml, suggestion(analysis, base, args.yaml))
+        print(f"\nsettings written to {args.yaml}")
+    return 0

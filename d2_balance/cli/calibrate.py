@@ -7,7 +7,8 @@ MODEL.WEIGHTS, mean and variance of its logits there.
 from __future__ import annotations
 
 import argparse
-import os
+
+from .arguments import add_overwrite, at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, help="JSON file, for MODEL.BALANCE.CALIBRATION.STATISTICS"
     )
     parser.add_argument(
-        "--max-iter", type=int, default=0, help="training batches of the pass; 0 is one epoch"
+        "--max-iter",
+        type=at_least(0),
+        default=0,
+        help="training batches of the pass; 0 is one epoch",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    add_overwrite(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of the config")
 
 
@@ -27,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write the file."""
     from d2_balance.data import register_from_config
     from d2_balance.engine import read_config
-    from d2_balance.engine.setup.calibrate import measure
+    from d2_balance.engine.calibrate import measure
+    from d2_balance.utils.files import check_new
 
-    if os.path.exists(args.output) and not args.overwrite:  # before the work
-        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    check_new([args.output], args.overwrite)  # before the work
     cfg = read_config(args.config_file, args.opts)
     register_from_config(cfg)
     statistics = measure(cfg, args.max_iter)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         check_names(recipe, {*DatasetCatalog, *(entry[0] for entry in recipe.datasets)})
         print(
             f"{args.recipe}: {len(recipe.stages)} stages; every field, config key and dataset "
-            "exists (files were not looked for)"
+            "exists (files were not checked)"
         )
         return 0
     output = args.output or recipe.output

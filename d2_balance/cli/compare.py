@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from .arguments import add_overwrite, at_least
+
 FILES = ("compare.md", "compare.html", "compare_box.png", "compare_mask.png")
 
 
@@ -29,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", default="", help="which dataset, where a run has several")
     parser.add_argument("--output", metavar="DIRECTORY", help=f"write {', '.join(FILES)} there")
-    parser.add_argument("--classes", type=int, default=5, help="gains and losses to print")
+    parser.add_argument("--classes", type=at_least(0), default=5, help="gains and losses to print")
     parser.add_argument(
         "--resamples",
-        type=int,
+        type=at_least(0),
         default=1000,
         help="of the images, for intervals (default 1000; 0: none)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:

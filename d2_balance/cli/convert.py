@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_overwrite
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("source", help="data.yaml of a YOLO dataset, or an annotation file")
     parser.add_argument("--output", required=True, help="directory for data.yaml, else a new file")
     parser.add_argument("--ids", metavar="FILE", help="image ids to keep: a JSON list, or lines")
-    parser.add_argument("--overwrite", action="store_true", help="replace files")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ class Finding:
     """One row of the table.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         value: what was found.
         remedy: what to do, one line; None where nothing is missing.
         blocking: no training can start as things are.

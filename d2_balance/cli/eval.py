@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from .arguments import add_overwrite
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `d2-balance eval`."""
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="up to A training images a class is rare, up to B common (LVIS: 10 100)",
     )
     parser.add_argument("--classes", type=int, default=40, help="classes to print (default 40)")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:

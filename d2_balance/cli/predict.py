@@ -11,6 +11,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .arguments import add_set
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `d2-balance predict`."""
@@ -80,14 +82,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="class names of a checkpoint without them: a COCO file, a JSON list, or one on a line",
     )
-    parser.add_argument(
-        "--set",
-        dest="opts",
-        nargs="+",
-        default=[],
-        metavar="KEY VALUE",
-        help="more keys of the config",
-    )
+    add_set(parser)
 
 
 def run(args: argparse.Namespace) -> int:

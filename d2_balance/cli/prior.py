@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from .arguments import add_overwrite, add_set, at_least
+
 if TYPE_CHECKING:
     from d2_balance.data.priors.foreground import ForegroundPrior
 
@@ -21,19 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="JSON file to write, for MODEL.BALANCE.PRIOR_FILE")
     parser.add_argument(
         "--max-images",
-        type=_count,
+        type=at_least(0),
         default=5000,
         help="of more images than this a random sample is counted; 0 takes all (default 5000)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument(
-        "--set",
-        dest="opts",
-        nargs="+",
-        default=[],
-        metavar="KEY VALUE",
-        help="keys of the configuration and their values",
-    )
+    add_overwrite(parser)
+    add_set(parser)
     parser.add_argument(
         "more_opts",
         nargs="*",
@@ -42,26 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print the table and write the file."""
-    print(count_and_save(args))
-    return 0
-
-
-def count_and_save(args: argparse.Namespace) -> str:
-    """The report; writes the file if one was asked for.
-
-    Raises:
-        ValueError: the configuration or its data cannot be used.
-        FileExistsError: the file exists and --overwrite is not given.
-    """
+    """Print the table, and write the file if one was asked for."""
     from d2_balance.data import register_from_config
     from d2_balance.data.priors.foreground import ForegroundPrior
     from d2_balance.engine import read_config
@@ -71,11 +48,11 @@ def count_and_save(args: argparse.Namespace) -> str:
     cfg = read_config(args.config_file, [*args.opts, *args.more_opts])
     register_from_config(cfg)
     prior = ForegroundPrior.from_config(cfg, args.max_images)
-    text = report(prior)
+    print(report(prior))
     if args.output:
         prior.save(args.output, overwrite=args.overwrite)
-        text += f"\n\nwritten to {args.output}; use it with MODEL.BALANCE.PRIOR_FILE {args.output}"
-    return text
+        print(f"\nwritten to {args.output}; use it with MODEL.BALANCE.PRIOR_FILE {args.output}")
+    return 0
 
 
 def report(prior: ForegroundPrior) -> str:
@@ -85,7 +62,7 @@ def report(prior: ForegroundPrior) -> str:
     rows = []
     for name, part in prior.parts.items():
         losses = [f"{part.loss(value):.4g}" for value in (part.prior, *COMMON_PRIORS)]
-        counts = [f"{value:,}" for value in (part.positives, part.rows, part.outputs)]
+        counts = [f"{value:,}" for value in (part.positives, part.samples, part.outputs)]
         rows.append([name, *counts, f"{part.prior:.3e}", f"{part.bias:.3f}", *losses])
     headers = ["part", "N_f", "N", "C", "prior", "bias"]
     headers += ["loss there", *(f"at {value:g}" for value in COMMON_PRIORS)]

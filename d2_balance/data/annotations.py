@@ -170,7 +170,7 @@ class Annotations:
     @property
     def file_groups(self) -> tuple[str, ...] | None:
         """K letters "r", "c", "f" that the file itself gives, or None."""
-        groups = tuple(category.get("frequency") for category in self.categories)
+        groups: tuple[Any, ...] = tuple(c.get("frequency") for c in self.categories)
         return groups if all(group in tuple(GROUPS) for group in groups) else None
 
     @property

@@ -4,8 +4,6 @@ Shapes: K classes.
 """
 
 import functools
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from d2_balance.utils.files import atomic_path, read_json
+from d2_balance.utils.files import check_new, read_json, write_json
 
 from .annotations import read_annotations
 from .catalog.register import registered_file, resolve_path
@@ -96,7 +94,7 @@ class ClassCounts:
 
     @property
     def frequency(self) -> Tensor:
-        """(K,) float64 in [0, 1]: share of the images that show the class."""
+        """(K,) float64 in [0, 1]: fraction of the images that show the class."""
         return self.image_count.double() / self.num_images
 
     def group(self, cuts: tuple[int, int] | None = None) -> list[str]:
@@ -170,7 +168,8 @@ class ClassCounts:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         files = [registered_file(name) for name in names]
         if all(files):
-            statistics = _count_files(files, filter_empty, cfg.MODEL.MASK_ON)
+            paths = [file for file in files if file]
+            statistics = _count_files(paths, filter_empty, cfg.MODEL.MASK_ON)
             for name in names:
                 check_class_count(cfg, name, statistics.num_classes)
             return statistics
@@ -186,8 +185,7 @@ class ClassCounts:
         Raises:
             FileExistsError: if ``path`` exists and ``overwrite`` is False.
         """
-        if os.path.exists(path) and not overwrite:
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        check_new([path], overwrite)
         columns = {
             "name": self.class_names,
             "image_count": self.image_count.tolist(),
@@ -197,8 +195,7 @@ class ClassCounts:
             columns["frequency"] = self.file_groups
         rows = zip(*columns.values(), strict=True)
         classes = [dict(zip(columns, row, strict=True)) for row in rows]
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"num_images": self.num_images, "classes": classes}, file, indent=1)
+        write_json(path, {"num_images": self.num_images, "classes": classes}, indent=1)
 
     @classmethod
     def load(cls, path: str) -> "ClassCounts":

@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from d2_balance.utils.files import atomic_path, read_bytes
+from d2_balance.utils.files import read_bytes, write_text
+from d2_balance.utils.names import listed
 
 from .columns import category_name
 
@@ -53,7 +54,7 @@ class ClassMap:
         """What matched and what did not, as text."""
         lines = [
             f"{len(self.matched)} classes of {self.source} are classes of {self.target}: "
-            + _some([a if a == b else f"{a} -> {b}" for a, b in self.matched])
+            + listed([a if a == b else f"{a} -> {b}" for a, b in self.matched], _SHOWN)
         ]
         for names, text in (
             (self.left_out, f"left out of {self.source} by null"),
@@ -61,7 +62,7 @@ class ClassMap:
             (self.uncovered, f"of {self.target} that {self.source} does not have"),
         ):
             if names:
-                lines.append(f"{len(names)} {text}: {_some(names)}")
+                lines.append(f"{len(names)} {text}: {listed(names, _SHOWN)}")
         return "\n".join(lines)
 
 
@@ -120,13 +121,13 @@ def resolve_class_map(
                 ids[category["id"]] = found
     else:
         for text, other in entries.items():
-            category = _look_up(text, source_ids, f"{path}: {text!r}", names[0])
-            if category in ids or category in left_out:
+            own = _look_up(text, source_ids, f"{path}: {text!r}", names[0])
+            if own in ids or own in left_out:
                 raise ValueError(f"{path}: {text!r} names a class of {names[0]} a second time")
             if other is None:
-                left_out.add(category)
+                left_out.add(own)
             else:
-                ids[category] = _look_up(other, target_ids, f"{path}: {text!r}", names[1])
+                ids[own] = _look_up(other, target_ids, f"{path}: {text!r}", names[1])
     name = {c["id"]: category_name(c) for c in source}
     target_name = {c["id"]: category_name(c) for c in target}
     covered = set(ids.values())
@@ -165,8 +166,7 @@ def write_class_map(
     found = resolve_class_map(None, source, target)
     names = {c["id"]: category_name(c) for c in target}
     lines = {category_name(c): names.get(found.ids.get(c["id"])) for c in source}
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(lines, file, allow_unicode=True, sort_keys=False)
+    write_text(path, yaml.safe_dump(lines, allow_unicode=True, sort_keys=False))
     return found
 
 
@@ -208,11 +208,6 @@ def _look_up(text: str, known: Mapping[str, set[int]], where: str, side: str) ->
     similar = get_close_matches(text, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     raise ValueError(f"{where}: {side} has no class {text!r}; {hint or 'names and synsets count'}")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 class _UniqueLoader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ import numpy as np
 
 from d2_balance.utils.arrays import unique
 from d2_balance.utils.files import parse_json
+from d2_balance.utils.names import listed
 
 from .checks.annotations import POLYGONS, box_problems, mask_problems
 
@@ -30,7 +31,6 @@ TOP_LEVEL_KEYS = ("images", "annotations", "categories")
 IMAGE_LABEL_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
 _LVIS_MARKS = re.compile(rb'"neg_category_ids"\s*:\s*\[|"frequency"\s*:\s*"[rcf]"')
 _CHUNK = 1 << 15  # annotations that are objects at a time
-_SHOWN = 5
 _INT64 = range(-(1 << 63), 1 << 63)
 # What tools write for a flag, by the value that it has.
 _FLAGS: dict[Hashable, bool] = {
@@ -124,7 +124,7 @@ def has_lvis_marks(content: Any) -> bool:
     return _LVIS_MARKS.search(content) is not None
 
 
-def category_name(category: Mapping[str, Any]) -> str:
+def category_name(category: Mapping[str, Any]) -> Any:
     """The name of a category; LVIS files of old call it only by its first synonym."""
     return category.get("name") or next(iter(category.get("synonyms") or ()), None)
 
@@ -415,12 +415,14 @@ def _annotation_columns(
         length = np.fromiter(map(len, kept), np.int64, len(kept))
         for name, column in zip(more, (what, problem, trimmed, length), strict=True):
             more[name].append(column)
-    references.finish(_check_ids(ids, "annotations", path))
+    _check_ids(ids, "annotations", path)
+    references.finish()
     if not ids:
         empty = _chunk_columns([], image_index, categories.index, path)
         none = np.zeros(0, np.uint8), np.zeros(0, np.int8), np.zeros(0, bool), np.zeros(0, np.int64)
         columns = {name: [column] for name, column in empty.items()}
-        more = {name: [column] for name, column in zip(more, none, strict=True)}
+        for name, nothing in zip(more, none, strict=True):
+            more[name] = [nothing]
     result: dict[str, Any] = {n: np.concatenate(c) for n, c in (columns | more).items()}
     length = result.pop("length")
     result["mask_offsets"] = np.concatenate([[0], length.cumsum()])
@@ -581,8 +583,8 @@ class _References:
             ids.update(dict.fromkeys(sorted(unknown, key=str)))
             where += [a.id for a, v in zip(records, values, strict=True) if v in unknown]
 
-    def finish(self, _: None) -> None:
-        """Raise where something was unknown; ids were found to be unique before."""
+    def finish(self) -> None:
+        """Raise where something was unknown."""
         for key, (table, ids, where) in self.wrong.items():
             raise ValueError(
                 f"{self._path}: {key!r} {_some(ids)} of {len(where)} annotation(s) (ids "
@@ -653,9 +655,7 @@ def _short(value: Any) -> str:
 
 
 def _some(values: Iterable[Any]) -> str:
-    values = list(values)
-    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-    return ", ".join(map(_short, values[:_SHOWN])) + more
+    return listed([_short(value) for value in values])
 
 
 def _listed(keys: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def region_files(cfg: CfgNode) -> list[RegionFile]:
         name, json_file, class_map = (*entry, "")[:3]
         if name not in cfg.DATASETS.TRAIN:
             raise ValueError(
-                f"{key}: {name!r} is not a training set; allowed: {', '.join(cfg.DATASETS.TRAIN)}"
+                f"{key}: {name!r} is not a training set; must be one of "
+                f"{', '.join(cfg.DATASETS.TRAIN)}"
             )
         json_file = resolve_path(json_file, PathManager.isfile, f"{key}: the annotation file")
         if class_map:
@@ -127,17 +129,13 @@ def add_regions(records: Sequence[dict[str, Any]], regions: RegionFile) -> Seque
         f"{kept} ignore regions from {regions.json_file} on {len(found)} of {len(records)} images "
         f"of {regions.dataset}; {matched} boxes are objects there and no regions."
     )
-    return changed(records, _WithRegions(found))
+    return changed(records, partial(_with_regions, found))
 
 
-@dataclass(frozen=True)
-class _WithRegions:
-    """Adds the regions of a record by its index."""
-
-    regions: dict[int, np.ndarray]
-
-    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        return record | {FIELD: self.regions[index]} if index in self.regions else record
+def _with_regions(
+    regions: Mapping[int, np.ndarray], index: int, record: dict[str, Any]
+) -> dict[str, Any]:
+    return record | {FIELD: regions[index]} if index in regions else record
 
 
 class _Boxes:

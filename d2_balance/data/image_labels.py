@@ -120,7 +120,7 @@ class ImageLabels:
     def _resolved_map(self) -> dict[int, int] | None:
         if self._id_map is _UNRESOLVED:
             maps = {name: id_map(name) for name in self.dataset_names}
-            first = next(iter(maps), None)
+            first = next(iter(maps), "")
             for name, mapping in maps.items():
                 if mapping != maps[first]:
                     raise ValueError(

@@ -10,7 +10,6 @@ Shapes: K classes.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import Tensor, nn
 
-from d2_balance.utils.files import atomic_path, read_json
+from d2_balance.utils.files import read_json, write_json
 
 from .checks.classes import configured_num_classes
 from .class_counts import FROM_CHECKPOINT, ClassCounts
@@ -126,8 +125,7 @@ class ModelClasses:
 
     def save(self, path: str) -> None:
         """Write the file; it is whole or not there."""
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, ensure_ascii=False, indent=1)
+        write_json(path, self.as_dict(), indent=1)
 
     @property
     def counts(self) -> ClassCounts | None:
@@ -303,7 +301,9 @@ def fill_metadata(cfg: CfgNode) -> None:
         if name not in DatasetCatalog and MetadataCatalog.get(name).get("thing_classes") is None
     ]
     classes = ModelClasses.of_weights(cfg.MODEL.WEIGHTS) if unknown else None
-    for name in unknown if classes is not None else ():
+    if classes is None:
+        return
+    for name in unknown:
         MetadataCatalog.get(name).set(
             thing_classes=list(classes.names),
             thing_dataset_id_to_contiguous_id={

@@ -1,13 +1,13 @@
 """What the scripts `datasets/prepare_*.py` share: class counts, and files that are whole."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2_balance.utils.files import atomic_path, check_new, parse_json, read_bytes, read_json
+from d2_balance.utils.files import check_new, parse_json, read_bytes, read_json, write_json
+from d2_balance.utils.names import listed
 
 from .columns import category_name, check_structure
 from .groups import LVIS_CUTS, groups_from_counts
@@ -65,13 +65,9 @@ def counts_of_training(
                 "prepare the training set first"
             )
     fields = ("image_count", "instance_count", "frequency")
-    return [c | {f: given[c["id"]][f] for f in fields if f in given[c["id"]]} for c in categories]
-
-
-def write_annotations(data: Mapping[str, Any], path: str) -> None:
-    """Write an annotation file, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file, allow_nan=False)
+    return [
+        {**c, **{f: given[c["id"]][f] for f in fields if f in given[c["id"]]}} for c in categories
+    ]
 
 
 def read_ids(path: str) -> list[int | str]:
@@ -106,7 +102,7 @@ def cut_images(path: str, ids: Sequence[int | str], output: str, overwrite: bool
     wanted = set(ids)
     lacking = wanted - {image["id"] for image in data["images"]}
     if lacking:
-        shown = ", ".join(map(str, sorted(lacking, key=str)[:5]))
+        shown = listed(sorted(lacking, key=str))
         raise ValueError(
             f"{path}: {len(lacking)} of {len(wanted)} ids are no images of it: {shown}"
         )
@@ -114,7 +110,7 @@ def cut_images(path: str, ids: Sequence[int | str], output: str, overwrite: bool
         "images": [image for image in data["images"] if image["id"] in wanted],
         "annotations": [a for a in data["annotations"] if a["image_id"] in wanted],
     }
-    write_annotations(data | kept, output)
+    write_json(output, {**data, **kept})
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -6,15 +6,19 @@ kept.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 from urllib.parse import unquote
 
 import numpy as np
+
+from d2_balance.utils.names import listed
 
 from .annotations import Annotations, Counts, count_classes, read_annotations
 from .checks.annotations import MASK_PROBLEMS, NO_MASK, POLYGONS, RLE, clip_boxes, remember
@@ -23,9 +27,8 @@ from .columns import IMAGE_LABEL_KEYS, category_name
 BAD_MASK = "bad_mask"
 """Key of an annotation with a sound box: what is wrong with its mask, which it has no more."""
 
-_SHOWN = 5
-
 logger = logging.getLogger(__name__)
+_COLUMNS = ("category", "crowd", "mask", "bad_mask")  # of objects, besides their record
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +58,21 @@ class Objects:
 
     def choose(self, chosen: np.ndarray, category: np.ndarray | None = None) -> Objects:
         """Some of the objects, (M,) bool; `category` replaces the classes of all."""
-        category = self.category if category is None else category
-        columns = (self.image, category, self.crowd, self.mask, self.bad_mask)
-        return Objects(
-            *(column[chosen] for column in columns), self.size, self.labelled, self.images
-        )
+        found = self if category is None else dataclasses.replace(self, category=category)
+        columns = {name: getattr(found, name)[chosen] for name in ("image", *_COLUMNS)}
+        return dataclasses.replace(self, **columns)
 
     def of_records(self, records: np.ndarray) -> Objects:
         """The objects of some records, (n,) ascending indices."""
         place = np.full(self.images, -1)
         place[records] = np.arange(len(records))
         chosen = place[self.image] >= 0
-        columns = (self.category, self.crowd, self.mask, self.bad_mask)
-        return Objects(
-            place[self.image[chosen]],
-            *(column[chosen] for column in columns),
-            None if self.size is None else self.size[records],
-            self.labelled[records],
-            len(records),
+        return dataclasses.replace(
+            self.choose(chosen),
+            image=place[self.image[chosen]],
+            size=None if self.size is None else self.size[records],
+            labelled=self.labelled[records],
+            images=len(records),
         )
 
     def counts(self, num_classes: int) -> Counts:
@@ -127,25 +127,24 @@ class Records(Sequence[dict[str, Any]]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def changed(
-    records: Sequence[dict[str, Any]], change: Callable[[int, dict[str, Any]], dict[str, Any]]
-) -> Sequence[dict[str, Any]]:
-    """Records with fields that `change` adds to each by its index; `Records` stay lazy.
+Change = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""From the index of a record and the record to a new one."""
 
-    The objects stay as they are.
-    """
+
+def changed(records: Sequence[dict[str, Any]], change: Change) -> Sequence[dict[str, Any]]:
+    """Records with fields that `change` adds to each; the objects stay as they are."""
     if isinstance(records, Records):
-        return Records(_Changed(records, change), records.objects)
+        return lazily(records, change, records.objects)
     return [change(index, record) for index, record in enumerate(records)]
 
 
-@dataclass(frozen=True)
-class _Changed:
-    records: Records
-    change: Callable[[int, dict[str, Any]], dict[str, Any]]
+def lazily(records: Sequence[dict[str, Any]], change: Change, objects: Objects) -> Records:
+    """Records that are changed when they are asked for, and have other `objects` then."""
+    return Records(partial(_changed, records, change), objects)
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        return self.change(index, self.records[index])
+
+def _changed(records: Sequence[dict[str, Any]], change: Change, index: int) -> dict[str, Any]:
+    return change(index, records[index])
 
 
 def objects_of(records: Sequence[Mapping[str, Any]]) -> Objects:
@@ -180,10 +179,9 @@ def without_bad_masks(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, A
     objects = objects_of(records)
     if not objects.bad_mask.any():
         return records
-    found = changed(records, _drop_bad_masks)
-    if isinstance(found, Records):
-        found.objects = objects.choose(~objects.bad_mask)
-    return found
+    if isinstance(records, Records):
+        return lazily(records, _drop_bad_masks, objects.choose(~objects.bad_mask))
+    return changed(records, _drop_bad_masks)
 
 
 def _drop_bad_masks(_: int, record: dict[str, Any]) -> dict[str, Any]:
@@ -193,17 +191,12 @@ def _drop_bad_masks(_: int, record: dict[str, Any]) -> dict[str, Any]:
 def subset(records: Sequence[dict[str, Any]], chosen: np.ndarray) -> Sequence[dict[str, Any]]:
     """Some of the records, (n,) ascending indices; `Records` stay lazy."""
     if isinstance(records, Records):
-        return Records(_Chosen(records, chosen), records.objects.of_records(chosen))
+        return Records(partial(_chosen, records, chosen), records.objects.of_records(chosen))
     return [records[i] for i in chosen.tolist()]
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    records: Records
-    chosen: np.ndarray
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        return self.records[int(self.chosen[index])]
+def _chosen(records: Records, chosen: np.ndarray, index: int) -> dict[str, Any]:
+    return records[int(chosen[index])]
 
 
 def join(parts: Sequence[Sequence[dict[str, Any]]]) -> Sequence[dict[str, Any]]:
@@ -214,29 +207,24 @@ def join(parts: Sequence[Sequence[dict[str, Any]]]) -> Sequence[dict[str, Any]]:
         return [record for part in parts for record in part]
     found = [objects_of(part) for part in parts]
     start = np.concatenate([[0], np.cumsum([o.images for o in found])])
-    columns = [
-        np.concatenate([getattr(o, name) for o in found])
-        for name in ("category", "crowd", "mask", "bad_mask")
-    ]
-    sizes = [o.size for o in found]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(o, name) for o in found]) for name in (*_COLUMNS, "labelled")
+    }
+    sizes = [o.size for o in found if o.size is not None]
     objects = Objects(
-        np.concatenate([o.image + s for o, s in zip(found, start, strict=False)]),
-        *columns,
-        None if any(s is None for s in sizes) else np.concatenate(sizes),  # type: ignore[arg-type]
-        np.concatenate([o.labelled for o in found]),
-        int(start[-1]),
+        image=np.concatenate([o.image + s for o, s in zip(found, start, strict=False)]),
+        size=np.concatenate(sizes) if len(sizes) == len(found) else None,
+        images=int(start[-1]),
+        **columns,
     )
-    return Records(_Joined(parts, start), objects)
+    return Records(partial(_of_parts, parts, start), objects)
 
 
-@dataclass(frozen=True)
-class _Joined:
-    parts: Sequence[Sequence[dict[str, Any]]]
-    start: np.ndarray
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        part = int(np.searchsorted(self.start, index, side="right")) - 1
-        return self.parts[part][index - int(self.start[part])]
+def _of_parts(
+    parts: Sequence[Sequence[dict[str, Any]]], start: np.ndarray, index: int
+) -> dict[str, Any]:
+    part = int(np.searchsorted(start, index, side="right")) - 1
+    return parts[part][index - int(start[part])]
 
 
 def load_json(json_file: str, image_root: str, name: str | None = None) -> Records:
@@ -407,10 +395,9 @@ def find_images(annotations: Annotations, image_root: str) -> list[str]:
     found = ImageFinder(image_root).find_all(places)
     missing = [own[0] for own, path in zip(places, found, strict=True) if path is None]
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ValueError(
             f"{annotations.path}: {len(missing)} of {len(annotations.image_id)} images are missing "
-            f"below {image_root}: {shown}; the image directory must hold every file_name (or the "
+            f"below {image_root}: {listed(missing)}; the image directory must hold every file_name (or the "
             "last one or two parts of coco_url)"
         )
     return [path for path in found if path is not None]

@@ -1,7 +1,7 @@
 """Run lengths of masks in COCO's RLE, read without pycocotools.
 
 pycocotools reads memory past the end, or never returns, where the runs of a mask do not fill its
-image, so that masks are looked at before it gets them.
+image, so that masks are checked before it gets them.
 """
 
 from __future__ import annotations

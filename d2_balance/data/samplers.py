@@ -1,14 +1,15 @@
 """Samplers of training images that Detectron2 does not have.
 
 Weighted repeat-factor sampling gives image I of dataset d the factor w_d max_{c in I} r(c), with
-r(c) = max(1, sqrt(t / f_c)) of Gupta et al., LVIS, arXiv:1908.03195, appendix B.2. f_c is the share
-of images with class c among those of all sets together. (WeightedCategoryTrainingSampler, which
-Detectron2 has, counts f in each set by itself: a class that is rare in one of them counts as rare.)
+r(c) = max(1, sqrt(t / f_c)) of Gupta et al., LVIS, arXiv:1908.03195, appendix B.2. f_c is the
+fraction of images with class c among those of all sets together. (Detectron2's
+WeightedCategoryTrainingSampler counts f in each set by itself: a class that is rare in one of them
+counts as rare.)
 
-Class-aware sampling draws a class, then an image that contains it: each class is met equally
+Class-aware sampling samples a class, then an image that contains it: each class is met equally
 often, whatever its frequency. Source: Shen et al., Relay Backpropagation for Effective Learning of
-Deep Convolutional Neural Networks, arXiv:1512.05830. Here draws are independent, where
-the paper walks through shuffled lists; the expected share of each image is the same.
+Deep Convolutional Neural Networks, arXiv:1512.05830. Here samples are independent, where
+the paper walks through shuffled lists; the expected fraction of each image is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _OFTEN = 1000  # times the median factor of an image, above which a few images a
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 4096  # images drawn at once
+_CHUNK = 4096  # images sampled at once
 
 
 def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
@@ -58,15 +59,15 @@ def images_by_class(dataset_dicts: Sequence[dict[str, Any]]) -> tuple[Tensor, Te
 
 
 class ClassAwareTrainingSampler(TrainingSampler):
-    """Endless image indices: a class drawn uniformly, then one of its images, uniformly.
+    """Endless image indices: a class sampled uniformly, then one of its images, uniformly.
 
-    Only classes that occur are drawn. An image without annotation, or with crowds only, is never
-    drawn. All ranks generate the same stream, of which rank r of n takes the indices r, r + n and
+    Only classes that occur are sampled. An image without annotation, or with crowds only, is never
+    sampled. All ranks generate the same stream, of which rank r of n takes the indices r, r + n and
     so on, as with Detectron2's TrainingSampler.
 
     Args:
         dataset_dicts: Detectron2's standard dicts.
-        seed: the same on all ranks; None: one that the ranks agree on, drawn from numpy.
+        seed: the same on all ranks; None: one that the ranks agree on, from numpy.
 
     Raises:
         ValueError: there is no annotation.
@@ -83,17 +84,17 @@ class ClassAwareTrainingSampler(TrainingSampler):
         unused = len(dataset_dicts) - len(self._images.unique())
         logger.info(
             f"Class-aware sampling over {len(self._starts) - 1} classes; {unused} of "
-            f"{len(dataset_dicts)} images have no annotation and are never drawn."
+            f"{len(dataset_dicts)} images have no annotation and are never sampled."
         )
 
     def _infinite_indices(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed)
         counts = self._starts.diff()  # (C,)
         for _ in itertools.count():
-            drawn = torch.randint(len(counts), (_CHUNK,), generator=generator)
+            chosen = torch.randint(len(counts), (_CHUNK,), generator=generator)
             # in float64, where u < 1 keeps u * count below count after rounding
             u = torch.rand(_CHUNK, generator=generator, dtype=torch.float64)
-            place = self._starts[drawn] + (u * counts[drawn]).long()
+            place = self._starts[chosen] + (u * counts[chosen]).long()
             yield from self._images[place].tolist()
 
 

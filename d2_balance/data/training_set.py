@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def training_records(cfg: CfgNode) -> Sequence[dict[str, Any]] | None:
         for region in regions:
             if region.dataset == name:
                 records = add_regions(records, region)
-        parts.append(changed(records, _Named(name)))
+        parts.append(changed(records, partial(_named, name)))
     joined = join(parts)
     if isinstance(joined, Records):
         joined.sources = [
@@ -73,11 +73,13 @@ def sources(records: Sequence[dict[str, Any]]) -> Sequence[str]:
     return [record[SOURCE] for record in records]
 
 
-def _trained(cfg: CfgNode, records: Records, name: str) -> Sequence[dict[str, Any]]:
+def _trained(
+    cfg: CfgNode, records: Sequence[dict[str, Any]], name: str
+) -> Sequence[dict[str, Any]]:
     """The records that Detectron2's loader keeps, with its table of classes."""
     if cfg.MODEL.MASK_ON and not is_external(name):
         records = without_bad_masks(records)
-    objects = records.objects
+    objects = objects_of(records)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         kept = np.flatnonzero(objects.with_objects())
         logger.info(f"Removed {len(records) - len(kept)} images with no usable annotations.")
@@ -93,11 +95,5 @@ def _trained(cfg: CfgNode, records: Records, name: str) -> Sequence[dict[str, An
     return records
 
 
-@dataclass(frozen=True)
-class _Named:
-    """Adds the name of the dataset to a record."""
-
-    name: str
-
-    def __call__(self, _: int, record: dict[str, Any]) -> dict[str, Any]:
-        return record | {SOURCE: self.name}
+def _named(name: str, _: int, record: dict[str, Any]) -> dict[str, Any]:
+    return record | {SOURCE: name}

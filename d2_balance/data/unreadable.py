@@ -12,6 +12,8 @@ import torch
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
+from d2_balance.utils.names import listed
+
 SKIPPED = "skipped_images"
 """Key of a record: images that it stands for, and what was wrong with each."""
 
@@ -39,9 +41,7 @@ def image_name(record: dict[str, Any]) -> str:
 
 def listed_images(images: dict[str, str], shown: int = _SHOWN) -> str:
     """Return names and reasons for a message, the first ones and how many more there are."""
-    texts = [f"{name} ({reason})" for name, reason in images.items()]
-    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return ", ".join(texts[:shown]) + more
+    return listed([f"{name} ({reason})" for name, reason in images.items()], shown)
 
 
 class SkipUnreadable:

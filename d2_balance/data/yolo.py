@@ -12,13 +12,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
-from d2_balance.utils.files import check_new
+from d2_balance.utils.files import check_new, read_yaml, write_json
 from d2_balance.utils.progress import progress
 
 from .checks.images import image_size
-from .preparing import write_annotations
 
 SPLITS = ("train", "val", "test")
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -53,7 +50,8 @@ def convert_yolo(data_yaml: str, output: str, overwrite: bool = False) -> dict[s
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
     points = "kpt_shape" in content  # a pose: the box, and then its points
     for split, path in paths.items():
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         files = list(_images(content[split], root, f"{data_yaml}: {split}"))
         for n, file in enumerate(progress(files, f"reading {split}"), start=1):
             height, width = image_size(file)
@@ -64,7 +62,7 @@ def convert_yolo(data_yaml: str, output: str, overwrite: bool = False) -> dict[s
                 number = {"id": len(annotations) + 1, "image_id": n}
                 annotations.append(number | _annotation(label, width, height))
         data = {"images": images, "annotations": annotations, "categories": categories}
-        write_annotations(data, path)
+        write_json(path, data)
     return paths
 
 
@@ -76,11 +74,7 @@ def image_root(data_yaml: str) -> str:
 
 
 def _read(data_yaml: str) -> dict[str, Any]:
-    try:
-        with open(data_yaml, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{data_yaml}: cannot be read: {error}") from error
+    content = read_yaml(data_yaml)
     if not isinstance(content, dict):
         raise ValueError(f"{data_yaml}: must be a mapping with 'names', 'train' and 'val'")
     return content

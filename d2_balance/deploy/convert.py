@@ -39,7 +39,7 @@ from d2_balance.utils.files import atomic_path
 MMDET, EQL, BAGS = SOURCES = ("mmdet", "eql", "bags")
 STYLES = ("pytorch", "caffe")
 
-_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _SIZES, _RATIOS = 3, 3  # of RetinaNet's anchors
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
 
@@ -318,13 +318,14 @@ def from_eql(state: State, counts: ClassCounts | None = None) -> Converted:
     return Converted(model, f"{base}_rcnn_R_50_FPN_1x.yaml", overrides, notes)
 
 
-_Rule = tuple[re.Pattern, str | Callable[[re.Match], str]]
+_Name = str | Callable[[re.Match], str]
+_Rule = tuple[re.Pattern, _Name]
 
 
 def _mmdet_names(dense: bool) -> list[_Rule]:
     """Patterns of mmdet's names (without `roi_head.`), and Detectron2's names."""
     level = 3 if dense else 2  # of the first lateral convolution
-    shared: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    shared: list[tuple[str, _Name]] = [
         (r"backbone\.conv1\.(.+)", r"backbone.bottom_up.stem.conv1.\1"),
         (r"backbone\.bn1\.(.+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
         (
@@ -348,7 +349,7 @@ def _mmdet_names(dense: bool) -> list[_Rule]:
             ),
         ),
     ]
-    two_stage = [
+    two_stage: list[tuple[str, _Name]] = [
         (r"rpn_head\.rpn_conv\.(.+)", r"proposal_generator.rpn_head.conv.\1"),
         (r"rpn_head\.rpn_cls\.(.+)", r"proposal_generator.rpn_head.objectness_logits.\1"),
         (r"rpn_head\.rpn_reg\.(.+)", r"proposal_generator.rpn_head.anchor_deltas.\1"),
@@ -365,7 +366,7 @@ def _mmdet_names(dense: bool) -> list[_Rule]:
         (r"mask_head\.upsample\.(.+)", r"roi_heads.mask_head.deconv.\1"),
         (r"mask_head\.conv_logits\.(.+)", r"roi_heads.mask_head.predictor.\1"),
     ]
-    one_stage = [
+    one_stage: list[tuple[str, _Name]] = [
         # a ReLU follows each convolution in Detectron2's list
         (
             r"bbox_head\.cls_convs\.(\d)\.conv\.(.+)",
@@ -416,7 +417,7 @@ def _backbone_settings(state: State, style: str) -> list[Any]:
     if convolution is None:
         raise ValueError("backbone.layer1.0.conv2.weight is missing; the backbone must be a ResNet")
     per_group = convolution.shape[1]
-    keys = {
+    keys: dict[str, Any] = {
         "MODEL.RESNETS.DEPTH": _depth(state, "backbone.layer{}.", range(1, 5)),
         "MODEL.RESNETS.NUM_GROUPS": convolution.shape[0] // per_group,
         "MODEL.RESNETS.WIDTH_PER_GROUP": per_group,

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from d2_balance.data.model_classes import class_thresholds
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, write_json
 
 from .predictor import Predictor
 
@@ -114,9 +113,7 @@ def export(
         _WRITERS[model_format](predictor, inputs[0], temporary)
         difference = compare(_eager(predictor), run_exported(temporary, model_format), inputs)
         _check(difference, model_format)
-        with atomic_path(labels) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
-            content = _labels(predictor, model_format, difference)
-            json.dump(content, file, ensure_ascii=False, indent=1)
+        write_json(labels, _labels(predictor, model_format, difference), indent=1)
     return difference
 
 
@@ -310,6 +307,10 @@ def _one_threshold(predictor: Predictor) -> Iterator[Tensor]:
 
 class _Scripted(nn.Module):
     """Base of what is scripted: the model, and thresholds that it may not apply itself."""
+
+    if TYPE_CHECKING:  # TorchScript reads annotations of attributes
+        model: Any
+        thresholds: Tensor
 
     def __init__(self, model: nn.Module, thresholds: Tensor) -> None:
         super().__init__()

@@ -364,7 +364,7 @@ class _Work:
         drawn = None
         if job.target or (job.target == "" and not isinstance(job.image, str)):
             drawn = self._draw(job.image, detections)
-        if job.target:
+        if job.target and drawn is not None:
             os.makedirs(os.path.dirname(job.target), exist_ok=True)
             with atomic_path(job.target) as temporary:
                 Image.fromarray(drawn[:, :, ::-1]).save(temporary, format="PNG", compress_level=1)
@@ -523,7 +523,8 @@ class _Video:
         self.length = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) or None
         self._rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.waiting: dict[int, np.ndarray] = {}
-        self._target, self._writer = target, None
+        self._target = target
+        self._writer: Any = None  # of OpenCV
         self._stack = ExitStack()
 
     def __enter__(self) -> _Video:
@@ -555,10 +556,15 @@ class _Video:
             path = self._stack.enter_context(atomic_path(self._target))
             # OpenCV chooses the container by the ending
             renamed = f"{path}.mp4"
-            self._stack.callback(lambda: os.path.exists(renamed) and os.replace(renamed, path))
+            self._stack.callback(_move, renamed, path)
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(renamed, code, self._rate, (width, height))
         self._writer.write(np.ascontiguousarray(drawn[:height, :width]))
+
+
+def _move(source: str, target: str) -> None:
+    if os.path.exists(source):
+        os.replace(source, target)
 
 
 def _drawn_paths(sources: Sequence[Source], directory: str) -> dict[str, str]:

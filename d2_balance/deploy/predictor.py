@@ -192,7 +192,8 @@ class Predictor:
         """
         if paste_masks or not self._has_masks:
             return self.model(list(inputs))
-        return [{"instances": i} for i in self.model.inference(list(inputs), do_postprocess=False)]
+        model: Any = self.model
+        return [{"instances": i} for i in model.inference(list(inputs), do_postprocess=False)]
 
     def predict(
         self,
@@ -257,8 +258,9 @@ class Predictor:
             if isinstance(content, str):
                 yield Prediction(index, None, None, None, content)
                 continue
-            outputs = self.forward([inputs for _, inputs in batch], paste_masks=paste_masks)
-            for (index, inputs), output in zip(batch, outputs, strict=True):
+            kept = [(index, inputs) for index, inputs in batch if not isinstance(inputs, str)]
+            outputs = self.forward([inputs for _, inputs in kept], paste_masks=paste_masks)
+            for (index, inputs), output in zip(kept, outputs, strict=True):
                 size = (inputs["height"], inputs["width"])
                 yield Prediction(index, None, size, output["instances"].to("cpu"))
 

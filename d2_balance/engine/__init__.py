@@ -13,7 +13,7 @@ _MODULES = {
     ".hooks.beta_decay": ("BetaDecay", "decayed_beta"),
     ".hooks.loss_stats": ("LossStats",),
     ".hooks.nonfinite": ("FiniteLosses", "FiniteWeights", "NonFiniteLossError"),
-    ".hooks.seed_steps": ("SeedSteps",),
+    ".resume.random_state": ("SeedSteps",),
     ".resume.data_stream": ("TrainStream", "build_train_stream"),
     ".setup.config_file": ("find_config", "read_config"),
     ".setup.launch": ("check_launch", "start"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import math
 import os
@@ -23,11 +22,11 @@ from d2_balance.data.groups import GROUPS
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.per_class import read_per_class
 from d2_balance.evaluation.plots import plot_ap_by_count
-from d2_balance.utils.files import write_text
+from d2_balance.utils.config_tree import changed
+from d2_balance.utils.files import read_json, read_records, write_text
 from d2_balance.utils.text import count, percent, table
 
 from .hooks.loss_stats import LOSS_STATS_FILE
-from .hooks.writers import read_json
 from .loss_plots import plot_density, plot_losses
 
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -88,18 +87,10 @@ def read_metrics(path: str) -> list[dict[str, float]]:
     """Return the records of a metrics.json, by ascending iteration.
 
     A killed run has logged iterations that its resumption runs again; what was logged last counts.
-    A line that was cut off is left out.
     """
     records: dict[int, dict[str, float]] = {}
-    if not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            records.setdefault(record["iteration"], {}).update(record)
+    for record in read_records(path):
+        records.setdefault(record["iteration"], {}).update(record)
     return [records[iteration] for iteration in sorted(records)]
 
 
@@ -260,11 +251,9 @@ def _training_time(metrics: list[dict[str, float]]) -> str:
 def _data(cfg: CfgNode, eval_only: bool) -> str:
     parts = []
     if not eval_only:
-        counting = cfg.clone()
-        counting.defrost()
-        counting.MODEL.BALANCE.CLASS_COUNTS_FILE = ""  # what was trained on, not a file's counts
         try:
-            counts = ClassCounts.from_config(counting)
+            # what was trained on, not a file's counts
+            counts = ClassCounts.from_config(changed(cfg, {"MODEL.BALANCE.CLASS_COUNTS_FILE": ""}))
             parts.append(
                 f"Training: {counts.num_images:,} images, "
                 f"{int(counts.instance_count.sum()):,} annotations of {counts.num_classes:,} "
@@ -279,7 +268,7 @@ def _data(cfg: CfgNode, eval_only: bool) -> str:
             try:
                 DatasetCatalog.get(name)  # its counts came from the cache, its report does not
             except ValueError as error:
-                parts.append(f"{name}: not looked at ({error}).")
+                parts.append(f"{name}: not checked ({error}).")
         report = bad_annotations(name)
         if report:
             parts.append(f"{name}:\n\n```\n{report.describe()}\n```")
@@ -319,7 +308,7 @@ def _draw_plots(
                 plot_ap_by_count(dict(records), os.path.join(directory, file), metric, caption)
                 plots[file] = caption
     stats = os.path.join(directory, LOSS_STATS_FILE)
-    history = [] if eval_only else read_json(stats, [])
+    history = read_json(stats) if os.path.isfile(stats) and not eval_only else []
     for source, vectors in history[-1]["stats"].items() if history else ():
         if {"density", "weight"} <= vectors.keys():
             plot_density(history, source, os.path.join(directory, f"density_{source}.png"))
@@ -335,7 +324,7 @@ def _per_class(directory: str, name: str) -> dict[str, dict]:
 def _notes(directory: str, name: str) -> list[str]:
     """Return what the evaluator noted beside its figures."""
     path = os.path.join(directory, "inference", f"evaluation_{file_name_of(name)}.json")
-    return read_json(path, {}).get("notes", [])
+    return read_json(path).get("notes", []) if os.path.isfile(path) else []
 
 
 def _is_missing(value: float | None) -> bool:

@@ -29,6 +29,7 @@ from d2_balance.modeling.inert import inert_remedies
 from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
+from d2_balance.utils.config_tree import changed
 from d2_balance.utils.workers import shielded
 
 from .errors import Interrupted, StopTraining
@@ -44,12 +45,12 @@ from .hooks.nonfinite import (
     NonFiniteLossError,
     errors_without_traceback,
 )
-from .hooks.seed_steps import SeedSteps
 from .hooks.validation_loss import ValidationLoss
 from .hooks.writers import ClassAP, ClassAPWriter, log_writers
 from .replay.saved_batch import BatchSaver
 from .resume.checkpoint import BalancedCheckpointer
 from .resume.data_stream import TrainStream, build_train_stream
+from .resume.random_state import SeedSteps
 from .resume.run_state import FinishIteration, RunState
 from .setup.compiled import compile_losses
 from .setup.pretrained import load_pretrained
@@ -88,8 +89,7 @@ class BalancedTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         if cfg.SOLVER.REFERENCE_IMS_PER_BATCH:  # the commands have scaled it, other callers may not
-            cfg = cfg.clone()
-            cfg.defrost()
+            cfg = changed(cfg, {})
             scale_to_batch(cfg)
         self._tensorboard: ClassAPWriter | None = None  # in the first process
         self._image_writers: list[ImageWriter] = []  # in the first process
@@ -270,9 +270,7 @@ class BalancedTrainer(DefaultTrainer):
             )
         if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
             return super().build_optimizer(cfg, model)
-        bare = cfg.clone()
-        bare.defrost()
-        bare.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        bare = changed(cfg, {"SOLVER.CLIP_GRADIENTS.ENABLED": False})
         return clipped(super().build_optimizer(bare, model), cfg)
 
     @classmethod

@@ -59,7 +59,7 @@ class Curve:
 
 @dataclass
 class Calibration:
-    """Confidence against the share of right detections.
+    """Confidence against the fraction of right detections.
 
     Attributes:
         ece: expected calibration error in [0, 1].
@@ -106,7 +106,7 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
 
     def most_confused(self, count: int = 20) -> list[tuple[str, str, int, float]]:
-        """Object's class, detected class, how often, and its share of the objects of the class."""
+        """Object's class, detected class, how often, and as a fraction of the class."""
         matrix = self.confusion[:-1, :-1].astype(np.int64)
         objects = self.confusion[:-1].sum(axis=1)
         wrong = matrix - np.diag(np.diag(matrix))

@@ -13,9 +13,18 @@ from detectron2.data import DatasetCatalog
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from d2_balance.data.class_counts import FROM_CHECKPOINT
+from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassCounts
 from d2_balance.data.model_classes import class_counts, saved_loss_state
-from d2_balance.losses import BOX_LOSSES, CLS_LOSSES, BoxLoss, ClassificationLoss
+from d2_balance.losses import (
+    BOX_LOSSES,
+    CLS_LOSSES,
+    BoxLoss,
+    CIoULoss,
+    ClassificationLoss,
+    DIoULoss,
+    GIoULoss,
+    SmoothL1Loss,
+)
 from d2_balance.reweight import REWEIGHTERS, GuidedScale
 from d2_balance.sampling import (
     ANCHOR_SAMPLERS,
@@ -134,7 +143,7 @@ def _lookup(registry: Registry, key: str, name: str) -> Any:
     return registry.get(name)
 
 
-def one_class_losses(registry: Registry) -> Iterator[tuple[str, type]]:
+def one_class_losses(registry: Registry) -> Iterator[tuple[str, Any]]:
     """Names and classes of the losses that can train the RPN.
 
     It has one class, object, and one sigmoid column: nothing is counted per class, and there are
@@ -152,19 +161,29 @@ def _node(cfg: CfgNode, subnode: str) -> CfgNode:
 
 
 def _construct(
-    cfg: CfgNode, key: str, registry: Registry, name: str, num_classes: int, subnode: str = ""
+    cfg: CfgNode,
+    key: str,
+    registry: Registry,
+    name: str,
+    num_classes: int,
+    subnode: str = "",
+    counts: ClassCounts | None = None,
 ) -> Any:
     prefix = f"{subnode}." if subnode else ""
     cls = _lookup(registry, prefix + key, name)
     if subnode == "RPN" and registry is CLS_LOSSES:  # before it asks for what the RPN does not have
         check_pairing("the RPN", cls, BOX_LOSSES.get("SmoothL1"))
     node = _node(cfg, subnode).get(name.upper(), {})
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.name == NUM_CLASSES:
             arguments[parameter.name] = num_classes
         elif parameter.default is parameter.empty:
-            arguments[parameter.name] = loss_quantity(cfg, parameter.name, num_classes)
+            arguments[parameter.name] = (
+                loss_quantity(cfg, parameter.name, num_classes)
+                if counts is None
+                else DATA_ARGUMENTS[parameter.name](counts).double()
+            )
         else:
             arguments[parameter.name] = node[argument_key(parameter.name)]
     try:
@@ -173,34 +192,32 @@ def _construct(
         raise ValueError(f"MODEL.BALANCE.{prefix}{name.upper()}: {error}") from error
 
 
-def build_cls_loss(cfg: CfgNode, num_classes: int, subnode: str = "") -> ClassificationLoss | None:
+def build_cls_loss(
+    cfg: CfgNode, num_classes: int, subnode: str = "", counts: ClassCounts | None = None
+) -> ClassificationLoss | None:
     """The loss that MODEL.BALANCE.CLS_LOSS names, or None if it is empty (stock loss).
 
     Args:
         cfg: full config.
         num_classes: K.
         subnode: "RPN" for the loss of MODEL.BALANCE.RPN.
+        counts: of the training set; None takes those of the config, see `loss_quantity`.
 
     Raises:
         ValueError: the name is unknown, an argument out of range, or the loss does not fit the
             head; the message names the key.
     """
     name = _node(cfg, subnode).CLS_LOSS
-    return _construct(cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes, subnode) if name else None
+    if not name:
+        return None
+    loss: ClassificationLoss = _construct(
+        cfg, "CLS_LOSS", CLS_LOSSES, name, num_classes, subnode, counts
+    )
+    return loss
 
 
 def build_box_loss(cfg: CfgNode, num_classes: int, subnode: str = "") -> BoxLoss | None:
-    """The loss that MODEL.BALANCE.BOX_LOSS names, or None if it is empty (stock loss).
-
-    Args:
-        cfg: full config.
-        num_classes: K.
-        subnode: "RPN" for the loss of MODEL.BALANCE.RPN.
-
-    Raises:
-        ValueError: the name is unknown, an argument out of range, or the loss does not fit the
-            head; the message names the key.
-    """
+    """As `build_cls_loss`, for MODEL.BALANCE.BOX_LOSS."""
     name = _node(cfg, subnode).BOX_LOSS
     return _construct(cfg, "BOX_LOSS", BOX_LOSSES, name, num_classes, subnode) if name else None
 
@@ -244,7 +261,10 @@ def build_proposal_sampler(
     if not name:
         return None
     check_proposal_sampler(head, _lookup(PROPOSAL_SAMPLERS, "PROPOSAL_SAMPLER", name))
-    return _construct(cfg, "PROPOSAL_SAMPLER", PROPOSAL_SAMPLERS, name, num_classes)
+    sampler: ProposalSampler = _construct(
+        cfg, "PROPOSAL_SAMPLER", PROPOSAL_SAMPLERS, name, num_classes
+    )
+    return sampler
 
 
 def build_anchor_sampler(cfg: CfgNode, num_classes: int, subnode: str = "") -> AnchorSampler | None:
@@ -307,7 +327,7 @@ def normalized_masks(cfg: CfgNode) -> bool:
     Raises:
         ValueError: the value is unknown, or there are no masks.
     """
-    name = cfg.MODEL.BALANCE.MASK_PREDICTOR
+    name: str = cfg.MODEL.BALANCE.MASK_PREDICTOR
     _one_of("MODEL.BALANCE.MASK_PREDICTOR", name, ("conv", "normalized"))
     if name == "normalized" and not cfg.MODEL.MASK_ON:
         raise ValueError("MODEL.BALANCE.MASK_PREDICTOR 'normalized' needs MODEL.MASK_ON True.")
@@ -440,11 +460,11 @@ def stock_box_loss(loss_type: str, beta: float) -> BoxLoss:
         ValueError: no loss of ours stands for `loss_type`.
     """
     if loss_type == "smooth_l1":
-        return BOX_LOSSES.get("SmoothL1")(beta=beta)
-    names = {"giou": "GIoU", "diou": "DIoU", "ciou": "CIoU"}
-    if names.get(loss_type) not in BOX_LOSSES:
-        allowed = ["smooth_l1", *(k for k, v in names.items() if v in BOX_LOSSES)]
+        return SmoothL1Loss(beta=beta)
+    losses = {"giou": GIoULoss, "diou": DIoULoss, "ciou": CIoULoss}
+    if loss_type not in losses:
         raise ValueError(
-            f"BBOX_REG_LOSS_TYPE {loss_type!r} is unknown; must be one of {', '.join(allowed)}."
+            f"BBOX_REG_LOSS_TYPE {loss_type!r} is unknown; must be one of smooth_l1, "
+            f"{', '.join(losses)}."
         )
-    return BOX_LOSSES.get(names[loss_type])()
+    return losses[loss_type]()

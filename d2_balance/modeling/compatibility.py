@@ -42,7 +42,7 @@ class Head:
         return "MODEL.BALANCE" if self.classes else "MODEL.BALANCE.RPN"
 
     @property
-    def cls_losses(self) -> list[type]:
+    def cls_losses(self) -> list[Any]:
         """Losses that fit its columns and classes."""
         return [
             cls
@@ -268,7 +268,7 @@ def _has_class_logits(loss: Any) -> bool:
 
 
 def _is_plain_softmax(loss: Any) -> bool:
-    return loss.activation == "softmax" and has_plain_scores(loss)
+    return bool(loss.activation == "softmax" and has_plain_scores(loss))
 
 
 RULES: tuple[Callable[[Parts], str | None], ...] = (
@@ -288,12 +288,12 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
 
 def has_plain_scores(loss: Any) -> bool:
     """Whether scores are a plain sigmoid or softmax of the logits."""
-    return _class(loss).num_outputs is ClassificationLoss.num_outputs
+    return bool(_class(loss).num_outputs is ClassificationLoss.num_outputs)
 
 
 def has_class_columns_only(loss: Any) -> bool:
     """Whether a loss takes K columns of logits, as a dense head gives them."""
-    return loss.activation == "sigmoid" and has_plain_scores(loss)
+    return bool(loss.activation == "sigmoid" and has_plain_scores(loss))
 
 
 def needs_class_quantities(loss: Any) -> bool:
@@ -301,7 +301,7 @@ def needs_class_quantities(loss: Any) -> bool:
     return any(name in inspect.signature(_class(loss)).parameters for name in CLASS_QUANTITIES)
 
 
-def _class(part: Any) -> type:
+def _class(part: Any) -> Any:
     return part if isinstance(part, type) else type(part)
 
 
@@ -311,10 +311,10 @@ def _key(part: Any) -> str:
 
 
 def _name(part: Any) -> str:
-    return _class(part).name
+    return str(_class(part).name)
 
 
-def _names(classes: Iterable[type]) -> str:
+def _names(classes: Iterable[Any]) -> str:
     return ", ".join(sorted(cls.name for cls in classes)) + "."
 
 

@@ -12,7 +12,7 @@ and the average then equals one process on the joined batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,8 @@ class Normalizer(nn.Module):
 class SampleNormalizer(Normalizer):
     """Number of samples R: Fast R-CNN's denominator (see Detectron2's `box_reg_loss` for why)."""
 
+    samples: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("samples", torch.ones((), dtype=torch.float64), persistent=False)
@@ -94,6 +96,8 @@ class PositiveEMA(Normalizer):
         momentum: fraction of the old value, in [0, 1).
     """
 
+    loss_normalizer: Tensor
+
     def __init__(self, initial: float = 100.0, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
@@ -126,7 +130,7 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
             head.watcher = None
 
 
-def box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
+def box_inputs(samples: Samples, loss: BoxLoss) -> tuple[Any, ...]:
     """Predictions and targets of the positives in the space of the loss, both (P, 4).
 
     A loss that works level by level also gets the positives' levels (P,) and how many there are.
@@ -138,6 +142,7 @@ def box_inputs(samples: Samples, loss: BoxLoss) -> tuple:
 
 
 def _pred_and_target(samples: Samples, loss: BoxLoss) -> tuple[Tensor, Tensor]:
+    assert samples.pred_deltas is not None and samples.gt_boxes is not None
     if loss.space == "boxes":
         return samples.pred_boxes, samples.gt_boxes.to(samples.pred_boxes.dtype)
     pred, target = samples.pred_deltas, samples.target_deltas.to(samples.pred_deltas.dtype)
@@ -175,7 +180,7 @@ def detection_losses(
     samples: Samples,
     cls_loss: ClassificationLoss,
     box_loss: BoxLoss,
-    reweighters: Sequence[Reweighter],
+    reweighters: Iterable[Reweighter],
     normalizer: Normalizer,
     *,
     cls_weight: float = 1.0,
@@ -204,62 +209,85 @@ def detection_losses(
     """
     # autocast would bring matrix products inside of a loss back to half precision
     with torch.autocast(samples.logits.device.type, enabled=False):
-        return _detection_losses(
-            samples.upcast(),
-            cls_loss,
-            box_loss,
-            reweighters,
-            normalizer,
-            cls_weight=cls_weight,
-            box_weight=box_weight,
-            guided=guided,
-            anchor_sampler=anchor_sampler,
+        samples = samples.upcast()
+        boxes = box_inputs(samples, box_loss)
+        if normalizer.training:
+            cls_sums, intermediate = cls_loss.batch_statistics(samples)
+            box_sums, box_intermediate = box_loss.batch_statistics(*boxes)
+            cls_sums, box_sums, count = sum_across_ranks(
+                [cls_sums, box_sums, normalizer.count(samples)]
+            )
+            assert count is not None
+            normalizer.update(count)
+            cls = cls_loss.step(cls_sums, intermediate, samples)
+            box = box_loss.step(box_sums, box_intermediate, *boxes)
+        else:
+            intermediate = None
+            cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
+        if normalizer.watcher is not None:
+            normalizer.watcher(samples, boxes, cls, box)
+
+        cls_factor, box_factor = samples.sample_weight, None
+        if anchor_sampler is not None:
+            kept = anchor_sampler(samples, per_sample(cls.detach()))
+            cls_factor = _product(cls_factor, kept.to(cls.dtype))
+        for reweighter in reweighters:
+            on_cls, on_box = reweighter(samples, cls, box)
+            cls_factor = _product(cls_factor, on_cls)
+            box_factor = _product(box_factor, on_box)
+        denominator = normalizer.value()
+        if cls_loss.couples_boxes:
+            box = cls_loss.coupled_box_loss(samples, cls, box, intermediate)
+        else:
+            box = _total(box, box_factor, box_loss.elementwise, denominator)
+        cls = _total(cls, cls_factor, cls_loss.elementwise, denominator)
+        cls, box = cls * cls_weight, box * box_weight
+        if guided is not None:
+            cls = guided(cls, box)
+        return {"loss_cls": cls, "loss_box_reg": box}
+
+
+class LossHead:
+    """What all heads share: two losses with their weights, and the denominator.
+
+    Attributes:
+        cls_loss: classification loss.
+        box_loss: box loss.
+        reweighters: modules that weight samples.
+        cls_weight: factor of the classification loss.
+        box_weight: factor of the box loss.
+        guided: scales the classification loss to the size of the box loss; None leaves it.
+        anchor_sampler: keeps some samples by their classification loss; None keeps all.
+        normalizer: denominator of the elementwise losses.
+    """
+
+    cls_loss: ClassificationLoss
+    box_loss: BoxLoss
+    reweighters: Iterable[Any]
+    cls_weight: float
+    box_weight: float
+    guided: GuidedScale | None
+    anchor_sampler: AnchorSampler | None
+    normalizer: Normalizer
+    training_only: tuple[str, ...] = (
+        "cls_loss",
+        "box_loss",
+        "reweighters",
+        "guided",
+        "anchor_sampler",
+        "normalizer",
+    )
+
+    def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
+        """The losses of a batch; see `detection_losses`."""
+        return detection_losses(
+            samples,
+            self.cls_loss,
+            self.box_loss,
+            self.reweighters,
+            self.normalizer,
+            cls_weight=self.cls_weight,
+            box_weight=self.box_weight,
+            guided=self.guided,
+            anchor_sampler=self.anchor_sampler,
         )
-
-
-def _detection_losses(
-    samples: Samples,
-    cls_loss: ClassificationLoss,
-    box_loss: BoxLoss,
-    reweighters: Sequence[Reweighter],
-    normalizer: Normalizer,
-    *,
-    cls_weight: float,
-    box_weight: float,
-    guided: GuidedScale | None,
-    anchor_sampler: AnchorSampler | None,
-) -> dict[str, Tensor]:
-    boxes = box_inputs(samples, box_loss)
-    if normalizer.training:
-        cls_sums, intermediate = cls_loss.batch_statistics(samples)
-        box_sums, box_intermediate = box_loss.batch_statistics(*boxes)
-        cls_sums, box_sums, count = sum_across_ranks(
-            [cls_sums, box_sums, normalizer.count(samples)]
-        )
-        normalizer.update(count)
-        cls = cls_loss.step(cls_sums, intermediate, samples)
-        box = box_loss.step(box_sums, box_intermediate, *boxes)
-    else:
-        intermediate = None
-        cls, box = cls_loss.compute(samples), box_loss.compute(*boxes)
-    if normalizer.watcher is not None:
-        normalizer.watcher(samples, boxes, cls, box)
-
-    cls_factor, box_factor = samples.sample_weight, None
-    if anchor_sampler is not None:
-        kept = anchor_sampler(samples, per_sample(cls.detach()))
-        cls_factor = _product(cls_factor, kept.to(cls.dtype))
-    for reweighter in reweighters:
-        on_cls, on_box = reweighter(samples, cls, box)
-        cls_factor = _product(cls_factor, on_cls)
-        box_factor = _product(box_factor, on_box)
-    denominator = normalizer.value()
-    if cls_loss.couples_boxes:
-        box = cls_loss.coupled_box_loss(samples, cls, box, intermediate)
-    else:
-        box = _total(box, box_factor, box_loss.elementwise, denominator)
-    cls = _total(cls, cls_factor, cls_loss.elementwise, denominator)
-    cls, box = cls * cls_weight, box * box_weight
-    if guided is not None:
-        cls = guided(cls, box)
-    return {"loss_cls": cls, "loss_box_reg": box}

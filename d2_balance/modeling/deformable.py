@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -36,7 +37,7 @@ Pair = int | tuple[int, int]
 
 
 def deformable_convolution(
-    layer: nn.Module, x: Tensor, offset: Tensor, mask: Tensor | None = None
+    layer: Any, x: Tensor, offset: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """The convolution of a layer whose sampling points are moved, then its norm and activation.
 
@@ -51,7 +52,7 @@ def deformable_convolution(
     """
     shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     if not x.numel():  # torchvision divides by the batch size; offsets do not matter here
-        out = F.conv2d(x, layer.weight, layer.bias, groups=layer.groups, **shape)
+        out: Tensor = F.conv2d(x, layer.weight, layer.bias, groups=layer.groups, **shape)
     else:
         # under autocast the maps are in half precision and the weights are not
         dtype = torch.promote_types(x.dtype, layer.weight.dtype)
@@ -62,7 +63,9 @@ def deformable_convolution(
         ).to(x.dtype)
     if layer.norm is not None:
         out = layer.norm(out)
-    return out if layer.activation is None else layer.activation(out)
+    if layer.activation is not None:
+        out = layer.activation(out)
+    return out
 
 
 class _Deformable(nn.Module):
@@ -100,8 +103,8 @@ class _Deformable(nn.Module):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def extra_repr(self) -> str:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-        names += ("groups", "deformable_groups")
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        names += ["groups", "deformable_groups"]
         shown = [f"{name}={getattr(self, name)}" for name in names]
         return ", ".join([*shown, f"bias={self.bias is not None}"])
 
@@ -123,10 +126,10 @@ class DeformConv(_Deformable):
         ValueError: groups do not divide the channels, or a bias is asked for.
     """
 
-    def __init__(self, *args, bias: bool = False, **kwargs) -> None:
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
         if bias:
             raise ValueError("DeformConv has no bias; must be bias=False")
-        super().__init__(*args, bias=False, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         """See `deformable_convolution`."""
@@ -139,15 +142,15 @@ class ModulatedDeformConv(_Deformable):
     Arguments and errors as `DeformConv`; `bias` may be given, and is True by default.
     """
 
-    def __init__(self, *args, bias: bool = True, **kwargs) -> None:
-        super().__init__(*args, bias=bias, **kwargs)
+    def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"bias": bias})
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """See `deformable_convolution`."""
         return deformable_convolution(self, x, offset, mask)
 
 
-def with_cpu(stock: type[nn.Module]) -> type[nn.Module]:
+def with_cpu(stock: Any) -> Any:
     """A compiled convolution of Detectron2 that takes torchvision's operator on the CPU.
 
     Args:
@@ -155,7 +158,7 @@ def with_cpu(stock: type[nn.Module]) -> type[nn.Module]:
     """
 
     class Convolution(stock):
-        def forward(self, x: Tensor, *points: Tensor) -> Tensor:
+        def forward(self, x: Tensor, *points: Tensor) -> Any:
             if x.is_cuda:
                 return super().forward(x, *points)
             return deformable_convolution(self, x, *points)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from d2_balance.losses import (
 )
 from d2_balance.losses.eql import EQLLoss, tail_weight
 
+from .build import build_cls_loss
+
 _REPEATING = ("RepeatFactorTrainingSampler", "WeightedRepeatFactorTrainingSampler")
 
 
@@ -35,10 +37,24 @@ def inert_remedies(cfg: CfgNode, model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, ClassificationLoss) and "proposal_generator" not in name
     }
-    sentences = [text for loss in losses.values() for text in _of_loss(loss)]
     try:
         counts = ClassCounts.from_config(cfg)
     except (ValueError, AttributeError, KeyError):  # datasets and models of others
+        counts = None
+    return _sentences(cfg, losses.values(), counts)
+
+
+def inert_on(cfg: CfgNode, counts: ClassCounts) -> list[str]:
+    """Return the sentences of `inert_remedies` for any dataset, by its counts."""
+    loss = build_cls_loss(cfg, counts.num_classes, counts=counts)
+    return _sentences(cfg, [loss] if loss is not None else [], counts)
+
+
+def _sentences(
+    cfg: CfgNode, losses: Iterable[ClassificationLoss], counts: ClassCounts | None
+) -> list[str]:
+    sentences = [text for loss in losses for text in _of_loss(loss)]
+    if counts is None:
         return sentences
     checks = (_of_sampler, _of_norcal, _of_proposal_sampler, _of_beta_decay)
     return sentences + [text for check in checks for text in check(cfg, counts)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 from torch import nn
@@ -30,7 +32,7 @@ def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
 
 
 def set_sigmoid_prior(
-    owner: nn.Module, classifier: nn.Module, prior: ForegroundPrior, part: str, num_classes: int
+    owner: nn.Module, classifier: Any, prior: ForegroundPrior, part: str, num_classes: int
 ) -> None:
     """Start a sigmoid classifier at the counted prior, kept in `owner.foreground_prior`.
 

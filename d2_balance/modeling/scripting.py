@@ -9,7 +9,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,7 +25,8 @@ def without_attributes(module: nn.Module, names: Sequence[str], cls: type[nn.Mod
     """
     # TorchScript leaves out branches of a constant
     annotations = {**getattr(cls, "__annotations__", {}), "training": torch.jit.Final[bool]}
-    copied = nn.Module.__new__(type(cls.__name__, (cls,), {"__annotations__": annotations}))
+    form = type(cls.__name__, (cls,), {"__annotations__": annotations})
+    copied: nn.Module = nn.Module.__new__(form)
     copied.__dict__.update(module.__dict__)
     for group in ("_modules", "_parameters", "_buffers"):
         own = {k: v for k, v in module.__dict__[group].items() if k not in names}
@@ -41,7 +42,7 @@ class Scriptable:
     training_only: tuple[str, ...] = ()
     """Submodules and attributes that inference does not need."""
 
-    def __prepare_scriptable__(self) -> Self | nn.Module:
+    def __prepare_scriptable__(self) -> nn.Module:
         """Return what `torch.jit.script` compiles instead of this module."""
         stock = next(c for c in type(self).__mro__ if c.__module__.startswith("detectron2."))
-        return without_attributes(self, self.training_only, stock)
+        return without_attributes(cast(nn.Module, self), self.training_only, stock)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +18,8 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, ROIMasks
 from torch import Tensor, nn
+
+from d2_balance.utils.config_tree import changed
 
 
 def check_test_augmentation(cfg: CfgNode) -> None:
@@ -55,9 +58,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
 
 def augmentation_config(cfg: CfgNode) -> CfgNode:
     """The config for the test loader: images as they are, which TEST.AUG resizes once."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.MIN_SIZE_TEST = 0  # Detectron2's word for no resizing
+    cfg = changed(cfg, {"INPUT.MIN_SIZE_TEST": 0})  # Detectron2's word for no resizing
     cfg.freeze()
     return cfg
 
@@ -73,7 +74,7 @@ class AugmentedRCNN(GeneralizedRCNNWithTTA):
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
         super().__init__(cfg, model, batch_size=cfg.TEST.AUG.IMS_PER_BATCH)
 
-    def _reduce_pred_masks(self, outputs: list, tfms: list) -> SoftMasks:
+    def _reduce_pred_masks(self, outputs: list[Any], tfms: list[Any]) -> SoftMasks:
         return SoftMasks(super()._reduce_pred_masks(outputs, tfms)[:, 0])
 
 
@@ -83,10 +84,12 @@ class SoftMasks(ROIMasks):
     An image of 12 megapixels with 300 detections takes 3.6 GB as (N, H, W) of bool.
     """
 
-    def __getitem__(self, item) -> SoftMasks:
+    def __getitem__(self, item: Any) -> SoftMasks:
         return SoftMasks(super().__getitem__(item).tensor)
 
-    def to_bitmasks(self, boxes, height: int, width: int, threshold: float = 0.5):
+    def to_bitmasks(
+        self, boxes: Any, height: int, width: int, threshold: float = 0.5
+    ) -> SimpleNamespace:
         """An object whose `tensor` is a `PastedMasks`, where Detectron2 has (N, H, W)."""
         boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
         return SimpleNamespace(tensor=PastedMasks(self.tensor, boxes, (height, width), threshold))
@@ -108,7 +111,7 @@ class PastedMasks:
     def __len__(self) -> int:
         return len(self.masks)
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: Any) -> Any:
         """One mask (H, W) for an int, else the chosen masks as PastedMasks."""
         if not isinstance(item, int):
             return PastedMasks(self.masks[item], self.boxes[item], self.size, self.threshold)
@@ -120,7 +123,7 @@ class PastedMasks:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
-    def to(self, *args, **kwargs) -> PastedMasks:
+    def to(self, *args: Any, **kwargs: Any) -> PastedMasks:
         """The same masks on another device."""
         return PastedMasks(
             self.masks.to(*args, **kwargs),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 from d2_balance.data.annotations import Annotations
 from d2_balance.data.catalog.register import resolve_path
 from d2_balance.data.resolve import load_annotations
-from d2_balance.utils.files import atomic_path
 
 
 class DataSets:
@@ -181,9 +179,3 @@ def images_of(source: Annotations, directory: str, classes: Annotations) -> dict
     keys = ("id", "file_name", "coco_url", "height", "width")
     images = [{k: image[k] for k in keys if k in image} for image in source.data["images"]]
     return {"images": images, "categories": classes.data["categories"], "annotations": []}
-
-
-def write_json(path: str, data: Mapping[str, Any]) -> None:
-    """Write an annotation file, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file)

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from d2_balance.utils.files import read_yaml
 from d2_balance.utils.names import closest
 
 from .fields import check_fields
@@ -97,11 +96,7 @@ class Recipe:
         Raises:
             ValueError: naming the file, the stage and the field.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = yaml.safe_load(file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: the recipe cannot be read: {error}") from error
+        content = read_yaml(path)
         if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
             raise ValueError(f"{path}: a recipe has 'stages', a list")
         _only(content, ("output", "datasets", "stages"), path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from d2_balance.evaluation.files import file_name_of
 from d2_balance.evaluation.record import TASKS
-from d2_balance.utils.files import write_text
+from d2_balance.utils.files import read_json, write_text
 from d2_balance.utils.page import Page
 from d2_balance.utils.text import percent, table
 
@@ -69,8 +68,7 @@ def evaluation_of(stage: Stage, output: str) -> dict[str, Any] | None:
         path = os.path.join(output, stage.name, "run", "inference", name)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path)
 
 
 def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -78,8 +76,7 @@ def _notes(recipe: Recipe, output: str, done: Mapping[str, dict[str, Any]]) -> l
     for stage in recipe.stages:
         path = os.path.join(output, stage.name, FACTORS)
         if stage.name in done and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
+            found = read_json(path)
             rule = found["rescoring"]
             values = ", ".join(f"{k} {v:.3g}" for k, v in rule["factors"].items())
             values = values or f"gamma {rule['gamma']:g}"

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Container
 from typing import Any
 
-from d2_balance.utils.files import atomic_path, read_json
+from d2_balance.utils.files import read_json, write_json
 from d2_balance.utils.lock import LOCK_FILE, directory_lock
 
 from .class_maps import ClassLists, check_class_maps
@@ -179,7 +179,7 @@ class Runner:
             shutil.rmtree(place)  # of a run that was stopped; nothing refers to it
         os.makedirs(place, exist_ok=True)
         if trains:
-            self._write(os.path.join(place, STARTED), self._made_with(stage))
+            write_json(os.path.join(place, STARTED), self._made_with(stage), indent=1, sync=True)
         log = os.path.join(self.output, "logs", f"{stage.name}.log")
         directories = {name: os.path.join(self.output, name) for name in self.done}
         return Work(stage, place, self.recipe, self.datasets, directories, log, self.gpus)
@@ -206,7 +206,7 @@ class Runner:
         if missing:
             raise StageError(f"it ended without {', '.join(missing)}")
         found = self._made_with(stage) | {"seconds": seconds}
-        self._write(os.path.join(place, DONE), found)
+        write_json(os.path.join(place, DONE), found, indent=1, sync=True)
         self.done[stage.name] = found
 
     def _made_with(self, stage: Stage) -> dict[str, Any]:
@@ -222,9 +222,7 @@ class Runner:
 
     def _read(self, stage: Stage, file: str) -> dict[str, Any] | None:
         path = os.path.join(self._directory(stage), file)
-        if not os.path.isfile(path):
-            return None
-        return read_json(path)
+        return read_json(path) if os.path.isfile(path) else None
 
     def _check_done(self) -> None:
         by_name = {stage.name: stage for stage in self.recipe.stages}
@@ -284,11 +282,6 @@ class Runner:
             text = json.dumps(content, sort_keys=True, default=str)
             found[stage.name] = hashlib.sha256(text.encode()).hexdigest()
         return found
-
-    @staticmethod
-    def _write(path: str, content: Any) -> None:
-        with atomic_path(path, sync=True) as temporary, open(temporary, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
 
 
 def _difference(before: dict, now: dict) -> str:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +18,13 @@ from d2_balance.evaluation.merge.ensemble import merge_files
 from d2_balance.evaluation.merge.rescore import apply_factors, fit_factors
 from d2_balance.evaluation.predictions import read_predictions
 from d2_balance.evaluation.record import Evaluation
-from d2_balance.utils.files import atomic_path, write_text
+from d2_balance.utils.config_tree import merge
+from d2_balance.utils.executors import Job, run_job
+from d2_balance.utils.files import read_json, read_yaml, write_json, write_text
 
-from .datasets import DataSets, images_of, keep_classes, split, write_json
+from .datasets import DataSets, images_of, keep_classes, split
 from .recipe import Recipe, Stage, sets_of
-from .training import copy_node, merged, training_config
+from .training import training_config
 
 PREDICTIONS, FACTORS, EVALUATION = "predictions.json", "factors.json", "evaluation.json"
 SECONDS = "seconds.json"
@@ -79,16 +77,13 @@ def run_stage(work: Work) -> None:
         with open(work.log, "a", encoding="utf-8") as log, redirect_stdout(log):
             _ACTIONS[work.stage.kind](work)
     finally:  # a training that is stopped goes on later
-        write_text(work.path(SECONDS), json.dumps(before + time.time() - start))
+        write_json(work.path(SECONDS), before + time.time() - start)
 
 
 def seconds_of_stage(work: Work) -> float:
     """Return how long a stage has worked, over all of its runs."""
     path = work.path(SECONDS)
-    if not os.path.isfile(path):
-        return 0.0
-    with open(path, encoding="utf-8") as file:
-        return float(json.load(file))
+    return float(read_json(path)) if os.path.isfile(path) else 0.0
 
 
 def outputs_of(stage: Stage) -> list[str]:
@@ -139,9 +134,8 @@ def _train(work: Work) -> None:
 
 def _predict(work: Work) -> None:
     stage, directory = work.stage, work.directories[work.stage["model"]]
-    with open(os.path.join(directory, "config.yaml"), encoding="utf-8") as file:
-        config = yaml.safe_load(file)
-    config = merged(config, copy_node(stage["overrides"] or {}))
+    config = read_yaml(os.path.join(directory, "config.yaml"))
+    merge(config, stage["overrides"] or {})
     name, entries = stage["dataset"], work.datasets.entries()
     if stage["classes"]:
         root = work.datasets.directory(name)
@@ -242,48 +236,19 @@ _ACTIONS: dict[str, Callable[[Work], Any]] = {
 def _train_process(work: Work, *arguments: str) -> None:
     """Run `d2-balance train`, and end it when this process is ended.
 
-    Where this process is killed outright, Linux ends the training; elsewhere it goes on, and its
-    lock refuses a second one in the same directory.
-
     Raises:
         StageError: it has failed.
     """
-    with open(work.log, "a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "d2_balance", "train", *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_ends_with_this_process(),
-        )
-        try:
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    command = [sys.executable, "-m", "d2_balance", "train", *arguments]
+    status = run_job(Job(command, work.log), signals=False)
     if status:
         with open(work.log, encoding="utf-8", errors="replace") as log:
             last = "".join(log.readlines()[-5:])
         raise StageError(f"the training ended with status {status}; {work.log} ends:\n{last}")
 
 
-def _ends_with_this_process() -> Callable[[], None] | None:
-    """What a new process calls before it starts, so that SIGTERM ends it with its parent."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library, parent = ctypes.CDLL(None), os.getpid()
-
-    def ask() -> None:
-        library.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it has ended before it was asked
-            os._exit(128 + signal.SIGTERM)
-
-    return ask
-
-
 def _write_yaml(path: str, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(dict(content), file, sort_keys=False)
+    write_text(path, yaml.safe_dump(dict(content), sort_keys=False))
 
 
 def _register(config: dict[str, Any], entries: list[list[str]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from d2_balance.utils.config_tree import merge
 
 from .recipe import Recipe, Stage
 
@@ -16,7 +18,7 @@ def training_config(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
     base = os.path.join(recipe.directory, stage["config"])
     own = [list(e) if not isinstance(e, dict) else e for e in read_config(base).DATASETS.REGISTER]
-    config = {"_BASE_": os.path.abspath(base)} | copy_node(stage["overrides"] or {})
+    config = merge({"_BASE_": os.path.abspath(base)}, stage["overrides"] or {})
     config["DATASETS"] = dict(config.get("DATASETS", {})) | {
         "TRAIN": list(stage["train"]),
         "TEST": list(stage["test"] or []),
@@ -59,16 +61,8 @@ def check_configs(recipe: Recipe) -> None:
             read_training_config(stage, recipe)
         elif stage.kind == "predict":
             model = next(other for other in recipe.stages if other.name == stage["model"])
-            config = merged(training_config(model, recipe), copy_node(stage["overrides"] or {}))
+            config = merge(training_config(model, recipe), stage["overrides"] or {})
             _full(config, stage, recipe)
-
-
-def merged(config: dict, overrides: Mapping) -> dict:
-    """A config with some of its keys replaced, in place."""
-    for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(config.get(key), dict)
-        config[key] = merged(config[key], value) if both else value
-    return config
 
 
 def external_names(stage: Stage, recipe: Recipe, known: Callable[[str], bool]) -> list[str]:
@@ -120,8 +114,3 @@ def _names(stage: Stage, recipe: Recipe) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{recipe.path}: stage {stage.name}: {error}") from error
-
-
-def copy_node(node: Any) -> Any:
-    """A copy of nested mappings as dicts."""
-    return {k: copy_node(v) for k, v in node.items()} if isinstance(node, Mapping) else node

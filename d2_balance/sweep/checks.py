@@ -16,7 +16,7 @@ from d2_balance.engine import read_config, use_cpu_without_cuda, validate
 
 from .intervals import Intervals
 from .run import Plan
-from .spec import SUGGESTED, Remedy, SweepSpec, merge, with_suggestions
+from .spec import SUGGESTED, Remedy, SweepSpec, with_suggestions
 
 
 def check_remedies(spec: SweepSpec) -> Plan:
@@ -109,7 +109,7 @@ def _config(spec: SweepSpec, name: str) -> Any:
     config = spec.config(name, spec.seeds[0], "output")
     cfg = read_config(config.pop("_BASE_"))
     try:
-        cfg.merge_from_other_cfg(CfgNode(merge({}, config)))
+        cfg.merge_from_other_cfg(CfgNode(config))
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(f"{error.args[0] if error.args else error}") from error
     return cfg

@@ -13,11 +13,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from d2_balance.utils.config_tree import merge
 from d2_balance.utils.executors import Executor, Job, JobLostError, Running
 
 from . import trial as trials
 from .intervals import Intervals
-from .spec import SweepSpec, merge
+from .spec import SweepSpec
 from .study import Study, open_storage
 
 POLL_SECONDS = 1.0
@@ -32,7 +33,7 @@ class Active:
         directory: of the trial.
         running: its process.
         start: time.time() of the start.
-        seen: iterations whose evaluation was looked at.
+        seen: iterations whose evaluation was read.
     """
 
     trial: FrozenTrial
@@ -164,7 +165,7 @@ class Sweep:
             merge(config, {"TEST": {"EVAL_PERIOD": self.plan.first}})
         trials.prepare(directory, config)
         log = os.path.join(directory, trials.LOG)
-        job = Job(trials.command(directory, self.gpus), log, gpus=self.gpus)
+        job = Job(trials.command(directory, self.gpus), log)
         self.active[slot] = Active(trial, directory, self.executor.start(job, slot))
         self.event(f"{self._label(trial)}: started")
 

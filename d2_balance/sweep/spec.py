@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -11,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from d2_balance.utils.config_tree import merge
+from d2_balance.utils.files import read_yaml
 from d2_balance.utils.names import closest
 
 BASELINE = "baseline"
@@ -96,8 +95,8 @@ class SweepSpec:
     def config(self, name: str, seed: int, output_dir: str) -> dict[str, Any]:
         """Return the config of a trial, as one writes it to a YAML file."""
         config: dict[str, Any] = {"_BASE_": self.base}
-        merge(config, copy.deepcopy(dict(self.overrides)))
-        merge(config, copy.deepcopy(dict(self.remedy(name).fragment)))
+        merge(config, self.overrides)
+        merge(config, self.remedy(name).fragment)
         return merge(config, {"SEED": seed, "OUTPUT_DIR": output_dir})
 
 
@@ -114,11 +113,7 @@ def read_sweep(path: str) -> SweepSpec:
         ValueError: a file that cannot be read, an unknown field, or a value of another form,
             naming the field and what it must be.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a sweep must be a mapping with the fields {', '.join(FIELDS)}")
     for name in data:
@@ -171,17 +166,6 @@ def with_suggestions(spec: SweepSpec, suggestions: Sequence[Remedy]) -> SweepSpe
         else:
             remedies.append(remedy)
     return dataclasses.replace(spec, remedies=tuple(remedies))
-
-
-def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested keys into a config, in place."""
-    for key, value in changes.items():
-        below = config.get(key)
-        if isinstance(value, Mapping) and isinstance(below, dict):
-            merge(below, value)
-        else:
-            config[key] = value
-    return config
 
 
 def _base(path: str, base: object) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from d2_balance.utils.executors import STOP_SECONDS, Job, run_job
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import read_json, read_records, read_yaml, write_json, write_text
 from d2_balance.utils.lock import directory_lock
 
 CONFIG, RESULT, LOG = "trial.yaml", "result.json", "trial.log"
@@ -36,15 +36,13 @@ def prepare(directory: str, config: Mapping[str, Any]) -> None:
         ValueError: the directory holds a trial with another config.
     """
     path = os.path.join(directory, CONFIG)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            if yaml.safe_load(file) != json.loads(json.dumps(config)):
-                raise ValueError(
-                    f"{path} is of another sweep; give another --output, nothing is overwritten"
-                )
-        return
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(json.loads(json.dumps(config)), file, sort_keys=False)
+    plain = json.loads(json.dumps(config))
+    if not os.path.exists(path):
+        write_text(path, yaml.safe_dump(plain, sort_keys=False))
+    elif read_yaml(path) != plain:
+        raise ValueError(
+            f"{path} is of another sweep; give another --output, nothing is overwritten"
+        )
 
 
 def command(directory: str, gpus: int = 0) -> list[str]:
@@ -55,10 +53,7 @@ def command(directory: str, gpus: int = 0) -> list[str]:
 def read_result(directory: str) -> dict[str, Any] | None:
     """Return what a finished trial has written, None for another."""
     path = os.path.join(directory, RESULT)
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(path) if os.path.exists(path) else None
 
 
 def measured(directory: str) -> dict[int, dict[str, float]]:
@@ -67,18 +62,10 @@ def measured(directory: str) -> dict[int, dict[str, float]]:
     Lines of a run that was killed and went on may stand there twice; the later one counts.
     """
     found: dict[int, dict[str, float]] = {}
-    path = os.path.join(directory, "metrics.json")
-    if not os.path.exists(path):
-        return found
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue  # the line that is being written
-            figures = {k: v for k, v in values.items() if k.partition("/")[0] in ("bbox", "segm")}
-            if figures:
-                found[int(values["iteration"]) + 1] = figures
+    for values in read_records(os.path.join(directory, "metrics.json")):
+        figures = {k: v for k, v in values.items() if k.partition("/")[0] in ("bbox", "segm")}
+        if figures:
+            found[int(values["iteration"]) + 1] = figures
     return found
 
 
@@ -106,8 +93,7 @@ def collect(directory: str) -> dict[str, Any]:
     inference = os.path.join(directory, "inference")
     for name in sorted(os.listdir(inference)) if os.path.isdir(inference) else ():
         if name.startswith("evaluation_") and name.endswith(".json"):
-            with open(os.path.join(inference, name), encoding="utf-8") as file:
-                results.update(json.load(file)["results"])
+            results.update(read_json(os.path.join(inference, name))["results"])
     return {
         "results": {t: {k: _finite(v) for k, v in m.items()} for t, m in results.items()},
         "seconds_per_iteration": _seconds_per_iteration(directory),
@@ -121,17 +107,11 @@ def _finite(value: float | None) -> float | None:
 
 def _seconds_per_iteration(directory: str) -> float | None:
     """Return the median time of an iteration, without waiting for data; None if none is logged."""
-    times = []
-    path = os.path.join(directory, "metrics.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    continue
-                if "time" in values:
-                    times.append(values["time"] - values.get("data_time", 0.0))
+    times = [
+        values["time"] - values.get("data_time", 0.0)
+        for values in read_records(os.path.join(directory, "metrics.json"))
+        if "time" in values
+    ]
     return statistics.median(times) if times else None
 
 
@@ -160,10 +140,7 @@ def main(directory: str, gpus: int) -> int:
     status = run_job(Job(arguments, os.path.join(directory, LOG)))
     if status:
         return 128 - status if status < 0 else status
-    result = json.dumps(collect(directory), indent=1)
-    path = os.path.join(directory, RESULT)
-    with atomic_path(path, sync=True) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(result)
+    write_json(os.path.join(directory, RESULT), collect(directory), indent=1, sync=True)
     return 0
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -30,15 +30,11 @@ class Job:
         command: program and arguments.
         log: file that standard output and error are appended to.
         env: environment variables on top of those of this process.
-        cpus: processors, at least 1.
-        gpus: GPUs, at least 0.
     """
 
     command: Sequence[str]
     log: str
     env: Mapping[str, str] = field(default_factory=dict)
-    cpus: int = 1
-    gpus: int = 0
 
 
 class JobLostError(Exception):
@@ -150,7 +146,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env},
                 start_new_session=True,  # Ctrl-C reaches the sweep, which stops its jobs in turn
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_ends_with_this_process() if sys.platform == "linux" else None,
             )
 
     def poll(self) -> int | None:
@@ -177,9 +173,16 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies, a SIGKILL included."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _ends_with_this_process() -> Callable[[], None]:
+    """What a new process calls first, so that Linux sends it SIGTERM when its parent dies."""
+    library, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        library.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended before it was asked
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _check_gpus(slots: int, gpus: int) -> None:
@@ -213,15 +216,21 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def run_job(job: Job) -> int:
-    """Run a job to its end in this process's machine, and stop it if this process is told to."""
+def run_job(job: Job, *, signals: bool = True) -> int:
+    """Run a job to its end on this machine, and stop it if this process is told to.
+
+    Args:
+        job: the command.
+        signals: whether SIGTERM and SIGINT stop the job, and this returns its status; False leaves
+            them to the handlers of this process, whose exceptions stop the job.
+    """
     child = _Process(job, job.env)
 
     def forward(number: int, frame: Any) -> None:
         child.stop()
 
     previous = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT) if signals else ():
         with suppress(ValueError):  # not in the main thread
             previous[number] = signal.signal(number, forward)
     try:

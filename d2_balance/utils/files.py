@@ -5,10 +5,11 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
+import yaml
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP = b"\x1f\x8b"
@@ -51,10 +52,15 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a text file as UTF-8, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+def write_text(path: str, text: str, *, sync: bool = False) -> None:
+    """Write a text file as UTF-8, atomically; `sync` as in `atomic_path`."""
+    with atomic_path(path, sync=sync) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def write_json(path: str, data: Any, *, indent: int | None = None, sync: bool = False) -> None:
+    """Write a JSON file, atomically; `sync` as in `atomic_path`."""
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=indent), sync=sync)
 
 
 def check_new(paths: Iterable[str | None], overwrite: bool) -> None:
@@ -79,6 +85,31 @@ def read_json(path: str) -> Any:
         ValueError: if the file is missing or is not JSON, naming the file and the position.
     """
     return parse_json(read_bytes(path), path)
+
+
+def read_yaml(path: str) -> Any:
+    """Parse a YAML file without tags that run code.
+
+    Raises:
+        ValueError: if it cannot be read or is not YAML, naming the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def read_records(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file with one JSON object a line, such as metrics.json.
+
+    A file that is missing has none. A line that was cut off by a kill is left out.
+    """
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                with suppress(json.JSONDecodeError):
+                    yield json.loads(line)
 
 
 def read_bytes(path: str) -> bytes:

@@ -1,9 +1,25 @@
-"""What a message says where a name is unknown."""
+"""Names in messages and configs: a few of many, what looks like an unknown one, balanced parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+BALANCED = {
+    "MODEL.META_ARCHITECTURE": {
+        "RetinaNet": "BalancedRetinaNet",
+        "FCOS": "BalancedFCOS",
+        "GeneralizedRCNN": "BalancedRCNN",
+        "PanopticFPN": "BalancedPanopticFPN",
+    },
+    "MODEL.PROPOSAL_GENERATOR.NAME": {"RPN": "BalancedRPN"},
+    "MODEL.ROI_HEADS.NAME": {
+        "StandardROIHeads": "BalancedStandardROIHeads",
+        "CascadeROIHeads": "BalancedCascadeROIHeads",
+        "Res5ROIHeads": "BalancedRes5ROIHeads",
+    },
+}
+"""Parts of Detectron2 by config key, and the names of the forms that read MODEL.BALANCE."""
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:
@@ -12,4 +28,10 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     similar = get_close_matches(name, allowed, n=3, cutoff=0.6)
     if similar:
         return f"did you mean {' or '.join(similar)}?"
-    return f"allowed: {', '.join(allowed)}." if len(allowed) <= 30 else ""
+    return f"must be one of {', '.join(allowed)}." if len(allowed) <= 30 else ""
+
+
+def listed(texts: Sequence[object], limit: int = 5) -> str:
+    """The first texts, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(map(str, texts[:limit])) + more

@@ -40,5 +40,5 @@ class Registry(registry.Registry):
 
         return decorator
 
-    def __iter__(self) -> Iterator[tuple[str, type]]:
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         return iter(self._obj_map.items())

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, pairwise_iou
 
 from d2_balance.analysis.anchors import anchor_report, sample_images
 from d2_balance.analysis.table import DataTable
-from d2_balance.data.priors.sample_counts import row_counters
+from d2_balance.data.priors.sample_counts import sample_counters
 
 from ..conftest import small_cfg
 from .conftest import annotations, coco
@@ -27,7 +27,7 @@ def test_best_prior_by_hand(table):
     # 8 x 8 anchors. The one on the object has IoU 1, its four neighbours 24 * 32 = 768 pixels of
     # 2048 - 768: 0.6; diagonal ones 24 * 24 / (2048 - 576) = 0.39 and all others are negative.
     (level,) = report.levels
-    assert (level.name, level.positives, level.rows) == ("p3", 5, 64)
+    assert (level.name, level.positives, level.samples) == ("p3", 5, 64)
     assert report.prior.prior == pytest.approx(5 / (64 * 2))  # two classes
     assert report.missed()[1] == 0 and np.isnan(report.missed()[0])
     assert report.edge == (64, 64) and report.images == 1
@@ -49,7 +49,7 @@ def test_images_are_resized_as_in_training(table):
     ],
 )
 def test_best_iou_equals_that_over_all_anchors(overrides):
-    counter = next(iter(row_counters(small_cfg(*overrides)).values()))
+    counter = next(iter(sample_counters(small_cfg(*overrides)).values()))
     size = (93, 141)  # padded to another one
     corner = torch.rand(300, 2) * torch.tensor([130.0, 85.0])
     side = torch.rand(300, 2) ** 2 * 90 + 1

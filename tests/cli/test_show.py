@@ -162,5 +162,5 @@ def test_a_image_of_another_size_is_named(files, tmp_path, capsys):
     Image.new("RGB", (60, 80)).save(files[2] / "p1.png")
     assert run(*files, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "1 of 3 images looked at are not of the size" in error
+    assert "1 of 3 checked images are not of the size" in error
     assert "image 1 (" in error and "p1.png) is 60 x 80, not 80 x 60; give the images" in error

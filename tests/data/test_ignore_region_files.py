@@ -125,7 +125,7 @@ def test_entries_are_read_with_their_files(cfg, write):
         (["mine"], "must be .dataset, annotation file."),
         (["mine", 3], "must be .dataset, annotation file."),
         ("mine", "must be .dataset, annotation file."),
-        (["other", "{path}"], "'other' is not a training set; allowed: mine"),
+        (["other", "{path}"], "'other' is not a training set; must be one of mine"),
         (["mine", "no.json"], "the annotation file 'no.json' does not exist"),
         (["mine", "{path}", "no.yaml"], "the class map 'no.yaml' does not exist"),
     ],

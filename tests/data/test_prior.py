@@ -103,7 +103,7 @@ def test_counts_equal_the_labels_of_the_model(kind, part, overrides, dataset):
         overrides += ("MODEL.RETINANET.IOU_LABELS", [0, 1])
     cfg = counted_cfg(kind, dataset, *overrides)
     count = ForegroundPrior.from_config(cfg).parts[part]
-    assert (count.positives, count.rows) == labels_in_training(cfg, kind)
+    assert (count.positives, count.samples) == labels_in_training(cfg, kind)
     assert count.outputs == (1 if part == "RPN" else CLASSES)
 
 
@@ -129,7 +129,7 @@ def test_backbone_takes_no_memory(dataset, monkeypatch):
 
 
 def test_best_prior_is_the_minimum_of_the_loss():
-    count = PartCount(positives=10, rows=10_000, outputs=80)  # N / N_f = 1000
+    count = PartCount(positives=10, samples=10_000, outputs=80)  # N / N_f = 1000
     assert count.prior == pytest.approx(1.25e-5)
     grid = [count.prior * factor for factor in (0.5, 0.9, 0.99, 1.0, 1.01, 1.1, 2.0)]
     assert min(grid, key=count.loss) == count.prior
@@ -147,7 +147,7 @@ def test_loss_at_the_start_as_published(prior, positive, background):
 
 
 def test_softmax_starts_at_the_share_of_foreground():
-    count = PartCount(positives=2, rows=100, outputs=5)
+    count = PartCount(positives=2, samples=100, outputs=5)
     logits = torch.tensor([0.0] * 5 + [count.background_bias])
     expected = torch.tensor([0.02 / 5] * 5 + [0.98])
     torch.testing.assert_close(logits.softmax(0), expected)
@@ -190,8 +190,8 @@ def test_round_trip_and_no_silent_overwrite(tmp_path, dataset):
     ("change", "message"),
     [
         ({"parts": {"Mask": {}}}, "'parts' must be counts by name"),
-        ({"parts": {"RPN": {"positives": 1, "rows": 9}}}, "parts.RPN: 'outputs'"),
-        ({"parts": {"RPN": {"positives": 0, "rows": 9, "outputs": 1}}}, "parts.RPN: 0 positives"),
+        ({"parts": {"RPN": {"positives": 1, "samples": 9}}}, "parts.RPN: 'outputs'"),
+        ({"parts": {"RPN": {"positives": 0, "samples": 9, "outputs": 1}}}, "RPN: 0 positives"),
         ({"classes": []}, "'classes' must be"),
         ({"classes": [{"name": "a", "instance_count": -1}]}, r"classes\[0\]: 'instance_count'"),
         ({"num_images": None}, "'num_images' must be an integer"),
@@ -199,11 +199,11 @@ def test_round_trip_and_no_silent_overwrite(tmp_path, dataset):
 )
 def test_damaged_files_are_named_with_the_field(tmp_path, change, message):
     path = tmp_path / "prior.json"
-    part = {"RPN": {"positives": 1, "rows": 9, "outputs": 1}}
+    part = {"RPN": {"positives": 1, "samples": 9, "outputs": 1}}
     classes = [{"name": "a", "instance_count": 3}]
     data = {"num_images": 1, "total_images": 1, "parts": part, "classes": classes}
     path.write_text(json.dumps(data))
-    assert ForegroundPrior.load(str(path)).parts["RPN"].rows == 9
+    assert ForegroundPrior.load(str(path)).parts["RPN"].samples == 9
     path.write_text(json.dumps(data | change))
     with pytest.raises(ValueError, match=message) as error:
         ForegroundPrior.load(str(path))

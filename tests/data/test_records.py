@@ -146,8 +146,7 @@ def test_objects_are_those_of_the_dicts(dataset, make):
 def test_records_go_to_another_process(dataset):
     cfg = config(dataset[0])
     records = training_records(cfg)
-    text = pickle.dumps(records._make.records)
-    assert list(pickle.loads(text)) == list(records._make.records)
+    assert list(pickle.loads(pickle.dumps(records))) == list(records)
 
 
 def test_a_bad_mask_trains_its_box_where_masks_are_not_trained(write, names):

@@ -24,6 +24,7 @@ from d2_balance.data.samplers import (
 )
 from d2_balance.engine import TrainStream, build_train_stream
 from d2_balance.engine.resume.data_stream import check_sampler
+from d2_balance.engine.setup.rules import check_values
 
 from ..conftest import small_cfg
 
@@ -147,7 +148,7 @@ def test_a_resumed_stream_skips_what_was_seen(registered, sampler):
     whole = build_train_stream(stream_cfg(sampler))
     assert isinstance(whole, TrainStream)
     resumed = build_train_stream(stream_cfg(sampler))
-    # the images need not exist: the stream is looked at before they are loaded
+    # the images need not exist: the stream is compared before they are loaded
     assert batches(resumed, 8, start=5) == batches(whole, 13)[5:]
     drawn = {index for batch in batches(whole, 40) for _, index in batch}
     filtered = 5  # images 4 and 6 are taken out by FILTER_EMPTY_ANNOTATIONS
@@ -227,7 +228,7 @@ def test_the_stream_takes_weights_of_data_sets_on_top_of_repeat_factors(register
         ([["c", 2.0]], "WeightedTrainingSampler", "entry .'c', 2.0.; must be .* DATASETS.TRAIN: a"),
         ([["a", 0]], "WeightedTrainingSampler", "a factor above 0"),
         ([["a"]], "WeightedTrainingSampler", "must be .name, factor."),
-        ([["a", 2.0]], "TrainingSampler", "would not use it; allowed with it: Weighted"),
+        ([["a", 2.0]], "TrainingSampler", "would not use it; must be one of Weighted"),
     ],
 )
 def test_weights_that_cannot_work_are_refused(factors, sampler, text):
@@ -305,7 +306,8 @@ def test_forms_that_cannot_work_are_refused():
     for key, value in (("REPEAT_FORM", "rsf"), ("REPEAT_FORM", "irfs"), ("REPEAT_ALPHA", 0.0)):
         bad = cfg.clone()
         bad.DATALOADER[key] = value
-        with pytest.raises(ValueError, match="DATALOADER.REPEAT_FORM"):
+        with pytest.raises(ValueError, match=f"DATALOADER.({key}|REPEAT_FORM)"):
+            check_values(bad)
             check_sampler(bad)
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_FORM = REPEAT, "irfs"
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.1

@@ -178,7 +178,7 @@ def changed(number, **fields):
     [
         ({"boxes": changed(1, x1=1.2)}, "boxes.csv: line 3: image p1: XMin 0.1, XMax 1.2"),
         ({"boxes": changed(1, x0="nan")}, "boxes.csv: line 3: image p1: XMin nan"),
-        ({"boxes": changed(1, x0="left")}, "edges are shares of the image in [0, 1]"),
+        ({"boxes": changed(1, x0="left")}, "edges are fractions of the image in [0, 1]"),
         ({"boxes": changed(0, label="yak")}, "line 2: the label '/m/yak' is not in the file of"),
         ({"boxes": BOXES[3:] + BOXES[:1] + BOXES[3:4]}, "image p3 comes back after others; sort"),
         ({"labels": [("p1", "dog", 0.7)]}, "labels.csv: line 2: Confidence is '0.7'"),

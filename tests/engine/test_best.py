@@ -11,6 +11,7 @@ from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.best import BestModel, check_best
 from d2_balance.engine.resume.random_state import seed_everything
+from d2_balance.engine.setup.rules import check_values
 
 from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
@@ -156,14 +157,16 @@ def test_two_ranks_end_together(dataset_files, tmp_path):
         (["TEST.BEST.METRIC", "bbox/AP", "TEST.BEST.MODE", "up"], "MODE is 'up'"),
         (["TEST.BEST.METRIC", "bbox/AP", "TEST.BEST.PATIENCE", "3"], "EVAL_PERIOD is 0"),
         (["TEST.BEST.PATIENCE", "3"], "METRIC is empty"),
-        (["TEST.BEST.METRIC", "bbox/AP", "TEST.BEST.MIN_DELTA", "-1."], "MIN_DELTA -1"),
+        (["TEST.BEST.METRIC", "bbox/AP", "TEST.BEST.MIN_DELTA", "-1."], "MIN_DELTA is -1"),
         (["TEST.BEST.METRIC", "val_loss/loss_cls"], "MODE min"),
         (["TEST.BEST.METRIC", "val_loss/loss_cls", "TEST.BEST.MODE", "min"], "LOSS.PERIOD"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_training(dataset, tmp_path, overrides, message):
+    cfg = run_cfg(tmp_path, *overrides)
     with pytest.raises(ValueError, match=message):
-        check_best(run_cfg(tmp_path, *overrides))
+        check_values(cfg)
+        check_best(cfg)
 
 
 def test_a_metric_that_exists_is_accepted(dataset, tmp_path):

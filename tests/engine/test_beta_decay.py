@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from d2_balance.engine.hooks.beta_decay import BetaDecay, check_beta_decay, decayed_beta
+from d2_balance.engine.hooks.beta_decay import BetaDecay, decayed_beta
+from d2_balance.engine.setup.rules import check_values
 from d2_balance.losses import GIoULoss, SmoothL1Loss
 
 from ..conftest import small_cfg
@@ -93,6 +94,6 @@ def test_the_hook_takes_every_key():
 def test_values_out_of_range_are_named(key, value, allowed):
     cfg = small_cfg("retinanet", DECAY + "ENABLED", "True", DECAY + key, value)
     with pytest.raises(ValueError, match=rf"MODEL.BALANCE.BETA_DECAY.{key} is .*{allowed}"):
-        check_beta_decay(cfg)
-    cfg.MODEL.BALANCE.BETA_DECAY.ENABLED = False
-    check_beta_decay(cfg)
+        check_values(cfg)
+    with pytest.raises(ValueError, match=key):
+        BetaDecay.from_config(cfg, nn.ModuleList([SmoothL1Loss(beta=0.11)]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from d2_balance.engine.setup.calibrate import measure
+from d2_balance.engine.calibrate import measure
 from d2_balance.modeling.postprocess.statistics import CalibrationStatistics
 
 from .conftest import run_cfg

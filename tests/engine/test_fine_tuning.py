@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from d2_balance.data import register_from_config
 from d2_balance.engine import BalancedTrainer, read_config
-from d2_balance.engine.setup.weights_table import LOADED, SHAPE
+from d2_balance.engine.setup.pretrained import LOADED, SHAPE
 
 ROOT = Path(__file__).parents[2]
 DATA = (ROOT / "../shared/data").resolve()

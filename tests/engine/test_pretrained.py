@@ -13,9 +13,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
 from d2_balance.engine import BalancedTrainer
-from d2_balance.engine.setup.pretrained import cached_file, check_weights_file, load_pretrained
-from d2_balance.engine.setup.torchvision_weights import torchvision_url
-from d2_balance.engine.setup.weights_table import (
+from d2_balance.engine.setup.pretrained import (
     LOADED,
     NEW,
     REINITIALIZED,
@@ -23,8 +21,12 @@ from d2_balance.engine.setup.weights_table import (
     SHAPE,
     UNUSED,
     WeightRow,
+    cached_file,
+    check_weights_file,
+    load_pretrained,
     weights_table,
 )
+from d2_balance.engine.setup.torchvision_weights import torchvision_url
 
 from ..conftest import small_cfg
 from .conftest import run_cfg

@@ -74,7 +74,7 @@ def feed(root):
 
 
 def train(root, directory, name):
-    """State of the model after training on this rank's share of the feed."""
+    """State of the model after training on this rank's fraction of the feed."""
     kind = LOSSES[name]
     overrides = ["MODEL.BALANCE.CLS_LOSS", name, "MODEL.RESNETS.NORM", "LN"]
     overrides += ["MODEL.RETINANET.NUM_CLASSES", "30", "MODEL.ROI_HEADS.NUM_CLASSES", "30"]

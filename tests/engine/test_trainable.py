@@ -124,7 +124,7 @@ def test_what_is_frozen_already_stays_frozen():
         ("box_predictor.cls_scores", "did you mean box_predictor.cls_score"),
         ("box_predicter", "did you mean box_predictor"),
         ("zzz", "it must be a part such as"),
-        ("", "'' is not allowed"),
+        ("", "'' must be a part"),
     ],
 )
 def test_entries_that_match_nothing_are_named(entry, expected):

@@ -14,7 +14,7 @@ SLEEPY = "import os, sys, time; open(sys.argv[1], 'a').write('x'); time.sleep(fl
 
 def job(tmp_path, name, seconds=0.1, code=SLEEPY):
     command = [sys.executable, "-c", code, str(tmp_path / name), str(seconds)]
-    return Job(command, str(tmp_path / f"{name}.log"), gpus=0)
+    return Job(command, str(tmp_path / f"{name}.log"))
 
 
 def wait(running, seconds=60):

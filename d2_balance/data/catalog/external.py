@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..annotations import read_annotations
 from ..class_map import ClassMap, load_class_map
 from ..columns import IMAGE_LABEL_KEYS
 from ..ignore_regions import FIELD
-from ..records import Records, load_json
+from ..records import Records, lazily, load_json
 from .metadata import id_map, loaded_metadata, target_categories
 from .register import resolve_path
 
@@ -54,7 +53,7 @@ def external_entries(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
 
 
 def entries_as_given(cfg: CfgNode) -> list[tuple[str, dict[str, Any]]]:
-    """`external_entries` before files are looked for; the same errors about their form."""
+    """`external_entries` before files are checked; the same errors about their form."""
     entries = cfg.DATASETS.EXTERNAL
     if not isinstance(entries, list | tuple):
         raise ValueError(f"{KEY} must be a list of {_FORM}, not {entries!r}")
@@ -120,8 +119,8 @@ def register_external(
     json_file, image_root, class_map = _find(json_file, image_root, class_map, key)
     if target not in DatasetCatalog or target == name:
         raise ValueError(
-            f"{key}: TARGET {target!r} is not a registered dataset with other images; allowed "
-            "is the training set whose classes the model learns"
+            f"{key}: TARGET {target!r} must be a registered dataset with other images: the "
+            "training set whose classes the model learns"
         )
     arguments = (json_file, image_root, name, target, class_map, exhaustive)
     if name in DatasetCatalog:
@@ -186,27 +185,8 @@ def load_external(
             if metadata.get(key) is not None
         },
     )
-    return _mapped(records, mapper)
-
-
-def _mapped(records: Records, mapper: _RecordMapper) -> Records:
-    """Map records when they are asked for."""
-    objects = records.objects
-    label = mapper.labels[objects.category]
-    kept = label >= 0
-    return Records(
-        _MappedRecord(records, mapper),
-        objects.choose(kept, label),
-    )
-
-
-@dataclass(frozen=True)
-class _MappedRecord:
-    records: Records
-    mapper: _RecordMapper
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        return self.mapper(self.records[index])
+    label = mapper.labels[records.objects.category]
+    return lazily(records, mapper, records.objects.choose(label >= 0, label))
 
 
 class _RecordMapper:
@@ -229,16 +209,16 @@ class _RecordMapper:
         mapping: dict[int, int] | None,
         exhaustive: bool,
     ) -> None:
-        self._target = classes.ids
+        self._target = ids = classes.ids
         self._raw_ids = raw_ids
-        self._index = {i: mapping[i] if mapping else i - 1 for i in classes.ids.values()}
+        self._index = {i: mapping[i] if mapping else i - 1 for i in ids.values()}
         self._exhaustive = exhaustive
-        self.labels = np.array([self._index.get(classes.ids.get(raw), -1) for raw in raw_ids])
+        self.labels = np.array([self._index[ids[raw]] if raw in ids else -1 for raw in raw_ids])
         self._sources: dict[int, set[int]] = {}
-        for source, target in classes.ids.items():
+        for source, target in ids.items():
             self._sources.setdefault(target, set()).add(source)
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, _: int, record: dict[str, Any]) -> dict[str, Any]:
         annotations, present, crowds = [], set(), []
         partial = self._mapped(record.get(NOT_EXHAUSTIVE, ()))
         for annotation in record["annotations"]:

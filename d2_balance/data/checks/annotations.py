@@ -184,14 +184,14 @@ def mask_problems(
         `MASK_PROBLEMS`, -1 where nothing is wrong; new texts of polygons that lose broken ones, and
         of RLEs whose integers are written as floats or text.
     """
-    given = np.flatnonzero(np.fromiter(map(len, texts), np.int64, len(texts)))
+    given = [i for i, text in enumerate(texts) if text]
     what, problem = np.zeros(len(texts), np.uint8), np.full(len(texts), -1, np.int8)
     typed = True  # every coordinate is a finite number
     try:
         values: list[Any] = _masks.decode(b"[" + b",".join(texts[i] for i in given) + b"]")
     except msgspec.DecodeError:
         typed, values = False, [json.loads(texts[i]) for i in given]
-    polygons, rles, odd = _by_form(given.tolist(), values, typed)
+    polygons, rles, odd = _by_form(given, values, typed)
     for i, value in (*polygons, *rles, *odd):
         what[i] = RLE if isinstance(value, dict | _Rle) else POLYGONS
     rewritten = {
@@ -222,7 +222,7 @@ _Numbered = list[tuple[int, Any]]
 def _by_form(
     numbers: Sequence[int], values: Sequence[Any], typed: bool
 ) -> tuple[_Numbered, _Numbered, _Numbered]:
-    """Segmentations as polygons, RLEs of long text, and those to be looked at one at a time."""
+    """Segmentations as polygons, RLEs of long text, and those to be checked one at a time."""
     polygons: _Numbered = []
     rles: _Numbered = []
     odd: _Numbered = []

@@ -136,7 +136,7 @@ def _crowds(source: Annotations) -> str:
     if crowds.sum() == objects.sum():
         shown = [f"{crowds.sum():,} of {objects.sum():,}"]
     return (
-        f"Objects with iscrowd 1, which are not trained on and not looked for: {_some(shown)}. "
+        f"Objects with iscrowd 1, which neither train nor count in an evaluation: {_some(shown)}. "
         "CVAT and datumaro mark every mask as a crowd, darwin-py objects of several paths, "
         "supervision masks with holes or of several parts: set iscrowd to 0 for single objects."
     )

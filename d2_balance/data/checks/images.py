@@ -64,13 +64,13 @@ def _check_modes(images: Sequence[tuple[str, str]], name: str) -> None:
     deep = [f"{path} (mode {mode})" for path, mode in images if is_deep(mode)]
     if deep:
         logger.warning(
-            f"{name}: {len(deep)} of {len(images)} images looked at have more than 8 bits per "
+            f"{name}: {len(deep)} of {len(images)} checked images have more than 8 bits per "
             f"channel, and will be read as one colour: {_some(deep)}; convert them to 8 bits"
         )
     wrong = [f"{path} (mode {mode})" for path, mode in images if mode in _NO_RGB]
     if wrong:
         raise ValueError(
-            f"{name}: {len(wrong)} of {len(images)} images looked at have a mode that cannot be "
+            f"{name}: {len(wrong)} of {len(images)} checked images have a mode that cannot be "
             f"read as RGB: {_some(wrong)}; convert them to RGB"
         )
 
@@ -135,7 +135,7 @@ def check_image_sizes(
     _check_modes(modes, name)
     if flipped:
         logger.warning(
-            f"{name}: {len(flipped)} of {looked} images looked at are rotated or flipped by their "
+            f"{name}: {len(flipped)} of {looked} checked images are rotated or flipped by their "
             f"EXIF tag, which their size does not show: {_some(flipped)}; their boxes must be "
             "those of the turned image, or the tag must go"
         )
@@ -147,7 +147,7 @@ def check_image_sizes(
                 "and the boxes with them, or remove the tag"
             )
         raise ValueError(
-            f"{name}: {len(wrong)} of {looked} images looked at are not of the size "
+            f"{name}: {len(wrong)} of {looked} checked images are not of the size "
             f"(width x height) that the annotations give: {_some(wrong)}; {hint}"
         )
 

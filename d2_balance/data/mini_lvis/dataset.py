@@ -203,10 +203,10 @@ def _render_split(directory: str, split: str, counts: list[int], num_images: int
 
 def _plan(counts: list[int], num_images: int, rng: np.random.Generator) -> list[list[int]]:
     """Draws the class indices of each image, so that class j is in exactly counts[j] of them."""
-    plan = [[] for _ in range(num_images)]
+    plan: list[list[int]] = [[] for _ in range(num_images)]
     for j in sorted(range(len(counts)), key=lambda j: counts[j]):
         room = [i for i, classes in enumerate(plan) if len(classes) < MAX_CLASSES_PER_IMAGE]
-        chosen = rng.permutation(room)
+        chosen = rng.permutation(room).tolist()
         if counts[j] == max(counts):  # no image stays empty
             chosen = sorted(chosen, key=lambda i: len(plan[i]) > 0)
         for i in chosen[: counts[j]]:

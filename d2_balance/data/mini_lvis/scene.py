@@ -9,7 +9,7 @@ from PIL import Image
 from .shapes import CLASSES, Patch, draw_background, draw_object
 
 MIN_DIAMETER, MAX_DIAMETER = 16.0, 80.0  # pixels
-MIN_VISIBLE = 0.5  # share of an object that must stay visible
+MIN_VISIBLE = 0.5  # fraction of an object that must stay visible
 MIN_KEY_VISIBLE = 0.7  # the same for the part that tells its class
 MIN_PART_AREA = 4.0  # pixels; smaller visible fragments are not outlined
 POSITIONS_PER_SIZE = 12

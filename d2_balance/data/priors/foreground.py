@@ -1,6 +1,6 @@
 """How rare foreground is: the counts behind the optimal prior and the thresholds per class.
 
-With N_f positive of N rows and C outputs per row, a classifier that says pi everywhere loses
+With N_f positive of N samples and C outputs per sample, a classifier that says pi everywhere loses
 
     L(pi) = -log pi - (N C / N_f - 1) log(1 - pi)        per positive sample,
 
@@ -10,16 +10,14 @@ theta_j = (N_f / N) N_j / sum_k N_k with N_j objects of class j.
 Source: Chen et al., Is Heuristic Sampling Necessary in Training Deep Object Detectors?,
 arXiv:1909.04868, equations 1 to 3 and 7.
 
-Rows are labelled as the model labels them in training, from sizes and boxes alone: no image is
+Samples are labelled as the model labels them in training, from sizes and boxes alone: no image is
 read, and no network runs. Every image is resized to the middle one of the training sizes and
 padded by itself; crops and flips are left out.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,46 +27,46 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from d2_balance.utils.files import atomic_path, read_json
+from d2_balance.utils.files import check_new, read_json, write_json
 from d2_balance.utils.progress import progress
 
 from ..class_counts import ClassCounts
 from ..training_set import training_records
-from .sample_counts import PARTS, RPN, row_counters
+from .sample_counts import PARTS, RPN, sample_counters
 
-_COUNTS = ("positives", "rows", "outputs")
+_COUNTS = ("positives", "samples", "outputs")
 
 
 @dataclass(frozen=True)
 class PartCount:
-    """Rows of one part of a model, summed over the images that were looked at.
+    """Samples of one part of a model, summed over the counted images.
 
     Attributes:
-        positives: N_f, rows with an object; above 0 and below `rows`.
-        rows: N, rows that are not ignored.
-        outputs: C, sigmoid outputs per row, at least 1.
+        positives: N_f, samples with an object; above 0 and below `samples`.
+        samples: N, samples that are not ignored.
+        outputs: C, sigmoid outputs per sample, at least 1.
     """
 
     positives: int
-    rows: int
+    samples: int
     outputs: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.positives < self.rows or self.outputs < 1:
+        if not 0 < self.positives < self.samples or self.outputs < 1:
             raise ValueError(
-                f"{self.positives} positives in {self.rows} rows of {self.outputs} outputs have no "
-                "prior; there must be a positive, more rows than positives, and an output"
+                f"{self.positives} positives in {self.samples} samples of {self.outputs} outputs "
+                "have no prior; must be a positive, more samples than positives, and an output"
             )
 
     @property
-    def share(self) -> float:
+    def foreground(self) -> float:
         """N_f / N, in (0, 1)."""
-        return self.positives / self.rows
+        return self.positives / self.samples
 
     @property
     def prior(self) -> float:
         """pi*, in (0, 1)."""
-        return self.share / self.outputs
+        return self.foreground / self.outputs
 
     @property
     def bias(self) -> float:
@@ -78,10 +76,10 @@ class PartCount:
     @property
     def background_bias(self) -> float:
         """Bias of background in a softmax whose C classes have bias 0: log(C (N - N_f) / N_f)."""
-        return math.log(self.outputs * (self.rows - self.positives) / self.positives)
+        return math.log(self.outputs * (self.samples - self.positives) / self.positives)
 
     def loss(self, prior: float) -> float:
-        """L(pi): sigmoid cross-entropy per positive row where every score is `prior`, in (0, 1)."""
+        """L(pi): sigmoid cross-entropy per positive where every score is `prior`, in (0, 1)."""
         return -math.log(prior) - (1 / self.prior - 1) * math.log1p(-prior)
 
 
@@ -93,7 +91,7 @@ class ForegroundPrior:
         parts: counts by name of the model's part, names out of `PARTS`.
         instance_count: K objects of each class in the whole training set.
         class_names: K names.
-        num_images: images whose rows were counted, at least 1.
+        num_images: images whose samples were counted, at least 1.
         total_images: images of the training set.
         source: file that the counts come from, for messages.
     """
@@ -106,9 +104,9 @@ class ForegroundPrior:
     source: str = field(default="", compare=False)
 
     def class_thresholds(self, part: str) -> Tensor:
-        """(K,) float64: theta_j, share of rows that belong to class j."""
+        """(K,) float64: theta_j, fraction of samples that belong to class j."""
         count = torch.tensor(self.instance_count, dtype=torch.float64)
-        return self.parts[part].share * count / count.sum().clamp(min=1)
+        return self.parts[part].foreground * count / count.sum().clamp(min=1)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, max_images: int = 5000, seed: int = 0) -> ForegroundPrior:
@@ -124,7 +122,7 @@ class ForegroundPrior:
                 anchor is positive.
         """
         statistics = ClassCounts.from_config(cfg)
-        counters = row_counters(cfg)
+        counters = sample_counters(cfg)
         records = training_records(cfg) or ()
         if max_images and len(records) > max_images:
             records = random.Random(seed).sample(records, max_images)
@@ -135,10 +133,10 @@ class ForegroundPrior:
                 for i, count in enumerate(counter(size, boxes)):
                     totals[name][i] += count
         parts = {}
-        for name, (positives, rows) in totals.items():
+        for name, (positives, samples) in totals.items():
             outputs = 1 if name == RPN else statistics.num_classes
             try:
-                parts[name] = PartCount(positives, rows, outputs)
+                parts[name] = PartCount(positives, samples, outputs)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}: do the anchors fit the objects?") from error
         return cls(
@@ -155,8 +153,7 @@ class ForegroundPrior:
         Raises:
             FileExistsError: `path` exists and `overwrite` is False.
         """
-        if os.path.exists(path) and not overwrite:
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        check_new([path], overwrite)
         classes = zip(self.class_names, self.instance_count, strict=True)
         data = {
             "num_images": self.num_images,
@@ -167,8 +164,7 @@ class ForegroundPrior:
             },
             "classes": [{"name": name, "instance_count": count} for name, count in classes],
         }
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+        write_json(path, data, indent=1)
 
     @classmethod
     def load(cls, path: str) -> ForegroundPrior:
@@ -219,12 +215,12 @@ def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tenso
         raise ValueError(
             f"{record.get('file_name', 'an image')} has no height and width in its dataset"
         )
-    boxes = [
+    corners = [
         BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
         for a in record["annotations"]
         if not a.get("iscrowd", 0)
     ]
-    boxes = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4)
+    boxes = torch.as_tensor(corners, dtype=torch.float32).view(-1, 4)
     size, boxes = training_size(cfg, (record["height"], record["width"]), boxes)
     return size, boxes[((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(dim=1)]
 
@@ -254,6 +250,6 @@ def training_size(
 
 
 def middle_edge(sizes: Sequence[int], sampling: str) -> int:
-    """The middle one of the sizes that INPUT.MIN_SIZE_TRAIN draws from."""
+    """The middle one of the sizes of INPUT.MIN_SIZE_TRAIN."""
     sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
     return round(sum(sizes) / len(sizes)) if sampling == "range" else sizes[len(sizes) // 2]

@@ -1,4 +1,4 @@
-"""Counts the rows (anchors, proposals) of an image by the rules of the model's training."""
+"""Counts the samples (anchors, proposals) of an image by the rules of the model's training."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 RETINANET, FCOS, RPN, ROI_HEADS = PARTS = ("RetinaNet", "FCOS", "RPN", "ROIHeads")
 
-# ((height, width), boxes (M, 4)) -> (positives, rows that are not ignored)
-RowCounter = Callable[[tuple[int, int], Tensor], tuple[int, int]]
+# ((height, width), boxes (M, 4)) -> (positives, samples that are not ignored)
+SampleCounter = Callable[[tuple[int, int], Tensor], tuple[int, int]]
 
 
-def row_counters(cfg: CfgNode) -> dict[str, RowCounter]:
-    """One counter for each part of the configured model that has a classifier of rows.
+def sample_counters(cfg: CfgNode) -> dict[str, SampleCounter]:
+    """One counter for each part of the configured model that has a classifier of samples.
 
     The backbone is made without memory for its weights, for strides and padding alone.
 
@@ -49,7 +49,7 @@ def row_counters(cfg: CfgNode) -> dict[str, RowCounter]:
         return {RETINANET: AnchorCounter(cfg, backbone, cfg.MODEL.RETINANET.IN_FEATURES, parts)}
     if issubclass(arch, fcos.FCOS):
         return {FCOS: PointCounter(cfg, backbone)}
-    counters: dict[str, RowCounter] = {}
+    counters: dict[str, SampleCounter] = {}
     if issubclass(arch, GeneralizedRCNN | ProposalNetwork):
         generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
         if generator in PROPOSAL_GENERATOR_REGISTRY and issubclass(
@@ -106,8 +106,8 @@ class AnchorCounter:
         self.threshold = float(self._matcher.thresholds[labels.index(1)])
 
     def __call__(self, size: tuple[int, int], boxes: Tensor) -> tuple[int, int]:
-        positives, rows = zip(*self.by_level(size, boxes), strict=True)
-        return sum(positives), sum(rows)
+        positives, samples = zip(*self.by_level(size, boxes), strict=True)
+        return sum(positives), sum(samples)
 
     def with_anchors(self, cfg: CfgNode) -> AnchorCounter:
         """The same counter with the anchors of another MODEL.ANCHOR_GENERATOR."""
@@ -116,7 +116,7 @@ class AnchorCounter:
         return other
 
     def by_level(self, size: tuple[int, int], boxes: Tensor) -> list[tuple[int, int]]:
-        """Positives and rows of each feature map, in the order of `levels`."""
+        """Positives and samples of each feature map, in the order of `levels`."""
         grid = self._grid(size)
         anchors = Boxes.cat(grid)
         _, labels = self._matcher(pairwise_iou(Boxes(boxes), anchors))
@@ -164,11 +164,11 @@ class PointCounter:
         self.levels = list(node.IN_FEATURES)
 
     def __call__(self, size: tuple[int, int], boxes: Tensor) -> tuple[int, int]:
-        positives, rows = zip(*self.by_level(size, boxes), strict=True)
-        return sum(positives), sum(rows)
+        positives, samples = zip(*self.by_level(size, boxes), strict=True)
+        return sum(positives), sum(samples)
 
     def by_level(self, size: tuple[int, int], boxes: Tensor) -> list[tuple[int, int]]:
-        """Positives and rows of each feature map, in the order of `levels`."""
+        """Positives and samples of each feature map, in the order of `levels`."""
         classes = torch.zeros(len(boxes), dtype=torch.int64)
         objects = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
         grid = self._grid(size)
@@ -207,13 +207,12 @@ class AnchorGrid:
         """(M,) highest IoU of each box with an anchor, for Detectron2's own generator.
 
         Anchors of one shape overlap a box most where their centre is nearest to its centre, in x
-        and in y: only these are looked at, not the whole grid.
+        and in y: only these are compared, not the whole grid.
         """
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # (M, 2) x, y
         best = torch.zeros(len(boxes))
-        for shape, stride, cell in zip(
-            self._map_sizes(size), self._strides, self.generator.cell_anchors, strict=True
-        ):
+        cells: Any = self.generator.cell_anchors
+        for shape, stride, cell in zip(self._map_sizes(size), self._strides, cells, strict=True):
             start = self.generator.offset * stride
             last = torch.tensor([shape[1] - 1, shape[0] - 1])
             place = torch.minimum(((centre - start) / stride).round().clamp(min=0), last)

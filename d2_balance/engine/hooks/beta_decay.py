@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,7 +10,7 @@ from torch import nn
 
 from d2_balance.losses import SmoothL1Loss
 
-BETA_MODES = ("floor", "sawtooth", "linear")
+from ..setup.rules import check_values
 
 
 def decayed_beta(
@@ -36,26 +35,6 @@ def decayed_beta(
         "linear": iteration / period,
     }[mode]
     return max(initial - amount * steps, min(initial, minimum))
-
-
-def check_beta_decay(cfg: CfgNode) -> None:
-    """Check the values below MODEL.BALANCE.BETA_DECAY where the schedule is switched on.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    node = cfg.MODEL.BALANCE.BETA_DECAY
-    if not node.ENABLED:
-        return
-    rules = {
-        "MODE": (node.MODE in BETA_MODES, f"one of {', '.join(BETA_MODES)}"),
-        "AMOUNT": (0 <= node.AMOUNT < math.inf, "a number of at least 0"),
-        "PERIOD": (node.PERIOD >= 1, "an integer of at least 1"),
-        "MIN": (0 <= node.MIN < math.inf, "a number of at least 0"),
-    }
-    for key, (allowed, rule) in rules.items():
-        if not allowed:
-            raise ValueError(f"MODEL.BALANCE.BETA_DECAY.{key} is {node[key]!r}; must be {rule}.")
 
 
 class BetaDecay(HookBase):
@@ -93,12 +72,12 @@ class BetaDecay(HookBase):
         """Return the hook that MODEL.BALANCE.BETA_DECAY describes; None where it is switched off.
 
         Raises:
-            ValueError: a value is not allowed, or the model has no SmoothL1.
+            ValueError: a value is out of range, or the model has no SmoothL1.
         """
         node = cfg.MODEL.BALANCE.BETA_DECAY
         if not node.ENABLED:
             return None
-        check_beta_decay(cfg)
+        check_values(cfg, "MODEL.BALANCE.BETA_DECAY.")
         return cls(model, mode=node.MODE, amount=node.AMOUNT, period=node.PERIOD, minimum=node.MIN)
 
     def before_step(self) -> None:

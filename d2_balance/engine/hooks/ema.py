@@ -25,15 +25,12 @@ FILE = "model_final_ema"
 
 
 def check_ema(cfg: CfgNode) -> None:
-    """Check SOLVER.EMA.
+    """Refuse an average beside TEST.PRECISE_BN.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: naming both keys.
     """
-    node = cfg.SOLVER.EMA
-    if not 0 <= node.DECAY < 1:
-        raise ValueError(f"SOLVER.EMA.DECAY is {node.DECAY}; must be a number in [0, 1).")
-    if node.ENABLED and cfg.TEST.PRECISE_BN.ENABLED:
+    if cfg.SOLVER.EMA.ENABLED and cfg.TEST.PRECISE_BN.ENABLED:
         raise ValueError(
             "TEST.PRECISE_BN measures the statistics of the weights, and SOLVER.EMA evaluates "
             "their average, which has statistics of its own; set one of them to False."

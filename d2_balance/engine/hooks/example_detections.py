@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
@@ -32,20 +31,6 @@ class ImageWriter(Protocol):
             image: (H, W, 3) uint8, RGB.
             iteration: x axis.
         """
-
-
-def check_example_detections(cfg: CfgNode) -> None:
-    """Check LOG.IMAGES and LOG.IMAGES_MIN_SCORE.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    if cfg.LOG.IMAGES < 0:
-        raise ValueError(f"LOG.IMAGES is {cfg.LOG.IMAGES}; it must be an integer of at least 0.")
-    if not 0 <= cfg.LOG.IMAGES_MIN_SCORE <= 1:
-        raise ValueError(
-            f"LOG.IMAGES_MIN_SCORE is {cfg.LOG.IMAGES_MIN_SCORE}; it must be a number in [0, 1]."
-        )
 
 
 class ExampleDetections(HookBase):

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
@@ -31,18 +30,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = 2.0  # seconds in which a signal comes twice: from the terminal, and from the parent
 
 logger = logging.getLogger(__name__)
-
-
-def check_interrupt(cfg: CfgNode) -> None:
-    """Check SOLVER.INTERRUPT_TIMEOUT.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    if not cfg.SOLVER.INTERRUPT_TIMEOUT > 0:
-        raise ValueError(
-            f"{KEY} is {cfg.SOLVER.INTERRUPT_TIMEOUT}; it must be a number of seconds above 0."
-        )
 
 
 class SaveOnSignal(HookBase):

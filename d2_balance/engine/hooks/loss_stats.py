@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.reweight import GuidedScale, Reweighter
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import write_json
 
 LOSS_STATS_FILE = "loss_stats.json"
 
@@ -53,8 +52,7 @@ class LossStats(HookBase):
 
     def after_train(self) -> None:
         if comm.is_main_process() and self._records:
-            with atomic_path(self._path) as path, open(path, "w", encoding="utf-8") as file:
-                json.dump(self._records, file)
+            write_json(self._path, self._records)
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": self._records, "stride": self._stride, "looks": self._looks}

@@ -4,7 +4,7 @@ The check stands between the backward pass and the step of the optimizer, so tha
 checkpoint are corrupt. What it costs in healthy iterations is a sum of the losses, which Detectron2
 reads at the same place, and with several ranks one number that they add up.
 
-In mixed precision the losses are looked at before they are scaled, so that an overflow of scaled
+In mixed precision the losses are checked before they are scaled, so that an overflow of scaled
 gradients is none of this module's business: `StepTrainer` skips that step.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from d2_balance.data.unreadable import image_name
 from d2_balance.utils.distributed import world_size
+from d2_balance.utils.names import listed
 
 from ..errors import RunStopped
 from ..replay.saved_batch import BatchSaver
@@ -168,7 +169,7 @@ class FiniteLosses(HookBase):
         return NonFiniteLossError(
             f"The step of iteration {self.trainer.iter} has made the weights infinite or NaN, "
             f"though its loss was finite; the first such parameter is {parameter}. The images of "
-            f"the batch were {_listed(names)}. {_BAD_WEIGHTS}",
+            f"the batch were {listed(names, _SHOWN)}. {_BAD_WEIGHTS}",
             iteration=self.trainer.iter,
             images=names,
         )
@@ -257,11 +258,6 @@ def _non_finite(losses: dict[str, Tensor]) -> dict[str, float]:
     return bad if bad or math.isfinite(sum(values.values())) else values
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
 def _error(
     reports: Sequence[Report], iteration: int, *, everywhere: bool, cause: str = ""
 ) -> NonFiniteLossError:
@@ -278,10 +274,10 @@ def _error(
     if parameter:
         text.append(f"The weights are not finite; the first such parameter is {parameter}.")
     if classes:
-        text.append(f"Classes: {_listed(classes)}.")
+        text.append(f"Classes: {listed(classes, _SHOWN)}.")
     shown = [f"{name} ({what})" if what else name for name, what in images.items()]
     if shown:
-        text.append(f"Images: {_listed(shown)}.")
+        text.append(f"Images: {listed(shown, _SHOWN)}.")
     bad_input = any(report.bad_input for report in reports)
     if any(report.overflow for report in reports):
         text.append(_OVERFLOW)

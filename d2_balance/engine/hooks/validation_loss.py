@@ -36,18 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_validation_loss(cfg: CfgNode) -> None:
-    """Check TEST.LOSS.
+    """Refuse TEST.LOSS without a test set.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: naming both keys.
     """
-    node = cfg.TEST.LOSS
-    if node.PERIOD < 0 or node.IMAGES < 0:
-        raise ValueError(
-            f"TEST.LOSS.PERIOD is {node.PERIOD} and TEST.LOSS.IMAGES {node.IMAGES}; they must "
-            "be integers of at least 0."
-        )
-    if node.PERIOD and not cfg.DATASETS.TEST:
+    if cfg.TEST.LOSS.PERIOD and not cfg.DATASETS.TEST:
         raise ValueError(
             "TEST.LOSS.PERIOD is above 0 and DATASETS.TEST is empty; must be at least one "
             "dataset, or PERIOD 0."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -21,13 +20,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
 from d2_balance.evaluation.files import file_name_of
-from d2_balance.utils.files import atomic_path
-
-from .example_detections import check_example_detections
+from d2_balance.utils.files import read_json, write_json
 
 CSV_FILE = "metrics.csv"
 WANDB_FILE = "wandb_run.json"
-WANDB_MODES = ("online", "offline")
 MLFLOW_FILE = "mlflow_run.json"
 _ALLOWED = re.compile(r"[^\w\-./ ]")  # what names of MLflow must not hold
 _BATCH = 1000  # metrics in a call to MLflow
@@ -36,16 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_logs(cfg: CfgNode) -> None:
-    """Check LOG.
+    """Check that the packages are there that LOG needs.
 
     Raises:
         ValueError: naming the key and what to do.
     """
-    check_example_detections(cfg)
-    if cfg.LOG.WANDB_PROJECT and cfg.LOG.WANDB_MODE not in WANDB_MODES:
-        raise ValueError(
-            f"LOG.WANDB_MODE is {cfg.LOG.WANDB_MODE!r}; must be {' or '.join(WANDB_MODES)}."
-        )
     for key, package, install in (
         ("WANDB_PROJECT", "wandb", "wandb"),
         ("MLFLOW_EXPERIMENT", "mlflow", "mlflow-skinny"),
@@ -119,10 +110,9 @@ class WandbWriter(_NewScalars):
             dir=cfg.OUTPUT_DIR,
             config=yaml.safe_load(cfg.dump()),
             resume="allow",
-            **read_json(path, {}),
+            **(read_json(path) if os.path.isfile(path) else {}),
         )
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"id": self._run.id}, file)
+        write_json(path, {"id": self._run.id})
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
@@ -158,9 +148,8 @@ class MlflowWriter(_NewScalars):
 
         self._client = mlflow.MlflowClient(uri)
         path = os.path.join(cfg.OUTPUT_DIR, MLFLOW_FILE)
-        known = read_json(path, {})
-        if known:
-            self._run_id = known["run_id"]
+        if os.path.isfile(path):
+            self._run_id = read_json(path)["run_id"]
             self._client.update_run(self._run_id, status="RUNNING")
         else:
             experiment = self._client.get_experiment_by_name(cfg.LOG.MLFLOW_EXPERIMENT)
@@ -173,8 +162,7 @@ class MlflowWriter(_NewScalars):
             self._run_id = self._client.create_run(number, run_name=name).info.run_id
             for key, value in _headline(cfg).items():
                 self._client.log_param(self._run_id, key, value)
-            with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"run_id": self._run_id, "uri": uri}, file)
+            write_json(path, {"run_id": self._run_id, "uri": uri})
         self._client.log_text(self._run_id, cfg.dump(), "config.yaml")
 
     def write(self) -> None:
@@ -259,9 +247,9 @@ class ClassAP(HookBase):
         for dataset in self._datasets:
             name = f"per_class_ap_{file_name_of(dataset)}.json"
             path = os.path.join(self._directory, name)
-            if records := read_json(path, {}):
+            if os.path.isfile(path):
                 prefix = f"{dataset}/" if len(self._datasets) > 1 else ""
-                self._writer.add_classes(records, prefix, self.trainer.iter)
+                self._writer.add_classes(read_json(path), prefix, self.trainer.iter)
 
 
 def log_writers(cfg: CfgNode) -> list[EventWriter]:
@@ -289,11 +277,3 @@ def _headline(cfg: CfgNode) -> dict[str, Any]:
         "max_iter": cfg.SOLVER.MAX_ITER,
         "seed": cfg.SEED,
     }
-
-
-def read_json(path: str, missing: Any) -> Any:
-    """Return the content of a file, `missing` if there is none."""
-    if not os.path.isfile(path):
-        return missing
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

@@ -74,16 +74,16 @@ class Replay:
         found = bad_inputs(self._batch)
         if found.bad_input:
             return found
-        rows = Suspects()
+        in_heads = Suspects()
         with self._untouched():
-            finite = self._forward(self._batch, rows)
+            finite = self._forward(self._batch, in_heads)
             alone = [i for i, x in enumerate(self._batch) if self._forward([x]) is False]
         # An image of which both are true is the cause: batch norm and the state of the losses
         # carry what is not finite from one image to the others.
-        both = [index for index in rows.images if index in alone]
-        for index in both or rows.images or alone:
-            what = rows.images.get(index, "its loss is not finite when it is run alone")
-            found.add(index, what, rows.classes.get(index, ()))
+        both = [index for index in in_heads.images if index in alone]
+        for index in both or in_heads.images or alone:
+            what = in_heads.images.get(index, "its loss is not finite when it is run alone")
+            found.add(index, what, in_heads.classes.get(index, ()))
         if not found.images:
             what = "its loss was finite when it was run again"
             if finite is False:
@@ -97,13 +97,15 @@ class Replay:
         with self._untouched():
             return self._forward(self._batch, Suspects()) is True
 
-    def _forward(self, batch: list[dict[str, Any]], rows: Suspects | None = None) -> bool | None:
+    def _forward(
+        self, batch: list[dict[str, Any]], in_heads: Suspects | None = None
+    ) -> bool | None:
         """Return whether the losses of a batch are finite; None where the model cannot run it."""
-        found = Suspects() if rows is None else rows
+        found = Suspects() if in_heads is None else in_heads
         if self._key is not None:
             seed_everything(*self._key)
         try:
-            with watched(self._model, lambda *seen: _bad_rows(found, *seen)):
+            with watched(self._model, lambda *seen: _bad_samples(found, *seen)):
                 losses = self._model(batch)
         except Exception as error:
             if speaks_of_non_finite(error):
@@ -112,7 +114,7 @@ class Replay:
             logger.debug(f"{type(error).__name__} when {len(batch)} images were run: {error}")
             return None
         losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
-        if rows is not None:
+        if in_heads is not None:
             self.losses = {name: float(value) for name, value in losses.items()}
         return bool(sum(losses.values()).isfinite())
 
@@ -178,19 +180,19 @@ def bad_inputs(batch: list[dict[str, Any]]) -> Suspects:
     return found
 
 
-def _bad_rows(
+def _bad_samples(
     found: Suspects, samples: Samples, boxes: tuple[Tensor, ...], cls: Tensor, box: Tensor
 ) -> None:
     """Note the images and classes of what is not finite in one head; the first cause counts."""
     pred, target = boxes[:2]
-    rows = torch.arange(len(samples.labels), device=samples.labels.device)
+    index = torch.arange(len(samples.labels), device=samples.labels.device)
     for what, values, of, has_classes in (
-        ("class scores are not finite", samples.logits, rows, True),
+        ("class scores are not finite", samples.logits, index, True),
         ("a target box is not finite", target, samples.pos, False),
         ("a predicted box is not finite", pred, samples.pos, False),
-        ("the classification loss is not finite", cls, rows, cls.dim() == 2),
+        ("the classification loss is not finite", cls, index, cls.dim() == 2),
         ("the box loss is not finite", box, samples.pos, False),
-        ("the weight of a sample is not finite", samples.sample_weight, rows, False),
+        ("the weight of a sample is not finite", samples.sample_weight, index, False),
     ):
         # a 0-d loss of a set belongs to no sample
         if values is None or values.dim() == 0 or values.isfinite().all():
@@ -201,7 +203,7 @@ def _bad_rows(
         return
 
 
-def _pairs(samples: Samples, bad: Tensor, rows: Tensor, has_classes: bool) -> Tensor:
+def _pairs(samples: Samples, bad: Tensor, index: Tensor, has_classes: bool) -> Tensor:
     """Pairs of image and class that are not finite, each once; class K is none.
 
     Columns of classes name their class where the sample has others that are finite. Without columns
@@ -210,19 +212,19 @@ def _pairs(samples: Samples, bad: Tensor, rows: Tensor, has_classes: bool) -> Te
     Args:
         samples: the batch.
         bad: (n,) or (n, C) bool.
-        rows: (n,) which rows of the batch they are.
+        index: (n,) which samples of the batch they are.
         has_classes: whether the C columns are classes.
 
     Returns:
         (m, 2) int64.
     """
-    images = torch.zeros_like(rows) if samples.image_index is None else samples.image_index[rows]
+    images = torch.zeros_like(index) if samples.image_index is None else samples.image_index[index]
     if not has_classes:
         hit = bad if bad.dim() == 1 else bad.any(dim=1)
-        return torch.stack([images[hit], samples.labels[rows[hit]]], dim=1).unique(dim=0)
+        return torch.stack([images[hit], samples.labels[index[hit]]], dim=1).unique(dim=0)
     partly = bad & ~bad.all(dim=1, keepdim=True)
-    row, column = partly.nonzero().unbind(1)
+    sample, column = partly.nonzero().unbind(1)
     whole = images[bad.all(dim=1)]
-    named = torch.stack([images[row], column], dim=1)
+    named = torch.stack([images[sample], column], dim=1)
     unnamed = torch.stack([whole, torch.full_like(whole, samples.num_classes)], dim=1)
     return torch.cat([named, unnamed]).unique(dim=0)

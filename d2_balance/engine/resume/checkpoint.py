@@ -24,7 +24,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2_balance.data.model_classes import CHECKPOINT_KEY, FILE, ModelClasses, class_activation
-from d2_balance.utils.files import atomic_path
+from d2_balance.utils.files import atomic_path, write_text
+from d2_balance.utils.names import listed
 
 from ..errors import RunStopped
 from .same_run import changed_settings, check_same_model
@@ -121,9 +122,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note the file name of the last checkpoint; the note is whole or the old one."""
-        path = os.path.join(self.save_dir, _LAST)
-        with atomic_path(path, sync=True) as temporary, open(temporary, "w") as file:
-            file.write(last_filename_basename)
+        write_text(os.path.join(self.save_dir, _LAST), last_filename_basename, sync=True)
 
     def has_checkpoint(self) -> bool:
         """Return whether the first rank sees a checkpoint to resume; every rank must call this."""
@@ -222,11 +221,10 @@ class BalancedCheckpointer(DetectionCheckpointer):
             if name in saved and saved[name].shape != value.shape
         ]
         if wrong:
-            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise ValueError(
                 f"--resume continues the same model, and {path} is of another one: "
-                f"{', '.join(wrong[:_SHOWN])}{more}. Start a run in another OUTPUT_DIR with "
-                "MODEL.WEIGHTS set to the checkpoint."
+                f"{listed(wrong, _SHOWN)}. Start a run in another OUTPUT_DIR with MODEL.WEIGHTS "
+                "set to the checkpoint."
             )
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
@@ -246,7 +244,7 @@ class BalancedCheckpointer(DetectionCheckpointer):
             if other:
                 raise ValueError(
                     f"{filename} has no 'model' or 'state_dict', and more than tensors "
-                    f"({', '.join(map(str, other[:_SHOWN]))}); save the weights alone: "
+                    f"({listed(other, _SHOWN)}); save the weights alone: "
                     "torch.save({'model': model.state_dict()}, FILE)"
                 )
             content = {"model": content}

@@ -27,17 +27,16 @@ from torch.utils.data import DataLoader
 from d2_balance.data.mapper import BalancedMapper
 from d2_balance.data.records import Records, objects_of
 from d2_balance.data.samplers import (
-    REPEAT_FORMS,
     ClassAwareTrainingSampler,
     repeat_factors,
     weighted_repeat_factors,
 )
 from d2_balance.data.training_set import sources, training_records
+from d2_balance.utils.config_tree import changed
 from d2_balance.utils.workers import leave_signals
 
 from ..errors import RunStopped
 from .random_state import seeded
-from .unreadable_images import KEY as UNREADABLE_KEY
 from .unreadable_images import SeededImages, UnreadableImages
 
 # Samplers of this package, besides those that Detectron2 builds by name.
@@ -177,7 +176,7 @@ def _deaths_found_when_waiting() -> Iterator[None]:
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """Check the training sampler, repeat factors, and the limit of unreadable images.
+    """Check the training sampler, its threshold and form, and the weights of training sets.
 
     Raises:
         ValueError: naming the key.
@@ -185,7 +184,7 @@ def check_sampler(cfg: CfgNode) -> None:
     name, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
     if name not in TRAINING_SAMPLERS:
         raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN: {name!r} is unknown; allowed: "
+            f"DATALOADER.SAMPLER_TRAIN: {name!r} is unknown; must be one of "
             f"{', '.join(TRAINING_SAMPLERS)}."
         )
     if name in ("RepeatFactorTrainingSampler", WEIGHTED) and not threshold > 0:
@@ -193,23 +192,13 @@ def check_sampler(cfg: CfgNode) -> None:
             f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats no image; "
             "must be a frequency above 0, below which classes are repeated (LVIS: 0.001)."
         )
-    form, alpha = cfg.DATALOADER.REPEAT_FORM, cfg.DATALOADER.REPEAT_ALPHA
-    if form not in REPEAT_FORMS or not alpha > 0:
-        raise ValueError(
-            f"DATALOADER.REPEAT_FORM is {form!r} and REPEAT_ALPHA {alpha}; must be one of "
-            f"{', '.join(REPEAT_FORMS)}, and a number above 0."
-        )
+    form = cfg.DATALOADER.REPEAT_FORM
     if form != "rfs" and name not in ("RepeatFactorTrainingSampler", WEIGHTED):
         raise ValueError(
             f"DATALOADER.REPEAT_FORM is {form!r} and DATALOADER.SAMPLER_TRAIN {name} would not use "
             f"it; must be RepeatFactorTrainingSampler or {WEIGHTED}."
         )
     check_weights_of_sets(cfg)
-    if cfg.DATALOADER.MAX_UNREADABLE_IMAGES < 0:
-        raise ValueError(
-            f"{UNREADABLE_KEY} is {cfg.DATALOADER.MAX_UNREADABLE_IMAGES}; must be an integer of "
-            "at least 0."
-        )
 
 
 def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
@@ -229,11 +218,9 @@ def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
             f"number of processes, {ranks}."
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    given = cfg.clone()
-    given.defrost()
     with seeded(seed):
         # later versions of Detectron2 give its samplers cfg.SEED, earlier ones draw this number
-        given.SEED = comm.shared_random_seed()
+        given = changed(cfg, {"SEED": comm.shared_random_seed()})
     with seeded(seed):
         parts = _loader_parts(given)
     if not isinstance(parts["dataset"], list | Records):
@@ -271,7 +258,7 @@ def check_weights_of_sets(cfg: CfgNode) -> None:
         names = ", ".join(n for n in TRAINING_SAMPLERS if n.startswith("Weighted"))
         raise ValueError(
             "DATASETS.TRAIN_REPEAT_FACTOR is set and DATALOADER.SAMPLER_TRAIN "
-            f"{cfg.DATALOADER.SAMPLER_TRAIN} would not use it; allowed with it: {names}."
+            f"{cfg.DATALOADER.SAMPLER_TRAIN} would not use it; must be one of {names}."
         )
 
 
@@ -302,9 +289,7 @@ def _loader_parts(cfg: CfgNode) -> dict:
         )
     if name not in SAMPLERS:
         return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
-    stock = cfg.clone()
-    stock.defrost()
-    stock.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+    stock = changed(cfg, {"DATALOADER.SAMPLER_TRAIN": "TrainingSampler"})
     parts = build_detection_train_loader.from_config(stock, mapper=mapper, dataset=records)
     records = parts["dataset"]
     if not isinstance(records, list | Records):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
 
 
 def seed_everything(*key: int) -> None:
@@ -38,3 +40,20 @@ def _seed_python(key: tuple[int, ...]) -> int:
     random.seed(seed)
     np.random.seed(seed)
     return seed
+
+
+class SeedSteps(HookBase):
+    """Seeds the random generators before each step from the run's seed, the rank and the iteration.
+
+    What a step draws (Detectron2 samples anchors and proposals) is then the same in a resumed run,
+    with nothing to save.
+
+    Args:
+        seed: at least 0.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def before_step(self) -> None:
+        seed_everything(self._seed, comm.get_rank(), self.trainer.iter)

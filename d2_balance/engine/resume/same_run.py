@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 
 from d2_balance.data.checks.classes import num_classes_key
 from d2_balance.utils.config_tree import leaves
+from d2_balance.utils.names import listed
 
 # With another value of these the checkpoint is one of another model.
 MODEL_KEYS = (
@@ -81,5 +82,4 @@ def _differing(saved: str, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 def _listed(keys: list[str], differing: dict[str, tuple[Any, Any]]) -> str:
     shown = [f"{key} was {differing[key][0]!r} and is {differing[key][1]!r}" for key in keys]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
+    return listed(shown, _SHOWN)

@@ -27,7 +27,7 @@ def check_norms(cfg: CfgNode) -> None:
     if comm.get_world_size() > 1:
         raise ValueError(
             f"{', '.join(keys)} SyncBN cannot join {comm.get_world_size()} processes on the CPU; "
-            "allowed there is naiveSyncBN, which can, BN or GN."
+            "must be naiveSyncBN, which can, BN or GN."
         )
     logger.warning(f"{', '.join(keys)}: SyncBN is a plain batch norm of this one process.")
 

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,7 +22,8 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from d2_balance.data.model_classes import ModelClasses, class_activation
-from d2_balance.utils.names import closest
+from d2_balance.utils.names import closest, listed
+from d2_balance.utils.text import table
 
 from ..resume.checkpoint import BalancedCheckpointer
 from .torchvision_weights import (
@@ -31,20 +33,59 @@ from .torchvision_weights import (
     settings_warning,
     torchvision_url,
 )
-from .weights_table import (
-    LOADED,
-    NEW,
-    REINITIALIZED,
-    RUN_STATE,
-    SHAPE,
-    UNUSED,
-    WeightRow,
-    weights_table,
-)
 
 KEY = "MODEL.BALANCE.REINITIALIZE"
 
+LOADED = "loaded"
+SHAPE = "skipped (shape)"
+NEW = "skipped (missing)"
+REINITIALIZED = "re-initialised"
+RUN_STATE = "skipped (state)"
+UNUSED = "unused"
+
+_SHOWN = 40  # tensors of one status
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """What happened to one tensor.
+
+    Attributes:
+        name: in the model; of an unused one in the file.
+        status: LOADED; SHAPE, NEW, RUN_STATE and REINITIALIZED, which keep their initial values; or
+            UNUSED.
+        reason: why it was not loaded.
+        shape: in the model; of an unused one in the file.
+    """
+
+    name: str
+    status: str
+    reason: str
+    shape: tuple[int, ...]
+
+
+def weights_table(rows: Sequence[WeightRow]) -> str:
+    """Return a table of what was loaded by part of the model, and of each tensor that was not.
+
+    The sums stand below it.
+    """
+    parts: dict[str, int] = {}
+    for row in rows:
+        if row.status == LOADED:
+            part = ".".join(row.name.split(".")[:2])
+            parts[part] = parts.get(part, 0) + 1
+    lines = [(f"{part}.* ({count})", LOADED, "", "") for part, count in parts.items()]
+    for status in (SHAPE, REINITIALIZED, NEW, RUN_STATE, UNUSED):
+        of_status = [row for row in rows if row.status == status]
+        lines += [(r.name, status, str(r.shape), r.reason) for r in of_status[:_SHOWN]]
+        if len(of_status) > _SHOWN:
+            lines.append((f"and {len(of_status) - _SHOWN} more", status, "", ""))
+    text = table(lines, ["tensor", "what became of it", "shape", "why"])
+    statuses = [row.status for row in rows]
+    sums = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
+    return f"{text}\n{', '.join(sums)}."
 
 
 def load_pretrained(
@@ -140,8 +181,8 @@ class _Loader(BalancedCheckpointer):
         if not own.keys() - missing - self._run_state.keys():
             raise ValueError(
                 f"MODEL.WEIGHTS {self._path} is of another architecture: none of its "
-                f"{len(found)} tensors fits the model. It holds {_some(found)}; the model has "
-                f"{_some(own)}."
+                f"{len(found)} tensors fits the model. It holds {listed(list(found), 3)}; the "
+                f"model has {listed(list(own), 3)}."
             )
         self.rows = self._rows(own, missing, shapes)
         why = "the model has none of this name"
@@ -183,10 +224,6 @@ class _Loader(BalancedCheckpointer):
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _some(names: Sequence[str] | dict[str, Any]) -> str:
-    return ", ".join(list(names)[:3]) + (" and so on" if len(names) > 3 else "")
 
 
 def web_address(path: str) -> str:

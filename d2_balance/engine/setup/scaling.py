@@ -8,7 +8,10 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from d2_balance.utils.config_tree import value_of
+
 from .config_file import config_layers
+from .rules import check_values
 
 _LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
 _PERIODS = (
@@ -21,16 +24,12 @@ _BATCH, _RATE = "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR"
 
 
 def check_reference_batch(cfg: CfgNode) -> None:
-    """Check SOLVER.REFERENCE_IMS_PER_BATCH.
+    """Check SOLVER.REFERENCE_IMS_PER_BATCH, and that nothing else scales.
 
     Raises:
         ValueError: naming the key.
     """
-    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
-        raise ValueError(
-            f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; must be 0, "
-            "or the number of images that the learning rate was chosen for."
-        )
+    check_values(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH")
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
             "SOLVER.REFERENCE_IMS_PER_BATCH scales by IMS_PER_BATCH and "
@@ -62,10 +61,8 @@ def scale_to_batch(cfg: CfgNode) -> str:
     cfg.SOLVER.BASE_LR *= scale
     cfg.SOLVER.STEPS = tuple(round(step / scale) for step in cfg.SOLVER.STEPS)
     for key in (*_LENGTHS, *_PERIODS):
-        path, name = key.rsplit(".", 1)
-        node = cfg
-        for part in path.split("."):
-            node = node[part]
+        path, _, name = key.rpartition(".")
+        node = value_of(cfg, path)
         if node[name] > 0:
             node[name] = max(round(node[name] / scale), 1)
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = now

@@ -90,7 +90,7 @@ def torchvision_url(path: str) -> str:
         return known.DEFAULT.url
     if name not in known.__members__:
         raise ValueError(
-            f"MODEL.WEIGHTS: torchvision has no weights {name!r} of {model}; allowed: "
+            f"MODEL.WEIGHTS: torchvision has no weights {name!r} of {model}; must be one of "
             f"{', '.join(known.__members__)}."
         )
     return known[name].url

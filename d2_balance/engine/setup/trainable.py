@@ -41,7 +41,7 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     for entry in names:
         if not isinstance(entry, str) or not entry:
-            raise ValueError(f"{KEY}: {entry!r} is not allowed; a part of a parameter's name is.")
+            raise ValueError(f"{KEY}: {entry!r} must be a part of a parameter's name.")
         if not any(entry in name for name in trained):
             raise ValueError(
                 f"{KEY}: {entry!r} is no part of the name of a parameter that trains; "

@@ -8,20 +8,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 
 from d2_balance.config import add_balance_config
-from d2_balance.utils.config_tree import leaves
-
-BALANCED_META_ARCHITECTURES = {
-    "RetinaNet": "BalancedRetinaNet",
-    "FCOS": "BalancedFCOS",
-    "GeneralizedRCNN": "BalancedRCNN",
-    "PanopticFPN": "BalancedPanopticFPN",
-}
-BALANCED_PROPOSAL_GENERATORS = {"RPN": "BalancedRPN"}
-BALANCED_ROI_HEADS = {
-    "StandardROIHeads": "BalancedStandardROIHeads",
-    "CascadeROIHeads": "BalancedCascadeROIHeads",
-    "Res5ROIHeads": "BalancedRes5ROIHeads",
-}
+from d2_balance.utils.config_tree import leaves, value_of
+from d2_balance.utils.names import BALANCED
 
 
 def check_losses_are_used(cfg: CfgNode) -> None:
@@ -49,12 +37,12 @@ def check_losses_are_used(cfg: CfgNode) -> None:
     if not wanted:
         return
     arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    parts = [("MODEL.META_ARCHITECTURE", arch, BALANCED_META_ARCHITECTURES)]
+    parts = {"MODEL.META_ARCHITECTURE": arch}
     if issubclass(arch, GeneralizedRCNN):
-        heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
-        parts.append(("MODEL.ROI_HEADS.NAME", heads, BALANCED_ROI_HEADS))
+        parts["MODEL.ROI_HEADS.NAME"] = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
     changes = []
-    for key, cls, balanced in parts:
+    for key, cls in parts.items():
+        balanced = BALANCED[key]
         if not cls.__module__.startswith("detectron2."):
             continue  # ours, or a user's own
         if cls.__name__ in balanced:
@@ -90,10 +78,10 @@ def check_rpn_losses_are_used(cfg: CfgNode) -> None:
             "out, or set MODEL.META_ARCHITECTURE BalancedRCNN."
         )
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if name in BALANCED_PROPOSAL_GENERATORS:
+    if balanced := BALANCED["MODEL.PROPOSAL_GENERATOR.NAME"].get(name):
         raise ValueError(
             f"{', '.join(changed)} set losses of the RPN, but {name} would not use them: set "
-            f"MODEL.PROPOSAL_GENERATOR.NAME {BALANCED_PROPOSAL_GENERATORS[name]}."
+            f"MODEL.PROPOSAL_GENERATOR.NAME {balanced}."
         )
 
 
@@ -107,17 +95,10 @@ def check_regions_are_used(cfg: CfgNode) -> None:
     if not wanted:
         return
     arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    keys = [("MODEL.META_ARCHITECTURE", arch.__name__, BALANCED_META_ARCHITECTURES)]
-    if issubclass(arch, GeneralizedRCNN):
-        keys += [
-            ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, BALANCED_ROI_HEADS),
-            (
-                "MODEL.PROPOSAL_GENERATOR.NAME",
-                cfg.MODEL.PROPOSAL_GENERATOR.NAME,
-                BALANCED_PROPOSAL_GENERATORS,
-            ),
-        ]
-    changes = [f"{key} {balanced[name]}" for key, name, balanced in keys if name in balanced]
+    # the names of other parts than the first belong to two-stage models
+    keys = list(BALANCED) if issubclass(arch, GeneralizedRCNN) else ["MODEL.META_ARCHITECTURE"]
+    names = {key: BALANCED[key].get(value_of(cfg, key)) for key in keys}
+    changes = [f"{key} {name}" for key, name in names.items() if name]
     if changes:
         raise ValueError(
             f"DATASETS.{wanted[0]} gives ignore regions or boxes without masks, which parts of the "

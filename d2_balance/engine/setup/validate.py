@@ -6,7 +6,7 @@ Every message names the key or the file and says what it must be. What is quick 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,19 +52,18 @@ from d2_balance.modeling.build import (
 from d2_balance.modeling.meta_arch.fcos import BalancedFCOS
 from d2_balance.modeling.roi_heads.feature_memory import check_memory
 from d2_balance.modeling.tta import check_test_augmentation
+from d2_balance.utils.config_tree import changed
 from d2_balance.utils.names import closest
 
 from ..hooks.best import check_best
-from ..hooks.beta_decay import check_beta_decay
 from ..hooks.ema import check_ema
-from ..hooks.interrupt import check_interrupt
 from ..hooks.validation_loss import check_validation_loss
 from ..hooks.writers import check_logs
 from ..resume.checkpoint import resumable_files
 from ..resume.data_stream import check_sampler
-from ..step import PRECISIONS
 from .norms import check_norms
 from .pretrained import check_weights_file
+from .rules import check_values
 from .scaling import check_reference_batch
 from .unused import check_losses_are_used
 
@@ -92,50 +91,26 @@ def validate(
     Raises:
         ValueError: naming the key or file.
     """
-    if not eval_only:
-        check_step(cfg)
     if registered:
         check_registered_names(cfg)
         check_losses_are_used(cfg)
+    check_values(cfg)
     check_losses(cfg, eval_only)
-    check_numbers(cfg)
-    check_beta_decay(cfg)
     check_test_augmentation(cfg)
-    if not eval_only:
-        check_sampler(cfg)
-        check_norms(cfg)
-        region_files(cfg)
     check_dataset_names(cfg, eval_only)
-    if not eval_only:
-        for check in (
-            check_reference_batch,
-            check_ema,
-            check_validation_loss,
-            check_best,
-            check_interrupt,
-        ):
-            check(cfg)
-        check_logs(cfg)
+    for check in () if eval_only else _OF_TRAINING:
+        check(cfg)
     check_weights(cfg, eval_only, resume)
     check_data(cfg, eval_only)
 
 
 def check_step(cfg: CfgNode) -> None:
-    """Check SOLVER.AMP and SOLVER.GRAD_ACCUM_STEPS.
+    """Check that the device has the precision, and that the micro-batches divide the batch.
 
     Raises:
         ValueError: naming the key.
     """
     amp, ranks = cfg.SOLVER.AMP, comm.get_world_size()
-    if amp.PRECISION not in PRECISIONS:
-        raise ValueError(
-            f"SOLVER.AMP.PRECISION is {amp.PRECISION!r}; must be one of {', '.join(PRECISIONS)}."
-        )
-    if not 0 < amp.INIT_SCALE < float("inf") or amp.MAX_SKIPPED < 1:
-        raise ValueError(
-            f"SOLVER.AMP.INIT_SCALE is {amp.INIT_SCALE} and MAX_SKIPPED {amp.MAX_SKIPPED}; allowed "
-            "are a number above 0 and an integer of at least 1."
-        )
     cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
     if amp.ENABLED and amp.PRECISION == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise ValueError("SOLVER.AMP.PRECISION bf16 is beyond this GPU; set fp16.")
@@ -145,6 +120,19 @@ def check_step(cfg: CfgNode) -> None:
             f"SOLVER.GRAD_ACCUM_STEPS is {count}; must be an integer of at least 1 that divides "
             f"the images of a rank, SOLVER.IMS_PER_BATCH {batch} over {ranks} processes."
         )
+
+
+_OF_TRAINING: tuple[Callable[[CfgNode], Any], ...] = (
+    check_step,
+    check_sampler,
+    check_norms,
+    region_files,
+    check_reference_batch,
+    check_ema,
+    check_validation_loss,
+    check_best,
+    check_logs,
+)
 
 
 def check_registered_names(cfg: CfgNode) -> None:
@@ -176,13 +164,11 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only and cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT:
         # a new run would train with counts of zero, which make every class one of the tail
         raise ValueError(
-            f'MODEL.BALANCE.CLASS_COUNTS_FILE "{FROM_CHECKPOINT}" is for --eval-only; allowed in '
-            'training is "", which counts on DATASETS.TRAIN, or a file.'
+            f'MODEL.BALANCE.CLASS_COUNTS_FILE "{FROM_CHECKPOINT}" is for --eval-only; in training '
+            'it must be "", which counts on DATASETS.TRAIN, or a file.'
         )
     check_memory(cfg)
-    bare = cfg.clone()
-    bare.defrost()
-    bare.MODEL.BALANCE.CLASS_COUNTS_FILE = FROM_CHECKPOINT
+    bare = changed(cfg, {"MODEL.BALANCE.CLASS_COUNTS_FILE": FROM_CHECKPOINT})
     num_classes = configured_num_classes(cfg)
     for build in (
         build_cls_loss,
@@ -196,28 +182,6 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
         build(bare, 1, "RPN")
     for part in ("", "RPN"):
         build_guided(bare, part)
-
-
-def check_numbers(cfg: CfgNode) -> None:
-    """Check the weights of the losses and the initial probabilities of the classes.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    balance = cfg.MODEL.BALANCE
-    for key in ("CLS_LOSS_WEIGHT", "BOX_LOSS_WEIGHT"):
-        for place, node in (("", balance), ("RPN.", balance.RPN)):
-            if not node[key] >= 0:
-                raise ValueError(
-                    f"MODEL.BALANCE.{place}{key} is {node[key]}; must be a number of at least 0."
-                )
-    nodes = {"BALANCE": balance, "BALANCE.RPN": balance.RPN}
-    nodes |= {name: cfg.MODEL[name] for name in ("RETINANET", "FCOS")}
-    for place, node in nodes.items():
-        if not 0 < node.PRIOR_PROB < 1:
-            raise ValueError(
-                f"MODEL.{place}.PRIOR_PROB is {node.PRIOR_PROB}; must be a number in (0, 1)."
-            )
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import cat
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from d2_balance.data.image_labels import ImageLabels
 from d2_balance.data.model_classes import fill_metadata
 from d2_balance.data.priors.foreground import ForegroundPrior
-from d2_balance.losses import BoxLoss, ClassificationLoss, Samples
+from d2_balance.losses import BoxLoss, ClassificationLoss, FocalLoss, Samples
 from d2_balance.reweight import GuidedScale
 from d2_balance.sampling import AnchorSampler
 
+from ..anchor_samples import anchor_samples
 from ..build import (
     build_anchor_sampler,
     build_box_loss,
@@ -30,7 +30,7 @@ from ..build import (
     check_class_quantities,
 )
 from ..compatibility import check_pairing
-from ..criterion import ImagePositives, PositiveEMA, detection_losses
+from ..criterion import ImagePositives, LossHead, Normalizer, PositiveEMA
 from ..image_context import (
     LabelledImages,
     check_ioa,
@@ -86,13 +86,13 @@ def _refuse_roi_keys(cfg: CfgNode, head: str) -> None:
             )
 
 
-class BalancedDense(Scriptable, LabelledImages, nn.Module):
+class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
     """Base of the dense detectors, in front of Detectron2's class in the order of inheritance.
 
     The normaliser is a buffer counted across all ranks (`loss_normalizer`), so that a resumed run
     continues with it. With an anchor sampler it is the number of positives of the batch.
 
-    Subclasses set the class attributes and implement the two defaults:
+    Subclasses set the class attributes and implement the default of the box loss:
         head_name: entry of `compatibility.HEADS` and of `data.priors.sample_counts.PARTS`.
         initial_normalizer: positives that the normaliser starts with.
 
@@ -119,14 +119,18 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
 
     head_name: str
     initial_normalizer: float
-    training_only = (
-        "cls_loss",
-        "box_loss",
-        "reweighters",
-        "guided",
-        "anchor_sampler",
-        "normalizer",
-    )
+    # of Detectron2's classes
+    num_classes: int
+    head: Any
+    anchor_generator: Any
+    box2box_transform: Any
+    label_anchors: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    _transpose_dense_predictions: Callable[..., list[list[Tensor]]]
+    focal_loss_alpha: float
+    focal_loss_gamma: float
+
+    reweighters: nn.ModuleList
+    normalizer: Normalizer
 
     @configurable
     def __init__(
@@ -145,7 +149,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         ignore_ioa: float = 0.5,
         calibration: nn.Module | None = None,
         calibration_name: str = "",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_ioa(ignore_ioa)
@@ -163,7 +167,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
             self.head_name,
             self.cls_loss,
             self.box_loss,
-            self.reweighters,
+            list(self.reweighters),
             guided=guided is not None,
             anchor_sampler=anchor_sampler,
             calibration=calibration_name,
@@ -190,8 +194,10 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
     def _calibrated(self, logits: Tensor) -> Tensor:
         """(N, A * K, H, W) calibrated logits of one level."""
         n, _, height, width = logits.shape
+        assert self.calibration is not None
         split = logits.view(n, -1, self.num_classes, height, width).movedim(2, -1)
-        return self.calibration(split).movedim(-1, 2).reshape(logits.shape)
+        calibrated: Tensor = self.calibration(split)
+        return calibrated.movedim(-1, 2).reshape(logits.shape)
 
     def __prepare_scriptable__(self) -> nn.Module:
         if self.calibration is not None:
@@ -201,8 +207,8 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         return super().__prepare_scriptable__()
 
     def default_cls_loss(self) -> ClassificationLoss:
-        """Detectron2's classification loss of this model as one of ours."""
-        raise NotImplementedError
+        """Detectron2's classification loss of these models as one of ours."""
+        return FocalLoss(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def default_box_loss(self) -> BoxLoss:
         """Detectron2's box loss of this model as one of ours."""
@@ -211,21 +217,7 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
     @property
     def loss_normalizer(self) -> Tensor:
         """0-d moving average of the number of positives of all ranks."""
-        return self.normalizer.loss_normalizer
-
-    def sample_losses(self, samples: Samples) -> dict[str, Tensor]:
-        """The losses of a batch; see `detection_losses`."""
-        return detection_losses(
-            samples,
-            self.cls_loss,
-            self.box_loss,
-            self.reweighters,
-            self.normalizer,
-            cls_weight=self.cls_weight,
-            box_weight=self.box_weight,
-            guided=self.guided,
-            anchor_sampler=self.anchor_sampler,
-        )
+        return self.normalizer.get_buffer("loss_normalizer")
 
     @torch.no_grad()
     def match_anchors(
@@ -246,7 +238,10 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         labels, index = classes_of_ids(torch.stack(ids), gt_instances, self.num_classes)
         if regions is not None:
             every = Boxes.cat(anchors)
-            labels = ignore_background(labels, every, regions, self.num_classes, self.ignore_ioa)
+            ioa = self.ignore_ioa
+            labels = torch.stack(
+                ignore_background(list(labels), every, regions, self.num_classes, ioa)
+            )
         return list(labels), boxes, index
 
     def matched_samples(
@@ -294,39 +289,16 @@ class BalancedDense(Scriptable, LabelledImages, nn.Module):
         verified: Tensor | None = None,
         not_exhaustive: Tensor | None = None,
     ) -> Samples:
-        """Flatten the dense predictions of a batch and drop ignored anchors.
-
-        Args:
-            anchors: one Boxes per level, A in all.
-            pred_logits: per level (N, A_l, K).
-            gt_labels: N vectors (A,) in {-1, 0, ..., K}.
-            pred_deltas: per level (N, A_l, 4).
-            gt_boxes: N tensors (A, 4).
-            gt_index: (N, A) ids of the matched objects.
-            verified: (N, K) bool, see `Samples`.
-            not_exhaustive: (N, K) bool, see `Samples`.
-
-        Returns:
-            Samples with R = the anchors that are not ignored, image by image.
-        """
-        labels = torch.stack(gt_labels)  # (N, A)
-        valid, positive = labels >= 0, self.positives(gt_labels)
-        images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
-        level = torch.cat([labels.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
-        boxes = Boxes.cat(anchors).tensor  # (A, 4)
-        return Samples(
-            logits=cat(pred_logits, dim=1)[valid],
-            labels=labels[valid],
+        """See `anchor_samples`; `gt_labels` are N vectors (A,)."""
+        return anchor_samples(
+            anchors,
+            pred_logits,
+            torch.stack(gt_labels),
+            pred_deltas,
+            gt_boxes,
             num_classes=self.num_classes,
-            image_index=images.expand_as(labels)[valid],
-            num_images=len(labels),
-            level=level.expand_as(labels)[valid],
-            num_levels=len(anchors),
+            box_transform=self.box2box_transform,
+            gt_index=gt_index,
             verified=verified,
             not_exhaustive=not_exhaustive,
-            pred_deltas=cat(pred_deltas, dim=1)[positive],
-            boxes=boxes.expand(len(labels), -1, -1)[positive],
-            gt_boxes=torch.stack(gt_boxes)[positive],
-            gt_index=None if gt_index is None else gt_index[positive],
-            box_transform=self.box2box_transform,
         )

@@ -6,6 +6,8 @@ form of arXiv:2006.09214, which Detectron2 has (centre sampling, GIoU, P6 and P7
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -17,7 +19,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2_balance.losses import BOX_LOSSES, BoxLoss, ClassificationLoss, FocalLoss, Samples
+from d2_balance.losses import BoxLoss, GIoULoss, Samples
 
 from ..deformable import deformable_convolutions
 from .dense import BalancedDense, loss_arguments
@@ -59,7 +61,7 @@ class BalancedFCOS(BalancedDense, FCOS):
     initial_normalizer = 300.0
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The constructor arguments from MODEL.FCOS and MODEL.BALANCE.
 
         Raises:
@@ -105,11 +107,8 @@ class BalancedFCOS(BalancedDense, FCOS):
             **loss_arguments(cfg, node.NUM_CLASSES, cls.head_name),
         }
 
-    def default_cls_loss(self) -> ClassificationLoss:
-        return FocalLoss(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
-
     def default_box_loss(self) -> BoxLoss:
-        return BOX_LOSSES.get("GIoU")()
+        return GIoULoss()
 
     def forward_training(
         self,
@@ -124,12 +123,11 @@ class BalancedFCOS(BalancedDense, FCOS):
         samples, positive = self.matched_samples(images, features, logits, deltas, gt_instances)
         return self.losses_with_centerness(samples, centerness, positive)
 
-    def losses(
-        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
-    ):
+    def losses(self, *predictions: Any) -> dict[str, Tensor]:
         """As Detectron2's FCOS; without object ids and image-level labels."""
-        samples = self.samples(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        return self.losses_with_centerness(samples, pred_centerness, self.positives(gt_labels))
+        *of_samples, centerness = predictions
+        positive = self.positives(of_samples[2])  # of the labels
+        return self.losses_with_centerness(self.samples(*of_samples), centerness, positive)
 
     def losses_with_centerness(
         self, samples: Samples, centerness: list[Tensor], positive: Tensor

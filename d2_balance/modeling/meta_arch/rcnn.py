@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.panoptic_fpn import PanopticFPN
@@ -25,14 +27,14 @@ class BalancedRCNN(Scriptable, LabelledImages, GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, *, image_labels: ImageLabels | None = None, **kwargs) -> None:
+    def __init__(self, *, image_labels: ImageLabels | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.image_labels = image_labels
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         with deformable_convolutions(cfg):
-            ret = super().from_config(cfg)
+            ret: dict[str, Any] = super().from_config(cfg)
         build_memories(cfg, ret["roi_heads"], ret["backbone"].output_shape())
         ret["image_labels"] = ImageLabels(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         return ret

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
-from d2_balance.losses import BoxLoss, ClassificationLoss, FocalLoss
+from d2_balance.losses import BoxLoss
 
 from ..build import stock_box_loss
 from ..deformable import deformable_convolutions
@@ -25,15 +27,14 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
 
     head_name = "RetinaNet"
     initial_normalizer = 100.0
+    box_reg_loss_type: str
+    smooth_l1_beta: float
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         with deformable_convolutions(cfg):
-            ret = super().from_config(cfg)
+            ret: dict[str, Any] = super().from_config(cfg)
         return ret | loss_arguments(cfg, cfg.MODEL.RETINANET.NUM_CLASSES, cls.head_name)
-
-    def default_cls_loss(self) -> ClassificationLoss:
-        return FocalLoss(alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma)
 
     def default_box_loss(self) -> BoxLoss:
         return stock_box_loss(self.box_reg_loss_type, self.smooth_l1_beta)
@@ -49,8 +50,6 @@ class BalancedRetinaNet(BalancedDense, RetinaNet):
         samples, _ = self.matched_samples(images, features, logits, deltas, gt_instances)
         return self.sample_losses(samples)
 
-    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+    def losses(self, *predictions: Any) -> dict[str, Tensor]:
         """As Detectron2's RetinaNet; without object ids and image-level labels."""
-        return self.sample_losses(
-            self.samples(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        )
+        return self.sample_losses(self.samples(*predictions))

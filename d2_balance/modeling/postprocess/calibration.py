@@ -54,7 +54,8 @@ def link_weight(count: Tensor, total: float | Tensor, link: str) -> Tensor:
     if link == "prob":
         return ((total - count) / count).log()
     if link == "normit":
-        return -torch.special.ndtri(fraction)
+        normit: Tensor = torch.special.ndtri(fraction)
+        return -normit
     return -(-torch.log1p(-fraction)).log()  # gombit
 
 

@@ -130,8 +130,8 @@ def dataset_dimensions(names: tuple[str, ...], num_classes: int) -> Tensor:
             cx.append((x0 + x1) / 2 / record["width"])
             cy.append((y0 + y1) / 2 / record["height"])
             classes.append(annotation["category_id"])
-    columns = (torch.tensor(values, dtype=torch.float64) for values in (cx, cy))
-    return fractal_dimension(*columns, torch.tensor(classes, dtype=torch.int64), num_classes)
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (cx, cy))
+    return fractal_dimension(x, y, torch.tensor(classes, dtype=torch.int64), num_classes)
 
 
 def logit_statistics(

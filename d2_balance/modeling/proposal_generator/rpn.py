@@ -6,13 +6,14 @@ Shapes: A anchors of an image, A_l of a level, N images, R samples, P positives.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, cat
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from d2_balance.data.priors.foreground import ForegroundPrior
@@ -22,6 +23,7 @@ from d2_balance.reweight import GuidedScale
 from d2_balance.sampling import AnchorSampler
 from d2_balance.utils.distributed import world_size
 
+from ..anchor_samples import anchor_samples
 from ..build import (
     build_anchor_sampler,
     build_box_loss,
@@ -30,12 +32,10 @@ from ..build import (
     stock_box_loss,
 )
 from ..compatibility import check_pairing
-from ..criterion import ImagePositives, Normalizer, PositiveEMA, detection_losses
+from ..criterion import ImagePositives, LossHead, Normalizer, PositiveEMA
 from ..image_context import check_ioa, ignore_background
 from ..prior_init import load_prior, set_sigmoid_prior
 from ..scripting import Scriptable
-
-OBJECT, BACKGROUND = 0, 1  # labels of Samples with one class; Detectron2 has 1 for an object
 
 
 class ImageNormalizer(Normalizer):
@@ -44,6 +44,8 @@ class ImageNormalizer(Normalizer):
     Args:
         samples_per_image: above 0.
     """
+
+    total: Tensor
 
     def __init__(self, samples_per_image: int) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class ImageNormalizer(Normalizer):
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class BalancedRPN(Scriptable, RPN):
+class BalancedRPN(LossHead, Scriptable, RPN):
     """RPN whose losses come from MODEL.BALANCE.RPN; stock if the names are empty.
 
     Detectron2's `loss_weight` multiplies the weights of both losses, before guided scaling, which
@@ -88,8 +90,6 @@ class BalancedRPN(Scriptable, RPN):
         ValueError: the losses and settings cannot work together, or prior_prob is out of range.
     """
 
-    training_only = ("cls_loss", "box_loss", "guided", "anchor_sampler", "normalizer")
-
     @configurable
     def __init__(
         self,
@@ -104,7 +104,7 @@ class BalancedRPN(Scriptable, RPN):
         prior_prob: float = 0.5,
         prior: ForegroundPrior | None = None,
         ignore_ioa: float = 0.5,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_ioa(ignore_ioa)
@@ -115,6 +115,7 @@ class BalancedRPN(Scriptable, RPN):
         self.cls_weight = cls_weight * self.loss_weight.get("loss_rpn_cls", 1.0)
         self.box_weight = box_weight * self.loss_weight.get("loss_rpn_loc", 1.0)
         self.guided = guided
+        self.reweighters = nn.ModuleList()
         self.sampling_free, self.anchor_sampler = sampling_free, anchor_sampler
         check_pairing(
             "the RPN",
@@ -134,7 +135,7 @@ class BalancedRPN(Scriptable, RPN):
                 f"MODEL.BALANCE.RPN.PRIOR_PROB is {prior_prob}; must be a number in (0, 1)."
             )
         if prior is not None or prior_prob != 0.5:  # 0.5 is the head's own bias
-            classifier = getattr(self.rpn_head, "objectness_logits", None)
+            classifier: Any = getattr(self.rpn_head, "objectness_logits", None)
             if getattr(classifier, "bias", None) is None:
                 raise ValueError(
                     "MODEL.BALANCE.RPN.PRIOR_PROB and MODEL.BALANCE.PRIOR_FILE set the bias of "
@@ -146,8 +147,8 @@ class BalancedRPN(Scriptable, RPN):
                 set_sigmoid_prior(self, classifier, prior, RPN_NAME, 1)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        ret = super().from_config(cfg, input_shape)
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        ret: dict[str, Any] = super().from_config(cfg, input_shape)
         node = cfg.MODEL.BALANCE.RPN
         ret["cls_loss"] = build_cls_loss(cfg, 1, RPN_NAME)
         ret["box_loss"] = build_box_loss(cfg, 1, RPN_NAME)
@@ -160,7 +161,12 @@ class BalancedRPN(Scriptable, RPN):
         ret["ignore_ioa"] = cfg.MODEL.BALANCE.IGNORE_IOA
         return ret
 
-    def forward(self, images, features, gt_instances=None):
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances] | None = None,
+    ) -> Any:
         """As Detectron2's RPN; the regions of `images.ignore_boxes` are known meanwhile."""
         self._regions = getattr(images, "ignore_boxes", None)
         try:
@@ -194,16 +200,8 @@ class BalancedRPN(Scriptable, RPN):
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
         """Same arguments and result as Detectron2's RPN, which also logs how many were sampled."""
-        losses = detection_losses(
-            self.samples(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes),
-            self.cls_loss,
-            self.box_loss,
-            [],
-            self.normalizer,
-            cls_weight=self.cls_weight,
-            box_weight=self.box_weight,
-            guided=self.guided,
-            anchor_sampler=self.anchor_sampler,
+        losses = self.sample_losses(
+            self.samples(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         )
         return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
 
@@ -227,21 +225,13 @@ class BalancedRPN(Scriptable, RPN):
         Returns:
             R samples of one class, image by image.
         """
-        labels = torch.stack(gt_labels)  # (N, A)
-        valid, positive = labels >= 0, labels == 1
-        images = torch.arange(len(labels), device=labels.device).unsqueeze(1)  # (N, 1)
-        level = torch.cat([images.new_full((len(x),), i) for i, x in enumerate(anchors)])  # (A,)
-        boxes = Boxes.cat(anchors).tensor  # (A, 4)
-        return Samples(
-            logits=cat(pred_objectness_logits, dim=1)[valid].unsqueeze(1),
-            labels=torch.where(positive, OBJECT, BACKGROUND)[valid],
+        labels = torch.stack(gt_labels).long()  # (N, A)
+        return anchor_samples(
+            anchors,
+            [x.unsqueeze(2) for x in pred_objectness_logits],
+            torch.where(labels < 0, labels, 1 - labels),  # of one class: object 0, background 1
+            pred_anchor_deltas,
+            gt_boxes,
             num_classes=1,
-            image_index=images.expand_as(labels)[valid],
-            num_images=len(labels),
-            level=level.expand_as(labels)[valid],
-            num_levels=len(anchors),
-            pred_deltas=cat(pred_anchor_deltas, dim=1)[positive],
-            boxes=boxes.expand(len(labels), -1, -1)[positive],
-            gt_boxes=torch.stack(gt_boxes)[positive],
             box_transform=self.box2box_transform,
         )

@@ -48,6 +48,8 @@ def _full(x: Tensor) -> Tensor:
 class _Temperature(nn.Module):
     """What both layers share: tau, the power and the checks."""
 
+    temperature: Tensor
+
     def _set(self, temperature: float, power: float, eps: float, learned: bool) -> None:
         check(self, "temperature", temperature, temperature > 0, "a number above 0")
         check(self, "power", power, power > 0, "a number above 0")
@@ -68,7 +70,7 @@ class _Temperature(nn.Module):
     @property
     def tau(self) -> Tensor:
         """0-d temperature."""
-        root = getattr(self, "temperature_root", None)
+        root: Tensor | None = getattr(self, "temperature_root", None)
         return self.temperature if root is None else root.square()
 
 
@@ -157,4 +159,5 @@ class NormalizedConv2d(nn.Conv2d, _Temperature):
             dims = (1, 2, 3) if self.over_kernel else 1
             weight = normalized(_full(self.weight), dims, self.power, self.eps)
             x = normalized(_full(x), 1, self.power, self.eps) * self.tau.to(weight.dtype)
-            return self._conv_forward(x.to(weight.dtype), weight, self.bias)
+            out: Tensor = self._conv_forward(x.to(weight.dtype), weight, self.bias)
+            return out

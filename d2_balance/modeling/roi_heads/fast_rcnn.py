@@ -39,7 +39,7 @@ from ..build import (
     stock_box_loss,
 )
 from ..compatibility import check_pairing
-from ..criterion import PositiveNormalizer, SampleNormalizer, box_inputs, detection_losses
+from ..criterion import LossHead, PositiveNormalizer, SampleNormalizer, box_inputs
 from ..postprocess.norcal import norcal
 from ..postprocess.soft_nms import soft_nms_detections
 from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
@@ -49,7 +49,7 @@ from .disalign import DisAlign
 from .feature_memory import FeatureMemory
 
 
-class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
+class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
     """Output layers whose losses come from MODEL.BALANCE; stock if the names are empty.
 
     Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
@@ -83,7 +83,8 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         ValueError: the losses and settings cannot work together, or prior_prob is out of range.
     """
 
-    training_only = ("cls_loss", "box_loss", "reweighters", "guided", "normalizer", "memory")
+    cls_score: Any  # of Detectron2's class, or ours
+    training_only = (*LossHead.training_only, "memory")
 
     @configurable
     def __init__(
@@ -108,7 +109,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         cosine: Mapping[str, Any] | None = None,
         disalign: bool = False,
         test_nms: Mapping[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if self.use_sigmoid_ce or self.use_fed_loss:
@@ -121,7 +122,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         self.reweighters = reweighters or nn.ModuleList()
         self.cls_weight = cls_weight
         self.box_weight = box_weight * self.loss_weight.get("loss_box_reg", 1.0)
-        self.guided = guided
+        self.guided, self.anchor_sampler = guided, None
         self.normalizer = SampleNormalizer() if guided is None else PositiveNormalizer()
         # image-level labels of the batch, set by the RoI heads
         self.verified: Tensor | None = None
@@ -132,7 +133,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
             "RoI heads",
             self.cls_loss,
             self.box_loss,
-            self.reweighters,
+            list(self.reweighters),
             guided=guided is not None,
             calibration=calibration_name or ("norcal" if norcal_gamma else ""),
         )
@@ -174,8 +175,8 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
             nn.init.zeros_(self.cls_score.bias)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        ret = super().from_config(cfg, input_shape)
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        ret: dict[str, Any] = super().from_config(cfg, input_shape)
         fill_metadata(cfg)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret["cls_loss"] = build_cls_loss(cfg, num_classes)
@@ -234,16 +235,7 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
         else:
             guess = self.cls_loss.probabilities(samples.logits)
         _log_classification_stats(guess.detach(), samples.labels)
-        losses = detection_losses(
-            samples if self.memory is None else self.memory.join(samples),
-            self.cls_loss,
-            self.box_loss,
-            self.reweighters,
-            self.normalizer,
-            cls_weight=self.cls_weight,
-            box_weight=self.box_weight,
-            guided=self.guided,
-        )
+        losses = self.sample_losses(samples if self.memory is None else self.memory.join(samples))
         if self.memory is not None:
             self.memory.remember(samples)
         return losses
@@ -336,8 +328,8 @@ class BalancedFastRCNNOutputLayers(Scriptable, FastRCNNOutputLayers):
             )
         logits = self.class_logits(scores)
         if self.calibration is not None:
-            own, others = logits[:, : self.num_classes], logits[:, self.num_classes :]
-            logits = torch.cat([self.calibration(own.float()), others.float()], dim=1)
+            classes, others = logits[:, : self.num_classes], logits[:, self.num_classes :]
+            logits = torch.cat([self.calibration(classes.float()), others.float()], dim=1)
         probs = self.cls_loss.probabilities(logits)
         if self.norcal_gamma:
             probs = norcal(probs, self.class_count, self.norcal_gamma)
@@ -403,5 +395,7 @@ class _ScriptedOutputLayers(FastRCNNOutputLayers):
         self,
         predictions: tuple[Tensor, Tensor],
         proposals: list[Instances],
-    ):
-        return self.probabilities(predictions[0]).split([len(p) for p in proposals], dim=0)
+    ) -> list[Tensor]:
+        probabilities: Tensor = self.probabilities(predictions[0])
+        split: list[Tensor] = probabilities.split([len(p) for p in proposals], dim=0)
+        return split

@@ -27,6 +27,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -77,6 +78,10 @@ class FeatureMemory(nn.Module):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    features: Tensor
+    count: Tensor
+    pointer: Tensor
 
     def __init__(
         self,
@@ -132,9 +137,10 @@ class FeatureMemory(nn.Module):
             labels: (P,) int64 in [0, K).
             new: (K,) how many of them each class has.
         """
-        rank = rank_within(labels, torch.arange(len(labels), device=labels.device))
+        rank: Tensor = rank_within(labels, torch.arange(len(labels), device=labels.device))
         slot = labels * self.length + (self.pointer[labels] + rank) % self.length
-        return slot.masked_fill(rank < new[labels] - self.length, len(self.features) - 1)
+        dropped = torch.lt(rank, new[labels] - self.length)
+        return slot.masked_fill(dropped, len(self.features) - 1)
 
     @torch.no_grad()
     def sample(self, mean_score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +181,8 @@ class FeatureMemory(nn.Module):
         added = self.batch
         if added is None or added.scores is None:
             return samples
-        labels = added.labels
+        labels, deltas, gt_boxes = added.labels, samples.pred_deltas, samples.gt_boxes
+        assert samples.boxes is not None and deltas is not None and gt_boxes is not None
         weight, ids = samples.sample_weight, samples.gt_index
         if weight is None:
             weight = added.weight.new_ones(len(samples.labels))
@@ -184,17 +191,18 @@ class FeatureMemory(nn.Module):
         box = torch.zeros(len(labels), 4, device=labels.device)
         box[:, 2:] = 1
         own = -1 - torch.arange(len(labels), device=labels.device)
-        fields = {
+        fields: dict[str, Any] = {
             "logits": (samples.logits, added.scores),
             "labels": (samples.labels, labels),
             "image_index": (samples.image_index, torch.zeros_like(labels)),
             "sample_weight": (weight, added.weight.to(weight.dtype)),
-            "pred_deltas": (samples.pred_deltas, samples.pred_deltas.new_zeros(box.shape)),
+            "pred_deltas": (deltas, deltas.new_zeros(box.shape)),
             "boxes": (samples.boxes, box.to(samples.boxes.dtype)),
-            "gt_boxes": (samples.gt_boxes, box.to(samples.gt_boxes.dtype)),
+            "gt_boxes": (gt_boxes, box.to(gt_boxes.dtype)),
             "gt_index": (ids, own),
         }
-        return dataclasses.replace(samples, **{k: torch.cat(v) for k, v in fields.items()})
+        joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in fields.items()}
+        return dataclasses.replace(samples, **joined)
 
     def remember(self, samples: Samples) -> None:
         """Keep the positives of the batch itself; `samples` has no memory samples."""
@@ -239,7 +247,7 @@ def check_memory(cfg: CfgNode) -> None:
         )
 
 
-def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, ShapeSpec]) -> None:
+def build_memories(cfg: CfgNode, roi_heads: Any, shapes: Mapping[str, ShapeSpec]) -> None:
     """Give the output layers of RoI heads their memories, as MODEL.BALANCE.LOCE_MEMORY says.
 
     Args:
@@ -254,7 +262,7 @@ def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, Shap
     check_memory(cfg)
     if not node.ENABLED:
         return
-    layers = getattr(roi_heads, "box_predictor", None)
+    layers: Any = getattr(roi_heads, "box_predictor", None)
     pairs = [(getattr(roi_heads, "box_head", None), layers)]
     if isinstance(layers, nn.ModuleList):
         pairs = list(zip(roi_heads.box_head, layers, strict=True))
@@ -275,7 +283,7 @@ def build_memories(cfg: CfgNode, roi_heads: nn.Module, shapes: Mapping[str, Shap
         add_memory(head, layer, memory)
 
 
-def add_memory(head: nn.Module, layers: nn.Module, memory: FeatureMemory) -> None:
+def add_memory(head: nn.Module, layers: Any, memory: FeatureMemory) -> None:
     """Connect a memory with a box head and its `BalancedFastRCNNOutputLayers`.
 
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.structures import Instances
@@ -19,8 +20,13 @@ from d2_balance.data.mapper import MASKED
 from d2_balance.losses._samples import paired_iou
 from d2_balance.sampling import Candidates, ProposalSampler
 
+if TYPE_CHECKING:  # what stands behind the mixin in the order of inheritance
+    from detectron2.modeling.roi_heads import StandardROIHeads as StockHeads
+else:
+    StockHeads = object
 
-class ProposalSampling:
+
+class ProposalSampling(StockHeads):
     """Mixin for Detectron2's RoI heads; see `BalancedStandardROIHeads` for its arguments.
 
     Attributes:
@@ -32,12 +38,16 @@ class ProposalSampling:
     proposal_sampler: ProposalSampler | None
     sampling_free: bool
     masks_per_image: int
+    num_classes: int
 
     def _sample_proposals(
         self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
     ) -> tuple[Tensor, Tensor]:
         if not self.sampling_free and self.proposal_sampler is None:
-            return super()._sample_proposals(matched_idxs, matched_labels, gt_classes)
+            sampled: tuple[Tensor, Tensor] = super()._sample_proposals(
+                matched_idxs, matched_labels, gt_classes
+            )
+            return sampled
         if len(gt_classes):
             labels = gt_classes[matched_idxs].masked_fill(matched_labels == 0, self.num_classes)
         else:
@@ -63,7 +73,8 @@ class ProposalSampling:
         Returns:
             Proposals of the same images; `sample_weight` is set if the proposal sampler weights.
         """
-        candidates = self._candidates(proposals, stage)
+        assert self.proposal_sampler is not None
+        candidates = self._candidates(self.proposal_sampler, proposals, stage)
         chosen = self.proposal_sampler(
             candidates, self.batch_size_per_image, self.positive_fraction
         )
@@ -79,14 +90,16 @@ class ProposalSampling:
         """Scores (R, C) and deltas of all proposals of a batch, from the features of the batch."""
         raise NotImplementedError
 
-    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+    def head_modules(self, stage: int) -> tuple[nn.Module, Any]:
         """Box head and output layers of a stage."""
         raise NotImplementedError
 
     def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
         """Called with the decoded boxes (R_i, 4) or (R_i, K * 4) of a mining pass."""
 
-    def _candidates(self, proposals: list[Instances], stage: int) -> list[Candidates]:
+    def _candidates(
+        self, sampler: ProposalSampler, proposals: list[Instances], stage: int
+    ) -> list[Candidates]:
         fields = [
             {
                 "boxes": p.proposal_boxes.tensor,
@@ -96,7 +109,7 @@ class ProposalSampling:
             }
             for p in proposals
         ]
-        if self.proposal_sampler.needs_predictions:
+        if sampler.needs_predictions:
             for own, mined in zip(fields, self._mine(proposals, stage), strict=True):
                 own.update(mined)
         return [Candidates(**own) for own in fields]
@@ -122,10 +135,10 @@ class ProposalSampling:
             )
         return result
 
-    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]):
+    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]) -> Any:
         return super()._forward_mask(features, self._capped(self._masked(instances)))
 
-    def _forward_keypoint(self, features: dict[str, Tensor], instances: list[Instances]):
+    def _forward_keypoint(self, features: dict[str, Tensor], instances: list[Instances]) -> Any:
         return super()._forward_keypoint(features, self._capped(instances))
 
     def _masked(self, instances: list[Instances]) -> list[Instances]:
@@ -148,10 +161,11 @@ class ProposalSampling:
 
 def _overlap(proposal: Instances) -> Tensor:
     """(R,) IoU of labelled proposals with the objects they were matched with, 0 without objects."""
-    boxes = proposal.proposal_boxes.tensor
+    boxes: Tensor = proposal.proposal_boxes.tensor
     if not proposal.has("gt_boxes"):
         return boxes.new_zeros(len(boxes))
-    return paired_iou(boxes, proposal.gt_boxes.tensor)
+    overlap: Tensor = paired_iou(boxes, proposal.gt_boxes.tensor)
+    return overlap
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from detectron2.modeling.roi_heads import (
     cascade_rcnn,
     roi_heads,
 )
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from d2_balance.data.mapper import MASKED
@@ -79,7 +79,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         masks_per_image: int = 128,
         ignore_ioa: float = 0.5,
         maskness: float = 0.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_ioa(ignore_ioa)
@@ -104,10 +104,10 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
             )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ours = {"FastRCNNOutputLayers": BalancedFastRCNNOutputLayers}
         with renamed(vars(roi_heads), **ours), renamed(vars(cascade_rcnn), **ours):
-            ret = super().from_config(cfg, input_shape)
+            ret: dict[str, Any] = super().from_config(cfg, input_shape)
         if normalized_masks(cfg):
             ret["mask_head"].predictor = _normalized(ret["mask_head"], cfg)
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -134,7 +134,13 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
             result.append(one)
         return result
 
-    def forward(self, images, features, proposals, targets=None) -> Any:
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> Any:
         if targets is not None:
             number_objects(targets)
         self._features = [features[f] for f in self.box_in_features]
@@ -162,7 +168,7 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
             proposals, targets, self._regions, matcher, self.ignore_ioa
         )
 
-    def _output_layers(self) -> list[BalancedFastRCNNOutputLayers]:
+    def _output_layers(self) -> list[Any]:
         predictor = self.box_predictor
         return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
@@ -197,10 +203,10 @@ def _normalized(mask_head: nn.Module, cfg: CfgNode) -> NormalizedConv2d:
 class BalancedStandardROIHeads(BalancedROIHeads, StandardROIHeads):
     """StandardROIHeads with `BalancedFastRCNNOutputLayers`; arguments as `BalancedROIHeads`."""
 
-    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+    def head_modules(self, stage: int) -> tuple[nn.Module, Any]:
         return self.box_head, self.box_predictor
 
-    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+    def run_head(self, proposals: list[Instances], stage: int) -> Any:
         boxes = [p.proposal_boxes for p in proposals]
         return self.box_predictor(self.box_head(self.box_pooler(self._features, boxes)))
 
@@ -217,10 +223,10 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
 
     _refined: Sequence[Tensor] = ()  # boxes of the last mining pass
 
-    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+    def head_modules(self, stage: int) -> tuple[nn.Module, Any]:
         return self.box_head[stage], self.box_predictor[stage]
 
-    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+    def run_head(self, proposals: list[Instances], stage: int) -> Any:
         return self._run_stage(self._features, proposals, stage)
 
     def mined(self, boxes: Sequence[Tensor], stage: int) -> None:
@@ -237,7 +243,8 @@ class BalancedCascadeROIHeads(BalancedROIHeads, CascadeROIHeads):
         # Detectron2's suppresses boxes inside of its loop over the stages
         maps = [features[name] for name in self.box_in_features]
         sizes = [p.image_size for p in proposals]
-        boxes, scores = [], []
+        boxes: list[Tensor] = []
+        scores: list[list[Tensor]] = []
         for stage, layers in enumerate(self.box_predictor):
             if stage:
                 proposals = self._create_proposals_from_boxes(boxes, sizes)
@@ -278,17 +285,23 @@ class BalancedRes5ROIHeads(BalancedROIHeads, Res5ROIHeads):
     @property
     def box_in_features(self) -> list[str]:
         """Names of the feature maps that the heads read."""
-        return self.in_features
+        return list(self.in_features)
 
-    def head_modules(self, stage: int) -> tuple[nn.Module, nn.Module]:
+    def head_modules(self, stage: int) -> tuple[nn.Module, Any]:
         return self.res5, self.box_predictor
 
-    def run_head(self, proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+    def run_head(self, proposals: list[Instances], stage: int) -> Any:
         boxes = [p.proposal_boxes for p in proposals]
         features = self._shared_roi_transform(self._features, boxes)
         return self.box_predictor(features.mean(dim=[2, 3]))
 
-    def forward(self, images, features, proposals, targets=None) -> Any:
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> Any:
         if self.training and self.mask_on and any(t.has(MASKED) for t in targets or ()):
             raise ValueError(
                 "BalancedRes5ROIHeads trains masks on the features of its boxes, and a training "

@@ -15,9 +15,10 @@ from d2_balance.modeling.postprocess.statistics import (
     dataset_dimensions,
     logit_statistics,
 )
+from d2_balance.utils.config_tree import changed
 from d2_balance.utils.progress import progress
 
-from ..trainer import BalancedTrainer
+from .trainer import BalancedTrainer
 
 
 def measure(cfg: CfgNode, max_iter: int = 0) -> CalibrationStatistics:
@@ -37,10 +38,7 @@ def measure(cfg: CfgNode, max_iter: int = 0) -> CalibrationStatistics:
     dimension = tuple(dataset_dimensions(tuple(cfg.DATASETS.TRAIN), num_classes).tolist())
     if not cfg.MODEL.WEIGHTS:
         return CalibrationStatistics(counts.class_names, dimension)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.BALANCE.CALIBRATION.NAME = ""
-    model = BalancedTrainer.build_model(cfg)
+    model = BalancedTrainer.build_model(changed(cfg, {"MODEL.BALANCE.CALIBRATION.NAME": ""}))
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     steps = max_iter or math.ceil(counts.num_images / cfg.SOLVER.IMS_PER_BATCH)
     batches = itertools.islice(iter(BalancedTrainer.build_train_loader(cfg)), steps)
