@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from itertools import chain
 
 from detectron2.config import CfgNode
 
@@ -12,6 +12,15 @@ from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
 from d2_balance.modeling.build import argument_key, one_class_losses
 from d2_balance.reweight import REWEIGHTERS
 from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
+
+REGISTRIES = {
+    "CLS_LOSS": CLS_LOSSES,
+    "BOX_LOSS": BOX_LOSSES,
+    "REWEIGHTERS": REWEIGHTERS,
+    "PROPOSAL_SAMPLER": PROPOSAL_SAMPLERS,
+    "ANCHOR_SAMPLER": ANCHOR_SAMPLERS,
+}
+"""Registries by the key below MODEL.BALANCE that takes their names."""
 
 # Keys of earlier versions: full name to the new one and, if the value changes as well, what to set.
 RENAMED_KEYS = {
@@ -42,11 +51,6 @@ RENAMED_KEYS = {
     "SOLVER.REFERENCE_BATCH": ("SOLVER.REFERENCE_IMS_PER_BATCH", ""),
     "DATALOADER.MAX_BROKEN_IMAGES": ("DATALOADER.MAX_UNREADABLE_IMAGES", ""),
 }
-
-
-def _registered() -> Iterator[tuple[str, type]]:
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS):
-        yield from registry
 
 
 def constructor_node(cls: type) -> CfgNode:
@@ -287,7 +291,7 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Entries sampled of each of these classes, at least 1.
     _C.LOCE_MEMORY.FEATURES_PER_CLASS = 4
 
-    for name, cls in _registered():
+    for name, cls in chain(*REGISTRIES.values()):
         node = constructor_node(cls)
         if node:
             _C[name.upper()] = node

@@ -352,12 +352,10 @@ def method_table(links: bool, root: str = "") -> str:
 
 def source_file(method: Method) -> str:
     """Return the file of a method from the project's directory on; "" if it is Detectron2's."""
-    from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-    from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
+    from d2_balance.config import REGISTRIES
 
     root = Path(__file__).parents[1]
-    for registry in (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS):
+    for registry in REGISTRIES.values():
         if method.names[0] in registry:
             path = inspect.getfile(registry.get(method.names[0]))
             return Path(path).relative_to(root).as_posix()
@@ -370,19 +368,17 @@ def goes_together(cls_name: str) -> dict[str, bool]:
     The heads are asked with SmoothL1; anchor samplers in RetinaNet, and the other columns in RoI
     heads, whose losses are the most.
     """
-    from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-    from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
+    from d2_balance.config import REGISTRIES
 
-    loss = CLS_LOSSES.get(cls_name)
-    roi = {"head": "RoI heads", "box_loss": BOX_LOSSES.get("SmoothL1")}
+    loss, boxes = REGISTRIES["CLS_LOSS"].get(cls_name), REGISTRIES["BOX_LOSS"]
+    roi = {"head": "RoI heads", "box_loss": boxes.get("SmoothL1")}
     asked = {column: {**roi, "head": head} for column, head in HEAD_COLUMNS.items()}
-    asked["GHMR"] = {**roi, "box_loss": BOX_LOSSES.get("GHMR")}
-    for name, cls in sorted(REWEIGHTERS):
+    asked["GHMR"] = {**roi, "box_loss": boxes.get("GHMR")}
+    for name, cls in sorted(REGISTRIES["REWEIGHTERS"]):
         asked[name] = {**roi, "reweighters": [cls]}
-    for name, cls in sorted(PROPOSAL_SAMPLERS):
+    for name, cls in sorted(REGISTRIES["PROPOSAL_SAMPLER"]):
         asked[name] = {**roi, "proposal_sampler": cls}
-    for name, cls in sorted(ANCHOR_SAMPLERS):
+    for name, cls in sorted(REGISTRIES["ANCHOR_SAMPLER"]):
         asked[name] = {**roi, "head": "RetinaNet", "anchor_sampler": cls}
     asked["GUIDED_SCALE"] = {**roi, "guided": True}
     for name in ("norcal", "logit_adjustment", "fracal", "logn"):

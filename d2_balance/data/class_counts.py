@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -15,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from d2_balance.utils.files import check_new, read_json, write_json
+from d2_balance.utils.files import Count, check_new, convert, read_json, write_json
 
 from .annotations import read_annotations
 from .catalog.register import registered_file, resolve_path
@@ -31,6 +32,18 @@ from .records import Records, join, objects_of, subset
 FROM_CHECKPOINT = "checkpoint"
 _KEY = "MODEL.BALANCE.CLASS_COUNTS_FILE"
 _GIVE = "give MODEL.BALANCE.CLASS_COUNTS_FILE (a file written by ClassCounts.save) or the data"
+
+
+class _Class(msgspec.Struct):
+    image_count: Count
+    instance_count: Count
+    name: str | int | float | None = None
+    frequency: str | None = None
+
+
+class _Saved(msgspec.Struct):
+    num_images: Count
+    classes: list[_Class]
 
 
 def counts_file(cfg: CfgNode) -> str:
@@ -204,27 +217,15 @@ class ClassCounts:
         Raises:
             ValueError: naming the file and the field, if it cannot be read or lacks a count.
         """
-        data = read_json(path)
-        classes = data.get("classes") if isinstance(data, dict) else None
-        if not isinstance(classes, list) or not _is_count(data.get("num_images")):
-            raise ValueError(
-                f"{path}: class statistics need 'num_images' (an integer) and 'classes' (a "
-                "list of name, image_count, instance_count)"
-            )
-        for number, entry in enumerate(classes):
-            for field in ("image_count", "instance_count"):
-                if not isinstance(entry, dict) or not _is_count(entry.get(field)):
-                    raise ValueError(
-                        f"{path}: classes[{number}]: {field!r} must be an integer from 0 on"
-                    )
-        groups = tuple(entry.get("frequency") for entry in classes)
+        saved = convert(read_json(path), _Saved, path)
+        groups = tuple(c.frequency for c in saved.classes if c.frequency)
         try:
             return cls(
-                torch.tensor([entry["image_count"] for entry in classes], dtype=torch.int64),
-                torch.tensor([entry["instance_count"] for entry in classes], dtype=torch.int64),
-                data["num_images"],
-                tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
-                groups if all(groups) else None,
+                torch.tensor([c.image_count for c in saved.classes], dtype=torch.int64),
+                torch.tensor([c.instance_count for c in saved.classes], dtype=torch.int64),
+                saved.num_images,
+                tuple(str(k if c.name is None else c.name) for k, c in enumerate(saved.classes)),
+                groups if len(groups) == len(saved.classes) else None,
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -301,7 +302,3 @@ def _count(
         class_names,
         groups[0] if all(group == groups[0] for group in groups) else None,
     )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -12,10 +12,10 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,7 +23,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import Tensor, nn
 
-from d2_balance.utils.files import read_json, write_json
+from d2_balance.utils.files import convert, read_json, write_json
 
 from .checks.classes import configured_num_classes
 from .class_counts import FROM_CHECKPOINT, ClassCounts
@@ -100,26 +100,14 @@ class ModelClasses:
         Raises:
             ValueError: a field is missing or of another type; names the source and the field.
         """
-        classes = data.get("classes") if isinstance(data, Mapping) else None
-        if not isinstance(classes, Sequence) or not all(isinstance(c, Mapping) for c in classes):
-            raise ValueError(
-                f"{source}: 'classes' must be a list with a name and a category_id for each class"
-            )
+        saved = convert(data, _Saved, source)
         columns: dict[str, Any] = {}
         for field, key in _COLUMNS.items():
-            values = [entry.get(key) for entry in classes]
-            if field in ("names", "category_ids") or any(v is not None for v in values):
-                for number, value in enumerate(values):
-                    if not isinstance(value, _TYPES[field]) or isinstance(value, bool):
-                        raise ValueError(
-                            f"{source}: classes[{number}]: {key!r} is {value!r}; it must be "
-                            f"{_TYPE_WORDS[_TYPES[field]]}"
-                        )
-                columns[field] = tuple(values)
+            values = tuple(v for c in saved.classes if (v := getattr(c, key)) is not None)
+            columns[field] = values or None
+        columns |= {"names": columns["names"] or (), "category_ids": columns["category_ids"] or ()}
         try:
-            return cls(
-                **columns, num_images=data.get("num_images"), activation=data.get("activation")
-            )
+            return cls(**columns, num_images=saved.num_images, activation=saved.activation)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -204,15 +192,21 @@ _COLUMNS = {
     "groups": "frequency",
     "score_thresholds": "score_threshold",
 }
-_TYPES: dict[str, Any] = {
-    "names": str,
-    "category_ids": int,
-    "image_count": int,
-    "instance_count": int,
-    "groups": str,
-    "score_thresholds": (int, float),
-}
-_TYPE_WORDS = {str: "a string", int: "an integer", (int, float): "a number"}
+
+
+class _Class(msgspec.Struct):
+    name: str
+    category_id: int
+    image_count: int | None = None
+    instance_count: int | None = None
+    frequency: str | None = None
+    score_threshold: float | None = None
+
+
+class _Saved(msgspec.Struct):
+    classes: list[_Class]
+    num_images: int | None = None
+    activation: str | None = None
 
 
 @functools.lru_cache(maxsize=8)

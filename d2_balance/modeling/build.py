@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from d2_balance.sampling import (
     AnchorSampler,
     ProposalSampler,
 )
+from d2_balance.utils.rules import ABOVE_0, AT_LEAST_0, FRACTION, Rule, check_values, one_of
 
 from .compatibility import HEADS, check_pairing, check_proposal_sampler
 from .postprocess.calibration import (
@@ -53,6 +54,28 @@ DATA_ARGUMENTS = {
     "instance_count": lambda statistics: statistics.instance_count,
 }
 NUM_CLASSES = "num_classes"  # the one argument without a default that the model knows itself
+
+RULES: dict[str, Rule] = {
+    "MODEL.BALANCE.GUIDED_SCALE": AT_LEAST_0,
+    "MODEL.BALANCE.RPN.GUIDED_SCALE": AT_LEAST_0,
+    "MODEL.BALANCE.GUIDED_MAX_RATIO": ("a number above 0", lambda value: value > 0),
+    "MODEL.BALANCE.CLASSIFIER": one_of(("linear", "cosine")),
+    "MODEL.BALANCE.COSINE.TEMPERATURE": ABOVE_0,
+    "MODEL.BALANCE.COSINE.POWER": ABOVE_0,
+    "MODEL.BALANCE.MASK_PREDICTOR": one_of(("conv", "normalized")),
+    "MODEL.BALANCE.TEST_NMS.METHOD": one_of(METHODS),
+    "MODEL.BALANCE.TEST_NMS.IOU": FRACTION,
+    "MODEL.BALANCE.TEST_NMS.SIGMA": ABOVE_0,
+    "MODEL.BALANCE.TEST_NMS.MIN_SCORE": AT_LEAST_0,
+    "MODEL.BALANCE.CALIBRATION.NAME": one_of(("", "logit_adjustment", "fracal", "logn")),
+    "MODEL.BALANCE.CALIBRATION.LINK": one_of(("", *LINKS)),
+    "MODEL.BALANCE.CALIBRATION.COUNT": one_of(("images", "objects")),
+    "MODEL.BALANCE.CALIBRATION.REFERENCE": one_of(REFERENCES),
+    "MODEL.BALANCE.CALIBRATION.TAU": AT_LEAST_0,
+    "MODEL.BALANCE.CALIBRATION.POWER": AT_LEAST_0,
+    "MODEL.BALANCE.NORCAL.GAMMA": AT_LEAST_0,
+}
+"""What the values of keys must be that the functions below read."""
 
 
 @contextmanager
@@ -285,14 +308,10 @@ def build_guided(cfg: CfgNode, subnode: str = "") -> GuidedScale | None:
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    scale, bound = _node(cfg, subnode).GUIDED_SCALE, cfg.MODEL.BALANCE.GUIDED_MAX_RATIO
-    if not scale >= 0 or not bound > 0:
-        prefix = f"{subnode}." if subnode else ""
-        raise ValueError(
-            f"MODEL.BALANCE.{prefix}GUIDED_SCALE is {scale} and MODEL.BALANCE.GUIDED_MAX_RATIO "
-            f"{bound}; must be at least 0, and above 0."
-        )
-    return GuidedScale(scale, bound) if scale else None
+    for below in ("MODEL.BALANCE.GUIDED_", "MODEL.BALANCE.RPN.GUIDED_"):
+        check_values(cfg, RULES, below)
+    scale = _node(cfg, subnode).GUIDED_SCALE
+    return GuidedScale(scale, cfg.MODEL.BALANCE.GUIDED_MAX_RATIO) if scale else None
 
 
 def classifier_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -301,9 +320,8 @@ def classifier_arguments(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    balance = cfg.MODEL.BALANCE
-    _one_of("MODEL.BALANCE.CLASSIFIER", balance.CLASSIFIER, ("linear", "cosine"))
-    return {"classifier": balance.CLASSIFIER, "cosine": cosine_arguments(cfg)}
+    check_values(cfg, RULES, "MODEL.BALANCE.CLASSIFIER")
+    return {"classifier": cfg.MODEL.BALANCE.CLASSIFIER, "cosine": cosine_arguments(cfg)}
 
 
 def cosine_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -312,13 +330,8 @@ def cosine_arguments(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    node = cfg.MODEL.BALANCE.COSINE
-    for name in ("TEMPERATURE", "POWER"):
-        if not node[name] > 0:
-            raise ValueError(
-                f"MODEL.BALANCE.COSINE.{name} is {node[name]}; must be a number above 0."
-            )
-    return {name.lower(): value for name, value in node.items()}
+    check_values(cfg, RULES, "MODEL.BALANCE.COSINE.")
+    return {name.lower(): value for name, value in cfg.MODEL.BALANCE.COSINE.items()}
 
 
 def normalized_masks(cfg: CfgNode) -> bool:
@@ -327,8 +340,8 @@ def normalized_masks(cfg: CfgNode) -> bool:
     Raises:
         ValueError: the value is unknown, or there are no masks.
     """
+    check_values(cfg, RULES, "MODEL.BALANCE.MASK_PREDICTOR")
     name: str = cfg.MODEL.BALANCE.MASK_PREDICTOR
-    _one_of("MODEL.BALANCE.MASK_PREDICTOR", name, ("conv", "normalized"))
     if name == "normalized" and not cfg.MODEL.MASK_ON:
         raise ValueError("MODEL.BALANCE.MASK_PREDICTOR 'normalized' needs MODEL.MASK_ON True.")
     return name == "normalized"
@@ -340,15 +353,8 @@ def build_test_nms(cfg: CfgNode) -> dict[str, Any] | None:
     Raises:
         ValueError: a value is out of range; the message names the key.
     """
-    node, key = cfg.MODEL.BALANCE.TEST_NMS, "MODEL.BALANCE.TEST_NMS"
-    _one_of(f"{key}.METHOD", node.METHOD, METHODS)
-    for name, inside, rule in (
-        ("IOU", 0 <= node.IOU <= 1, "in [0, 1]"),
-        ("SIGMA", node.SIGMA > 0, "above 0"),
-        ("MIN_SCORE", node.MIN_SCORE >= 0, "of at least 0"),
-    ):
-        if not inside:
-            raise ValueError(f"{key}.{name} is {node[name]}; must be a number {rule}.")
+    check_values(cfg, RULES, "MODEL.BALANCE.TEST_NMS.")
+    node = cfg.MODEL.BALANCE.TEST_NMS
     if node.METHOD == "hard":
         return None
     names = {"METHOD": "method", "IOU": "iou_threshold", "SIGMA": "sigma", "MIN_SCORE": "min_score"}
@@ -377,31 +383,18 @@ def build_calibration(cfg: CfgNode, num_classes: int, activation: str) -> nn.Mod
     Raises:
         ValueError: a value is out of range, or two calibrations are on; the message names the key.
     """
+    for below in ("MODEL.BALANCE.CALIBRATION.", "MODEL.BALANCE.NORCAL."):
+        check_values(cfg, RULES, below)
     node, gamma = cfg.MODEL.BALANCE.CALIBRATION, cfg.MODEL.BALANCE.NORCAL.GAMMA
-    key = "MODEL.BALANCE.CALIBRATION"
-    _one_of(f"{key}.NAME", node.NAME, ("", "logit_adjustment", "fracal", "logn"))
-    _one_of(f"{key}.LINK", node.LINK, ("", *LINKS))
-    _one_of(f"{key}.COUNT", node.COUNT, ("images", "objects"))
-    _one_of(f"{key}.REFERENCE", node.REFERENCE, REFERENCES)
-    values = (f"{key}.TAU", node.TAU), (f"{key}.POWER", node.POWER)
-    for name, value in (*values, ("MODEL.BALANCE.NORCAL.GAMMA", gamma)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; must be a number of at least 0.")
     if gamma and node.NAME:
         raise ValueError(
-            f"{key}.NAME is {node.NAME!r} and MODEL.BALANCE.NORCAL.GAMMA {gamma}: scores are "
-            "calibrated once; set one of them off."
+            f"MODEL.BALANCE.CALIBRATION.NAME is {node.NAME!r} and MODEL.BALANCE.NORCAL.GAMMA "
+            f"{gamma}: scores are calibrated once; set one of them off."
         )
     if gamma and activation == "sigmoid":
         count = class_quantity(cfg, "class_count", num_classes)
         return Shift(-gamma * count.clamp(min=1).log())
     return _CALIBRATIONS[node.NAME](cfg, num_classes, activation) if node.NAME else None
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        names = ", ".join(repr(name) for name in allowed)
-        raise ValueError(f"{key} is {value!r}; must be one of {names}.")
 
 
 def _shift(cfg: CfgNode, num_classes: int, link: str, reference: Reference, tau: float) -> Tensor:

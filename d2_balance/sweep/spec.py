@@ -13,21 +13,69 @@ from typing import Any
 from d2_balance.utils.config_tree import merge
 from d2_balance.utils.files import read_yaml
 from d2_balance.utils.names import closest
+from d2_balance.utils.rules import Rule
 
 BASELINE = "baseline"
 SUGGESTED = "suggested"
-FIELDS = {
-    "base": "config file of the baseline",
-    "overrides": "keys that every trial shares",
-    "remedies": "a list of names and fragments",
-    "seeds": "a list of integers",
-    "early_stopping": "false, or a mapping of first and reduction_factor",
-    "metric": "what the table is sorted by, such as bbox/AP",
-    "reference": "the remedy that others are compared with",
-    "cuts": "two integers, the training images that divide rare, common and frequent classes",
-}
 DEFAULT_FIRST, DEFAULT_FACTOR = 1 / 3, 3
 _METRIC = re.compile(r"(bbox|segm)/(AP|AP50|AP75|APs|APm|APl|APr|APc|APf)")
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _stops_early(value: Any) -> bool:
+    if isinstance(value, bool):
+        return True
+    if not isinstance(value, dict) or set(value) - {"first", "reduction_factor"}:
+        return False
+    first, factor = value.get("first", DEFAULT_FIRST), value.get("reduction_factor", DEFAULT_FACTOR)
+    return type(first) in (int, float) and 0 < first < 1 and type(factor) is int and factor >= 2
+
+
+FIELDS: Mapping[str, Rule] = {
+    "base": ("the config file of the baseline", lambda value: isinstance(value, str) and value),
+    "overrides": (
+        "a mapping of config keys that every trial shares",
+        lambda value: isinstance(value, dict),
+    ),
+    "remedies": (
+        "a list of names, or names with the config keys that they change",
+        lambda value: isinstance(value, list | dict) and value,
+    ),
+    "seeds": (
+        "a list of different integers",
+        lambda value: _counts(value) and len(set(value)) == len(value) > 0,
+    ),
+    "early_stopping": (
+        "false, or a mapping of first, a number in (0, 1), and reduction_factor, an integer of at "
+        "least 2",
+        _stops_early,
+    ),
+    "metric": (
+        "a task and a figure, such as bbox/AP, bbox/APr or segm/AP",
+        lambda value: _METRIC.fullmatch(str(value)) is not None,
+    ),
+    "reference": (
+        "the remedy that others are compared with",
+        lambda value: isinstance(value, str),
+    ),
+    "cuts": (
+        "two integers, the training images that divide rare, common and frequent classes",
+        lambda value: _counts(value) and len(value) == 2 and value[0] <= value[1],
+    ),
+}
+"""The fields of a sweep file; `base` and `remedies` are needed."""
+
+_DEFAULTS = {
+    "overrides": {},
+    "seeds": [1, 2, 3],
+    "early_stopping": True,
+    "metric": "bbox/AP",
+    "reference": BASELINE,
+    "cuts": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,37 +167,33 @@ def read_sweep(path: str) -> SweepSpec:
     for name in data:
         if name not in FIELDS:
             raise ValueError(f"{path}: unknown field {name!r}; {closest(str(name), FIELDS)}")
-    for name in ("base", "remedies"):
-        if not data.get(name):
-            raise ValueError(f"{path}: {name} is missing; it must be {FIELDS[name]}")
-    first, factor = _early_stopping(path, data.get("early_stopping", True))
+    data = {name: value for name, value in data.items() if value is not None}
+    for name, (must, fits) in FIELDS.items():
+        if name in data and not fits(data[name]):
+            raise ValueError(f"{path}: {name} is {data[name]!r}; must be {must}")
+        if name not in data and name not in _DEFAULTS:
+            raise ValueError(f"{path}: {name} is missing; must be {must}")
+    data = _DEFAULTS | data
     remedies = _remedies(path, data["remedies"])
-    reference = data.get("reference", BASELINE)
-    if reference not in [r.name for r in remedies]:
+    if data["reference"] not in [r.name for r in remedies]:
         raise ValueError(
-            f"{path}: reference is {reference!r}; it must be one of "
+            f"{path}: reference is {data['reference']!r}; must be one of "
             f"{', '.join(r.name for r in remedies)}"
         )
-    overrides = data.get("overrides") or {}
-    if not isinstance(overrides, dict):
-        raise ValueError(f"{path}: overrides must be a mapping of config keys")
-    metric = data.get("metric", "bbox/AP")
-    if not _METRIC.fullmatch(str(metric)):
-        raise ValueError(
-            f"{path}: metric is {metric!r}; it must be a task and a figure, such as bbox/AP, "
-            "bbox/APr or segm/AP"
-        )
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), data["base"])
+    stopping = data["early_stopping"] if isinstance(data["early_stopping"], dict) else {}
+    first = float(stopping.get("first", DEFAULT_FIRST))
     return SweepSpec(
         path=os.path.abspath(path),
-        base=_base(path, data["base"]),
-        overrides=overrides,
+        base=beside if os.path.exists(beside) else data["base"],
+        overrides=data["overrides"],
         remedies=remedies,
-        seeds=_seeds(path, data.get("seeds", [1, 2, 3])),
-        first=first,
-        reduction_factor=factor,
-        metric=metric,
-        reference=reference,
-        cuts=_cuts(path, data.get("cuts")),
+        seeds=tuple(data["seeds"]),
+        first=None if data["early_stopping"] is False else first,
+        reduction_factor=stopping.get("reduction_factor", DEFAULT_FACTOR),
+        metric=data["metric"],
+        reference=data["reference"],
+        cuts=tuple(data["cuts"]) if data["cuts"] else None,
     )
 
 
@@ -168,19 +212,10 @@ def with_suggestions(spec: SweepSpec, suggestions: Sequence[Remedy]) -> SweepSpe
     return dataclasses.replace(spec, remedies=tuple(remedies))
 
 
-def _base(path: str, base: object) -> str:
-    if not isinstance(base, str):
-        raise ValueError(f"{path}: base must be {FIELDS['base']}")
-    beside = os.path.join(os.path.dirname(os.path.abspath(path)), base)
-    return beside if os.path.exists(beside) else base
-
-
-def _remedies(path: str, entries: object) -> tuple[Remedy, ...]:
+def _remedies(path: str, entries: list[Any] | dict[str, Any]) -> tuple[Remedy, ...]:
     """Return the remedies: names, or mappings of one name to a fragment; the baseline first."""
     if isinstance(entries, dict):
         entries = [{name: fragment} for name, fragment in entries.items()]
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: remedies must be {FIELDS['remedies']}")
     remedies = []
     for entry in entries:
         if isinstance(entry, str):
@@ -214,62 +249,15 @@ def named_fragment(path: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: no part of the package has that name.
     """
-    from d2_balance.losses import BOX_LOSSES, CLS_LOSSES
-    from d2_balance.reweight import REWEIGHTERS
-    from d2_balance.sampling import ANCHOR_SAMPLERS, PROPOSAL_SAMPLERS
+    from d2_balance.config import REGISTRIES
 
-    if name in CLS_LOSSES:
-        return {"MODEL": {"BALANCE": {"CLS_LOSS": name}}}
-    if name in BOX_LOSSES:
-        return {"MODEL": {"BALANCE": {"BOX_LOSS": name}}}
-    if name in REWEIGHTERS:
-        return {"MODEL": {"BALANCE": {"REWEIGHTERS": [name]}}}
-    if name in PROPOSAL_SAMPLERS:
-        return {"MODEL": {"BALANCE": {"PROPOSAL_SAMPLER": name}}}
-    if name in ANCHOR_SAMPLERS:
-        return {"MODEL": {"BALANCE": {"ANCHOR_SAMPLER": name}}}
+    for key, registry in REGISTRIES.items():
+        if name in registry:
+            return {"MODEL": {"BALANCE": {key: [name] if key == "REWEIGHTERS" else name}}}
     if name.endswith("TrainingSampler"):
         return {"DATALOADER": {"SAMPLER_TRAIN": name}}
-    registries = (CLS_LOSSES, BOX_LOSSES, REWEIGHTERS, PROPOSAL_SAMPLERS, ANCHOR_SAMPLERS)
-    known = [key for registry in registries for key, _ in registry]
+    known = [key for registry in REGISTRIES.values() for key, _ in registry]
     raise ValueError(
         f"{path}: remedies: {name!r} is unknown; {closest(name, known)}, or give the config keys "
         f"that it changes, as in '{name}: {{MODEL: {{BALANCE: {{CLS_LOSS: ...}}}}}}'"
     )
-
-
-def _seeds(path: str, seeds: object) -> tuple[int, ...]:
-    fits = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-    if not isinstance(seeds, list) or not fits or not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"{path}: seeds is {seeds!r}; it must be a list of different integers")
-    return tuple(seeds)
-
-
-def _cuts(path: str, cuts: object) -> tuple[int, int] | None:
-    if cuts is None:
-        return None
-    fits = isinstance(cuts, list) and all(type(c) is int and c >= 0 for c in cuts)
-    if not isinstance(cuts, list) or not fits or len(cuts) != 2 or cuts[0] > cuts[1]:
-        raise ValueError(f"{path}: cuts is {cuts!r}; it must be {FIELDS['cuts']}")
-    return cuts[0], cuts[1]
-
-
-def _early_stopping(path: str, value: object) -> tuple[float | None, int]:
-    if value is False:
-        return None, DEFAULT_FACTOR
-    if value is True or value is None:
-        return DEFAULT_FIRST, DEFAULT_FACTOR
-    if not isinstance(value, dict) or set(value) - {"first", "reduction_factor"}:
-        raise ValueError(f"{path}: early_stopping must be {FIELDS['early_stopping']}")
-    first = value.get("first", DEFAULT_FIRST)
-    factor = value.get("reduction_factor", DEFAULT_FACTOR)
-    if not isinstance(first, int | float) or not 0 < first < 1:
-        raise ValueError(
-            f"{path}: early_stopping.first is {first!r}; it must be a number in (0, 1)"
-        )
-    if not isinstance(factor, int) or factor < 2:
-        raise ValueError(
-            f"{path}: early_stopping.reduction_factor is {factor!r}; it must be an integer of at "
-            "least 2"
-        )
-    return float(first), factor

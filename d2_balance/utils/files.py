@@ -6,13 +6,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import yaml
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP = b"\x1f\x8b"
+
+T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=0)]
+"""Type of a field for `convert`: an integer of at least 0."""
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def check_new(paths: Iterable[str | None], overwrite: bool) -> None:
     """
     for path in paths:
         if path and os.path.exists(path) and not overwrite:
-            raise FileExistsError(f"{path} exists; --overwrite replaces it")
+            raise FileExistsError(f"{path} exists; --overwrite replaces it (overwrite=True)")
 
 
 def read_json(path: str) -> Any:
@@ -85,6 +89,26 @@ def read_json(path: str) -> Any:
         ValueError: if the file is missing or is not JSON, naming the file and the position.
     """
     return parse_json(read_bytes(path), path)
+
+
+def convert(data: Any, form: type[T], source: str) -> T:
+    """Return plain data, as JSON has them, as an object of a class with typed fields.
+
+    Args:
+        data: lists, mappings, texts and numbers.
+        form: a dataclass or a `msgspec.Struct`; fields without a default must be there.
+        source: what the data come from, for messages.
+
+    Raises:
+        ValueError: naming the source, the field and what it must be.
+    """
+    try:
+        return msgspec.convert(data, form)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        place = place.strip("`").removeprefix("$").lstrip(".")
+        what = what.replace("Object missing required", "lacks the").replace("Expected", "must be")
+        raise ValueError(f"{source}: {place} {what}".replace(":  ", ": ")) from error
 
 
 def read_yaml(path: str) -> Any:

@@ -189,12 +189,18 @@ def test_round_trip_and_no_silent_overwrite(tmp_path, dataset):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parts": {"Mask": {}}}, "'parts' must be counts by name"),
-        ({"parts": {"RPN": {"positives": 1, "samples": 9}}}, "parts.RPN: 'outputs'"),
+        ({"parts": {"Mask": {}}}, "parts must be counts by name"),
+        (
+            {"parts": {"RPN": {"positives": 1, "samples": 9}}},
+            "parts.RPN: lacks the field `outputs`",
+        ),
         ({"parts": {"RPN": {"positives": 0, "samples": 9, "outputs": 1}}}, "RPN: 0 positives"),
-        ({"classes": []}, "'classes' must be"),
-        ({"classes": [{"name": "a", "instance_count": -1}]}, r"classes\[0\]: 'instance_count'"),
-        ({"num_images": None}, "'num_images' must be an integer"),
+        ({"classes": []}, "classes must be `array` of length >= 1"),
+        (
+            {"classes": [{"name": "a", "instance_count": -1}]},
+            r"classes\[0\].instance_count must be",
+        ),
+        ({"num_images": None}, "num_images must be `int`, got `null`"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(tmp_path, change, message):

@@ -24,7 +24,8 @@ from d2_balance.data.samplers import (
 )
 from d2_balance.engine import TrainStream, build_train_stream
 from d2_balance.engine.resume.data_stream import check_sampler
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
+from d2_balance.utils.rules import check_values
 
 from ..conftest import small_cfg
 
@@ -307,7 +308,7 @@ def test_forms_that_cannot_work_are_refused():
         bad = cfg.clone()
         bad.DATALOADER[key] = value
         with pytest.raises(ValueError, match=f"DATALOADER.({key}|REPEAT_FORM)"):
-            check_values(bad)
+            check_values(bad, RULES)
             check_sampler(bad)
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_FORM = REPEAT, "irfs"
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.1

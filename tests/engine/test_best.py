@@ -11,7 +11,8 @@ from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.best import BestModel, check_best
 from d2_balance.engine.resume.random_state import seed_everything
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
+from d2_balance.utils.rules import check_values
 
 from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
@@ -165,7 +166,7 @@ def test_two_ranks_end_together(dataset_files, tmp_path):
 def test_what_cannot_be_measured_is_refused_before_training(dataset, tmp_path, overrides, message):
     cfg = run_cfg(tmp_path, *overrides)
     with pytest.raises(ValueError, match=message):
-        check_values(cfg)
+        check_values(cfg, RULES)
         check_best(cfg)
 
 

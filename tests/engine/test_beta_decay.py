@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from d2_balance.engine.hooks.beta_decay import BetaDecay, decayed_beta
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
 from d2_balance.losses import GIoULoss, SmoothL1Loss
+from d2_balance.utils.rules import check_values
 
 from ..conftest import small_cfg
 
@@ -94,6 +95,6 @@ def test_the_hook_takes_every_key():
 def test_values_out_of_range_are_named(key, value, allowed):
     cfg = small_cfg("retinanet", DECAY + "ENABLED", "True", DECAY + key, value)
     with pytest.raises(ValueError, match=rf"MODEL.BALANCE.BETA_DECAY.{key} is .*{allowed}"):
-        check_values(cfg)
+        check_values(cfg, RULES)
     with pytest.raises(ValueError, match=key):
         BetaDecay.from_config(cfg, nn.ModuleList([SmoothL1Loss(beta=0.11)]))

@@ -6,7 +6,8 @@ import torch
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.ema import WeightAverage, check_ema
 from d2_balance.engine.resume.random_state import seed_everything
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
+from d2_balance.utils.rules import check_values
 
 from .conftest import run_cfg
 from .test_trainer import Kill, Killed
@@ -116,7 +117,7 @@ def test_a_share_outside_of_its_range_is_refused(tmp_path, decay):
     cfg = run_cfg(tmp_path)
     cfg.SOLVER.EMA.DECAY = decay
     with pytest.raises(ValueError, match="SOLVER.EMA.DECAY"):
-        check_values(cfg)
+        check_values(cfg, RULES)
 
 
 def test_precise_batch_norms_and_averages_exclude_each_other(tmp_path):

@@ -12,7 +12,8 @@ from d2_balance.data import register_json
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.validation_loss import ValidationLoss, check_validation_loss
 from d2_balance.engine.resume.random_state import seed_everything
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
+from d2_balance.utils.rules import check_values
 
 from ..two_ranks import joined, start_ranks
 from .conftest import TEST, TRAIN, run_cfg
@@ -121,5 +122,5 @@ def test_two_ranks_measure_what_one_process_does(dataset, dataset_files, tmp_pat
 def test_what_cannot_be_measured_is_refused(tmp_path, overrides):
     cfg = run_cfg(tmp_path, *overrides)
     with pytest.raises(ValueError, match="TEST.LOSS"):
-        check_values(cfg)
+        check_values(cfg, RULES)
         check_validation_loss(cfg)

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from d2_balance.engine import BalancedTrainer
 from d2_balance.engine.hooks.writers import check_logs
 from d2_balance.engine.resume.random_state import seed_everything
-from d2_balance.engine.setup.rules import check_values
+from d2_balance.engine.setup.rules import RULES
+from d2_balance.utils.rules import check_values
 
 from .conftest import run_cfg
 from .test_trainer import Kill, Killed
@@ -133,8 +134,8 @@ def test_a_missing_package_is_named_before_training(tmp_path, monkeypatch):
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be one of online, offline"):
-        check_values(run_cfg(tmp_path, *WANDB, "LOG.WANDB_MODE", "sometimes"))
+    with pytest.raises(ValueError, match="must be one of 'online', 'offline'"):
+        check_values(run_cfg(tmp_path, *WANDB, "LOG.WANDB_MODE", "sometimes"), RULES)
 
 
 def tags(directory):

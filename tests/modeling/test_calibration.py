@@ -167,7 +167,7 @@ def test_classes_without_data_keep_their_logits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("class_names"), "has no class_names"),
+        (lambda data: data.pop("class_names"), "STATISTICS: .*: lacks the field `class_names`"),
         (lambda data: data["fractal_dimension"].pop(), "fractal_dimension must be 6 numbers"),
         (
             lambda data: data.update(logit_mean=None),

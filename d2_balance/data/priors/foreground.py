@@ -20,21 +20,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from d2_balance.utils.files import check_new, read_json, write_json
+from d2_balance.utils.files import Count, check_new, convert, read_json, write_json
 from d2_balance.utils.progress import progress
 
 from ..class_counts import ClassCounts
 from ..training_set import training_records
 from .sample_counts import PARTS, RPN, sample_counters
-
-_COUNTS = ("positives", "samples", "outputs")
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,7 @@ class ForegroundPrior:
         data = {
             "num_images": self.num_images,
             "total_images": self.total_images,
-            "parts": {
-                name: {count: getattr(part, count) for count in _COUNTS}
-                for name, part in self.parts.items()
-            },
+            "parts": {name: asdict(part) for name, part in self.parts.items()},
             "classes": [{"name": name, "instance_count": count} for name, count in classes],
         }
         write_json(path, data, indent=1)
@@ -173,38 +169,32 @@ class ForegroundPrior:
         Raises:
             ValueError: naming the file and the field.
         """
-        data = read_json(path)
-        data = data if isinstance(data, dict) else {}
-        parts, classes = data.get("parts"), data.get("classes")
-        if not isinstance(parts, dict) or not set(parts) <= set(PARTS):
-            raise ValueError(f"{path}: 'parts' must be counts by name, out of {', '.join(PARTS)}")
-        if not isinstance(classes, list) or not classes:
-            raise ValueError(f"{path}: 'classes' must be a list of name and instance_count")
-        for number, entry in enumerate(classes):
-            _require(path, f"classes[{number}]", entry, ("instance_count",))
-        counts = {}
-        for name, part in parts.items():
-            _require(path, f"parts.{name}", part, _COUNTS)
-            try:
-                counts[name] = PartCount(*(part[count] for count in _COUNTS))
-            except ValueError as error:
-                raise ValueError(f"{path}: parts.{name}: {error}") from error
-        _require(path, "the top level", data, ("num_images", "total_images"))
+        saved = convert(read_json(path), _Saved, path)
+        if not set(saved.parts) <= set(PARTS):
+            raise ValueError(f"{path}: parts must be counts by name, out of {', '.join(PARTS)}")
         return cls(
-            counts,
-            tuple(entry["instance_count"] for entry in classes),
-            tuple(str(entry.get("name", k)) for k, entry in enumerate(classes)),
-            data["num_images"],
-            data["total_images"],
+            {
+                name: convert(part, PartCount, f"{path}: parts.{name}")
+                for name, part in saved.parts.items()
+            },
+            tuple(c.instance_count for c in saved.classes),
+            tuple(str(k if c.name is None else c.name) for k, c in enumerate(saved.classes)),
+            saved.num_images,
+            saved.total_images,
             path,
         )
 
 
-def _require(path: str, place: str, entry: Any, fields: Sequence[str]) -> None:
-    for name in fields:
-        value = entry.get(name) if isinstance(entry, dict) else None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{path}: {place}: {name!r} must be an integer from 0 on")
+class _Class(msgspec.Struct):
+    instance_count: Count
+    name: str | int | float | None = None
+
+
+class _Saved(msgspec.Struct):
+    num_images: Count
+    total_images: Count
+    parts: dict[str, Any]
+    classes: Annotated[list[_Class], msgspec.Meta(min_length=1)]
 
 
 def _sized(cfg: CfgNode, record: dict[str, Any]) -> tuple[tuple[int, int], Tensor]:

@@ -9,8 +9,9 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from d2_balance.losses import SmoothL1Loss
+from d2_balance.utils.rules import check_values
 
-from ..setup.rules import check_values
+from ..setup.rules import RULES
 
 
 def decayed_beta(
@@ -77,7 +78,7 @@ class BetaDecay(HookBase):
         node = cfg.MODEL.BALANCE.BETA_DECAY
         if not node.ENABLED:
             return None
-        check_values(cfg, "MODEL.BALANCE.BETA_DECAY.")
+        check_values(cfg, RULES, "MODEL.BALANCE.BETA_DECAY.")
         return cls(model, mode=node.MODE, amount=node.AMOUNT, period=node.PERIOD, minimum=node.MIN)
 
     def before_step(self) -> None:

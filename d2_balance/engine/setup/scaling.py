@@ -9,9 +9,10 @@ import yaml
 from detectron2.config import CfgNode
 
 from d2_balance.utils.config_tree import value_of
+from d2_balance.utils.rules import check_values
 
 from .config_file import config_layers
-from .rules import check_values
+from .rules import RULES
 
 _LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS")
 _PERIODS = (
@@ -29,7 +30,7 @@ def check_reference_batch(cfg: CfgNode) -> None:
     Raises:
         ValueError: naming the key.
     """
-    check_values(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH")
+    check_values(cfg, RULES, "SOLVER.REFERENCE_IMS_PER_BATCH")
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
             "SOLVER.REFERENCE_IMS_PER_BATCH scales by IMS_PER_BATCH and "

@@ -45,7 +45,6 @@ from d2_balance.modeling.build import (
     build_anchor_sampler,
     build_box_loss,
     build_cls_loss,
-    build_guided,
     build_proposal_sampler,
     build_reweighters,
 )
@@ -54,6 +53,7 @@ from d2_balance.modeling.roi_heads.feature_memory import check_memory
 from d2_balance.modeling.tta import check_test_augmentation
 from d2_balance.utils.config_tree import changed
 from d2_balance.utils.names import closest
+from d2_balance.utils.rules import check_values
 
 from ..hooks.best import check_best
 from ..hooks.ema import check_ema
@@ -63,7 +63,7 @@ from ..resume.checkpoint import resumable_files
 from ..resume.data_stream import check_sampler
 from .norms import check_norms
 from .pretrained import check_weights_file
-from .rules import check_values
+from .rules import RULES
 from .scaling import check_reference_batch
 from .unused import check_losses_are_used
 
@@ -94,7 +94,7 @@ def validate(
     if registered:
         check_registered_names(cfg)
         check_losses_are_used(cfg)
-    check_values(cfg)
+    check_values(cfg, RULES)
     check_losses(cfg, eval_only)
     check_test_augmentation(cfg)
     check_dataset_names(cfg, eval_only)
@@ -180,8 +180,6 @@ def check_losses(cfg: CfgNode, eval_only: bool = False) -> None:
         build(bare, num_classes)
     for build in (build_cls_loss, build_box_loss, build_anchor_sampler):
         build(bare, 1, "RPN")
-    for part in ("", "RPN"):
-        build_guided(bare, part)
 
 
 def check_dataset_names(cfg: CfgNode, eval_only: bool = False) -> None:

@@ -6,7 +6,6 @@ Shapes: K classes.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from d2_balance.losses import Samples
-from d2_balance.utils.files import atomic_path, read_json
+from d2_balance.utils.files import convert, read_json, write_json
 
 from ..criterion import watched
 from .calibration import LogitStatistics, fractal_dimension
@@ -49,8 +48,7 @@ class CalibrationStatistics:
 
     def save(self, path: str) -> None:
         """Write the file; it is whole or not there."""
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, ensure_ascii=False, indent=1)
+        write_json(path, asdict(self), indent=1)
 
     @classmethod
     def load(cls, path: str) -> CalibrationStatistics:
@@ -63,23 +61,14 @@ class CalibrationStatistics:
             data = read_json(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{KEY}: {path} cannot be read: {error}") from error
-        names = data.get("class_names") if isinstance(data, dict) else None
-        if not isinstance(names, list):
-            raise ValueError(
-                f"{KEY}: {path} has no class_names; must be a file of `d2-balance calibrate`."
-            )
-        columns = {}
+        found = convert(data, cls, f"{KEY}: {path}")
         for field in ("fractal_dimension", "logit_mean", "logit_variance"):
-            values = data.get(field)
-            if values is None and field != "fractal_dimension":
-                continue
-            numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
-            if not numbers or len(values) != len(names):
+            values, classes = getattr(found, field), len(found.class_names)
+            if values is not None and len(values) != classes:
                 raise ValueError(
-                    f"{KEY}: {path}: {field} must be {len(names)} numbers, one for each class."
+                    f"{KEY}: {path}: {field} must be {classes} numbers, one for each class."
                 )
-            columns[field] = tuple(values)
-        return cls(tuple(names), **columns)
+        return found
 
     def column(self, field: str, num_classes: int, path: str) -> Tensor:
         """Return one of the columns as (K,) float64.
