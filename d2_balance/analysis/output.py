@@ -12,7 +12,7 @@ from d2_balance.utils.text import table
 
 from .remedies import inert, suggestions
 from .report import Analysis
-from .sections import Plot, Section, Table, Text, sections
+from .sections import Code, Part, Section, Table, Text, sections
 from .suggest import advice, settings, to_yaml
 
 
@@ -29,10 +29,6 @@ class Base:
     given: Sequence[str] = ()
 
 
-WHAT_TO_SET = "What to set"
-NOTHING = "Nothing: the configuration fits the data in everything that was checked."
-
-
 def as_text(found: Analysis, base: Base = Base()) -> str:
     """All tables, and what to set, for the console.
 
@@ -41,20 +37,9 @@ def as_text(found: Analysis, base: Base = Base()) -> str:
         base: what it was made with.
     """
     blocks = []
-    for section in sections(found):
+    for section in [*sections(found), what_to_set(found, base)]:
         blocks.append(f"== {section.title}")
         blocks += [block for block in map(_block, section.parts) if block]
-    blocks.append(f"== {WHAT_TO_SET}")
-    blocks += [f"WARNING: {line}" for line in inert(found)]
-    blocks += [
-        f"{n}. {s.name}: {s.reason} {s.effect}" for n, s in enumerate(suggestions(found), start=1)
-    ]
-    blocks += advice(found)
-    lines = settings(found, base.given)
-    if lines:
-        blocks += [_where(base.file), to_yaml(lines, os.path.basename(base.file)).rstrip()]
-    else:
-        blocks.append(NOTHING)
     return "\n\n".join(blocks)
 
 
@@ -64,24 +49,25 @@ def as_page(found: Analysis, base: Base = Base()) -> Page:
     if base.file:
         given = f", {' '.join(base.given)}" if base.given else ""
         page.text(f"Analysed with {base.file}{given}.", "note")
-    made = sections(found)
+    made = [*sections(found), what_to_set(found, base)]
     for section in progress(made, "drawing", unit="sections"):
         _add(page, section)
-    page.heading(WHAT_TO_SET)
-    for line in inert(found):
-        page.text(line, "warning")
-    rows = [[s.name, s.reason, s.effect] for s in suggestions(found)]
-    if rows:
-        page.table(rows, ["remedy", "what the data say", "what it would do here"])
-    for line in advice(found):
-        page.text(line)
+    return page
+
+
+def what_to_set(found: Analysis, base: Base) -> Section:
+    """The last section: remedies without effect, suggestions, and the YAML."""
+    parts: list[Part] = [Text(line, True) for line in inert(found)]
+    parts += [
+        Text(f"{n}. {s.name}: {s.reason} {s.effect}") for n, s in enumerate(suggestions(found), 1)
+    ]
+    parts += [Text(line) for line in advice(found)]
     lines = settings(found, base.given)
     if lines:
-        page.text(_where(base.file))
-        page.code(to_yaml(lines, os.path.basename(base.file)))
+        parts += [Text(_where(base.file)), Code(to_yaml(lines, os.path.basename(base.file)))]
     else:
-        page.text(NOTHING)
-    return page
+        parts.append(Text("Nothing: the configuration fits the data in everything checked."))
+    return Section("What to set", parts)
 
 
 def suggestion(found: Analysis, base: Base, path: str) -> str:
@@ -103,9 +89,11 @@ def _where(config_file: str) -> str:
     return "Keys to merge into your configuration."
 
 
-def _block(part: Text | Table | Plot) -> str:
+def _block(part: Part) -> str:
     if isinstance(part, Text):
         return f"WARNING: {part.text}" if part.warning else part.text
+    if isinstance(part, Code):
+        return part.text.rstrip()
     if isinstance(part, Table) and not part.page_only:
         rows = [[_cut(cell) for cell in row] for row in part.rows]
         return table(rows, part.headers)
@@ -123,5 +111,7 @@ def _add(page: Page, section: Section) -> None:
             page.text(part.text, "warning" if part.warning else "")
         elif isinstance(part, Table):
             page.table(part.rows, part.headers, part.folded)
+        elif isinstance(part, Code):
+            page.code(part.text)
         else:
             page.figure(part.draw(), part.caption)

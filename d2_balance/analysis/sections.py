@@ -58,7 +58,14 @@ class Plot:
     caption: str
 
 
-Part = Text | Table | Plot
+@dataclass(frozen=True)
+class Code:
+    """Text whose line breaks matter."""
+
+    text: str
+
+
+Part = Text | Table | Plot | Code
 
 
 @dataclass(frozen=True)
