@@ -68,7 +68,7 @@ FIELDS: Mapping[str, Rule] = {
 }
 """The fields of a sweep file; `base` and `remedies` are needed."""
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "overrides": {},
     "seeds": [1, 2, 3],
     "early_stopping": True,
