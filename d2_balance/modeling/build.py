@@ -299,7 +299,10 @@ def build_anchor_sampler(cfg: CfgNode, num_classes: int, subnode: str = "") -> A
     name = _node(cfg, subnode).ANCHOR_SAMPLER
     if not name:
         return None
-    return _construct(cfg, "ANCHOR_SAMPLER", ANCHOR_SAMPLERS, name, num_classes, subnode)
+    sampler: AnchorSampler = _construct(
+        cfg, "ANCHOR_SAMPLER", ANCHOR_SAMPLERS, name, num_classes, subnode
+    )
+    return sampler
 
 
 def build_guided(cfg: CfgNode, subnode: str = "") -> GuidedScale | None:

@@ -82,18 +82,18 @@ class Intervals:
             spread: standard deviation of one seed and its degrees of freedom; None if it is not
                 known, and the interval speaks of the images only.
         """
-        files = [
+        theirs, own = (
             [os.path.join(d, RUNGS, f"{iteration}.json") for d in group]
             for group in (leaders, directories)
-        ]
-        if not all(os.path.exists(file) for group in files for file in group):
+        )
+        if not all(map(os.path.exists, (*theirs, *own))):
             return False
-        found = self._compare(*files, RESAMPLES_OF_RUNG).metrics.get(self.figure)
+        found = self._compare(theirs, own, RESAMPLES_OF_RUNG).metrics.get(self.figure)
         if found is None or not math.isfinite(found.images):
             return False
         wide = quantile(math.inf) * found.images
         if spread is not None:
-            sizes = sum(1 / len(group) for group in files)
+            sizes = 1 / len(theirs) + 1 / len(own)
             wide = math.hypot(wide, quantile(spread[1]) * spread[0] * math.sqrt(sizes))
         return found.value + wide < 0
 

@@ -241,8 +241,8 @@ class Sweep:
         if leader == own:
             return False
         spread = pooled_spread([[v for _, v in at] for at in reached.values()])
-        directories = ([d for d, _ in reached[name]] for name in (own, leader))
-        return self.intervals.is_below(*directories, iteration, spread)
+        mine, theirs = ([d for d, _ in reached[name]] for name in (own, leader))
+        return self.intervals.is_below(mine, theirs, iteration, spread)
 
     def _label(self, trial: FrozenTrial) -> str:
         remedy, seed = self.study.key(trial)

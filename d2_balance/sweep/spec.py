@@ -35,14 +35,17 @@ def _stops_early(value: Any) -> bool:
 
 
 FIELDS: Mapping[str, Rule] = {
-    "base": ("the config file of the baseline", lambda value: isinstance(value, str) and value),
+    "base": (
+        "the config file of the baseline",
+        lambda value: isinstance(value, str) and value != "",
+    ),
     "overrides": (
         "a mapping of config keys that every trial shares",
         lambda value: isinstance(value, dict),
     ),
     "remedies": (
         "a list of names, or names with the config keys that they change",
-        lambda value: isinstance(value, list | dict) and value,
+        lambda value: isinstance(value, list | dict) and len(value) > 0,
     ),
     "seeds": (
         "a list of different integers",
