@@ -397,8 +397,8 @@ def find_images(annotations: Annotations, image_root: str) -> list[str]:
     if missing:
         raise ValueError(
             f"{annotations.path}: {len(missing)} of {len(annotations.image_id)} images are missing "
-            f"below {image_root}: {listed(missing)}; the image directory must hold every file_name (or the "
-            "last one or two parts of coco_url)"
+            f"below {image_root}: {listed(missing)}; the image directory must hold every file_name "
+            "(or the last one or two parts of coco_url)"
         )
     return [path for path in found if path is not None]
 
