@@ -12,12 +12,12 @@ BALANCED = {
         "GeneralizedRCNN": "BalancedRCNN",
         "PanopticFPN": "BalancedPanopticFPN",
     },
-    "MODEL.PROPOSAL_GENERATOR.NAME": {"RPN": "BalancedRPN"},
     "MODEL.ROI_HEADS.NAME": {
         "StandardROIHeads": "BalancedStandardROIHeads",
         "CascadeROIHeads": "BalancedCascadeROIHeads",
         "Res5ROIHeads": "BalancedRes5ROIHeads",
     },
+    "MODEL.PROPOSAL_GENERATOR.NAME": {"RPN": "BalancedRPN"},
 }
 """Parts of Detectron2 by config key, and the names of the forms that read MODEL.BALANCE."""
 

@@ -33,7 +33,7 @@ def test_the_command_prints_the_table_and_writes_the_file(config, tmp_path, caps
     part = prior.parts["RetinaNet"]
     assert prior.instance_count == (1, 2) and part.outputs == 2 and part.positives >= 3
     assert out.startswith("2 images\n") and f"MODEL.BALANCE.PRIOR_FILE {output}" in out
-    assert f"{part.rows:,}" in out and f"{part.prior:.3e}" in out and f"{part.bias:.3f}" in out
+    assert f"{part.samples:,}" in out and f"{part.prior:.3e}" in out and f"{part.bias:.3f}" in out
 
 
 def test_a_sample_says_so(config, capsys):

@@ -86,7 +86,7 @@ def test_the_hook_takes_every_key():
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("MODE", "cosine", "floor, sawtooth, linear"),
+        ("MODE", "cosine", "'floor', 'sawtooth', 'linear'"),
         ("AMOUNT", "-0.1", "at least 0"),
         ("PERIOD", "0", "integer of at least 1"),
         ("MIN", "-0.5", "at least 0"),

@@ -147,7 +147,7 @@ def test_a_stock_model_that_would_ignore_the_loss_is_refused(
             [*CLS[:1], "EQL", BALANCE + "CLASS_COUNTS_FILE", "checkpoint"],
             r"CLASS_COUNTS_FILE \"checkpoint\" is for --eval-only; in training it must be",
         ),
-        (["SOLVER.AMP.PRECISION", "half"], r"SOLVER.AMP.PRECISION is 'half'; .* fp16, bf16"),
+        (["SOLVER.AMP.PRECISION", "half"], r"SOLVER.AMP.PRECISION is 'half'; .* 'fp16', 'bf16'"),
         (["SOLVER.AMP.INIT_SCALE", "0.0"], r"SOLVER.AMP.INIT_SCALE is 0.0; .* above 0"),
         (
             ["SOLVER.GRAD_ACCUM_STEPS", "3"],
