@@ -157,11 +157,11 @@ def add_balance_config(cfg: CfgNode) -> None:
     _C.CLS_LOSS_WEIGHT = 1.0
     # Factor of the box loss; the GHM-R release uses 10.
     _C.BOX_LOSS_WEIGHT = 1.0
-    # Initial probability of every class in sigmoid RoI heads; sets the bias of the classifier.
-    # RetinaNet has its own key, MODEL.RETINANET.PRIOR_PROB.
+    # Initial probability of every class in RoI heads without a softmax; sets the bias of the
+    # classifier. RetinaNet has its own key, MODEL.RETINANET.PRIOR_PROB.
     _C.PRIOR_PROB = 0.001
-    # Whether sigmoid RoI heads keep Detectron2's K + 1 outputs and ignore the last, so that
-    # model-zoo weights fit; False: K outputs, as the EQL authors' weights have.
+    # Whether RoI heads without a softmax keep Detectron2's K + 1 outputs and ignore the last, so
+    # that model-zoo weights fit; False: K outputs, as the EQL authors' weights have.
     _C.BACKGROUND_COLUMN = True
     # Guided loss scaling (arXiv:1909.04868): the classification loss is brought to this many times
     # the size of the box loss; 0 is off. The authors use 1 in RetinaNet and 2 in RoI heads.

@@ -30,7 +30,7 @@ from .class_counts import FROM_CHECKPOINT, ClassCounts
 
 CHECKPOINT_KEY = "classes"
 FILE = "classes.json"
-ACTIVATIONS = ("sigmoid", "softmax")
+ACTIVATIONS = ("softmax", "sigmoid", "gumbel")  # by the numbers that RoI heads save
 
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
 
@@ -47,7 +47,7 @@ class ModelClasses:
         num_images: number of training images, or None.
         groups: K letters "r", "c", "f" of the training file, or None.
         score_thresholds: K scores in [0, 1] that detections must exceed, or None (the config's).
-        activation: "sigmoid" or "softmax", or None if unknown.
+        activation: one of `ACTIVATIONS`, or None if unknown.
     """
 
     names: tuple[str, ...]
@@ -220,7 +220,7 @@ def _of_weights(path: str, modified: int, size: int) -> ModelClasses | None:
 
 
 def class_activation(model: nn.Module) -> str | None:
-    """Return how a detector turns class logits into scores: "sigmoid", "softmax", None if unknown.
+    """Return how a detector turns class logits into scores: one of `ACTIVATIONS`; None if unknown.
 
     Looks at the losses of this package and at the settings of Detectron2's own heads; the RPN,
     whose one class is object, does not count.

@@ -65,7 +65,7 @@ class Predictor:
     Attributes:
         names: K class names, in the order of `pred_classes`.
         category_ids: K ids of the training file.
-        activation: how logits become scores, "sigmoid" or "softmax"; None if unknown.
+        activation: how logits become scores, "sigmoid", "softmax" or "gumbel"; None if unknown.
         metadata: for Detectron2's Visualizer.
 
     Raises:

@@ -24,6 +24,7 @@ from .eqlv2 import EQLv2Loss, eqlv2_loss
 from .federated import FederatedLoss, federated_loss
 from .focal import FocalLoss, focal_loss
 from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
+from .gumbel import GOLLoss, GumbelCELoss, gumbel_ce_loss
 from .iou import CIoULoss, DIoULoss, GIoULoss, ciou_loss, diou_loss, giou_loss
 from .loce import LOCELoss, equilibrium_loss
 from .quality_focal import QFLLoss, VFLLoss, quality_focal_loss, varifocal_loss
@@ -57,6 +58,8 @@ __all__ = [
     "GHMCLoss",
     "GHMRLoss",
     "GIoULoss",
+    "GOLLoss",
+    "GumbelCELoss",
     "LOCELoss",
     "LogitAdjustedLoss",
     "QFLLoss",
@@ -89,6 +92,7 @@ __all__ = [
     "ghm_r_loss",
     "giou_loss",
     "group_softmax_loss",
+    "gumbel_ce_loss",
     "quality_focal_loss",
     "rank_sort_loss",
     "seesaw_ce_loss",

@@ -11,6 +11,7 @@ across ranks; the criterion sums the statistics of all parts with one all-reduce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -101,10 +102,10 @@ class ClassificationLoss(_Loss):
 
     Class attributes:
         elementwise: True if `forward` returns (R, C) or (R,), False if it returns a 0-d tensor.
-        activation: how logits become probabilities, "sigmoid" or "softmax".
+        activation: how logits become probabilities, "sigmoid", "softmax" or "gumbel".
     """
 
-    activation: Literal["sigmoid", "softmax"]
+    activation: Literal["sigmoid", "softmax", "gumbel"]
 
     class_logits: bool = True
     """False: the first K columns are not the logits of the classes in one softmax or sigmoid."""
@@ -193,6 +194,10 @@ class ClassificationLoss(_Loss):
         if self.activation == "softmax":
             return F.softmax(logits, dim=-1)
         return F.pad(torch.sigmoid(logits), (0, 1))
+
+    def logit(self, probability: float) -> float:
+        """The logit of a class, outside of a softmax, whose score is `probability` in (0, 1)."""
+        return -math.log((1 - probability) / probability)
 
 
 class BoxLoss(_Loss):

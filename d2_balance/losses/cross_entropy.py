@@ -75,13 +75,19 @@ class NegativeCE:
         self.weight = weight
 
     def write(self, logits: Tensor, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
-        outputs = [softplus(logits, out=value)]
+        softplus(logits, out=value)
         if grad is not None:
-            outputs.append(torch.sigmoid(logits, out=grad))
-        weight = self.weight(chunk) if callable(self.weight) else self.weight
-        if isinstance(weight, Tensor) or weight != 1:
-            for out in outputs:
-                out.mul_(weight)
+            torch.sigmoid(logits, out=grad)
+        scale_negatives(self.weight, chunk, value, grad)
+
+
+def scale_negatives(weight: Weight, chunk: slice, value: Tensor, grad: Tensor | None) -> None:
+    """Multiply the losses and the gradients of a chunk by the weight of `NegativeCE`."""
+    weight = weight(chunk) if callable(weight) else weight
+    if isinstance(weight, Tensor) or weight != 1:
+        value.mul_(weight)
+        if grad is not None:
+            grad.mul_(weight)
 
 
 def weighted_ce(samples: Samples, weight: Weight, own_weight: float | Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._base import CLS_LOSSES
 from ._samples import Samples
-from .cross_entropy import sigmoid_ce_loss, weighted_ce
+from .cross_entropy import Weight, sigmoid_ce_loss, weighted_ce
 from .eql import EQLLoss, Threshold
 
 
@@ -47,6 +47,20 @@ def drop_loss(
     """
     suppressed = torch.where(foreground.unsqueeze(1), onehot == 0, dropped)
     return sigmoid_ce_loss(logits, onehot) * (1 - tail.to(logits.dtype) * suppressed)
+
+
+STEPS = 2**15  # of the random numbers, which makes rho exact to 3e-5
+
+
+@torch.no_grad()
+def drop_noise(logits: Tensor) -> Tensor:
+    """Random integers in [0, STEPS), int16 of the shape of the logits.
+
+    Four come from one 64-bit number: a float for each entry takes as long as the loss.
+    """
+    words = logits.new_empty((logits.numel() + 3) // 4, dtype=torch.int64).random_()
+    words &= 0x7FFF_7FFF_7FFF_7FFF
+    return words.view(torch.int16)[: logits.numel()].view(logits.shape)
 
 
 @CLS_LOSSES.register("DropLoss")
@@ -91,10 +105,17 @@ class DropLoss(EQLLoss):
         fg, own_tail = samples.hit, tail[samples.column]  # (R, 1)
         kept = (fg * own_tail).sum() / fg.sum().clamp(min=1)
         kept = torch.where(fg.any(), kept, torch.ones_like(kept))
-        dropped = (torch.rand_like(samples.logits) >= kept).logical_or_(fg)  # (R, K)
-        own = 1 - own_tail * (1 - fg) * dropped.gather(1, samples.column)
+        noise = drop_noise(samples.logits)  # (R, K), dropped where above `most`
+        most = (((kept * STEPS).round() * (1 - fg)) - 1).to(noise.dtype)  # (R, 1)
+        own = 1 - own_tail * (1 - fg) * (noise.gather(1, samples.column) > most)
 
         def weight(chunk: slice) -> Tensor:
-            return torch.addcmul(one, tail, dropped[chunk].to(tail.dtype), value=-1)
+            dropped = torch.empty_like(noise[chunk], dtype=tail.dtype)
+            torch.gt(noise[chunk], most[chunk], out=dropped)  # a mask would be slower to multiply
+            return torch.addcmul(one, tail, dropped, value=-1)
 
-        return weighted_ce(samples, weight, own)
+        return self.weighted(samples, weight, own)
+
+    def weighted(self, samples: Samples, weight: Weight, own_weight: float | Tensor) -> Tensor:
+        """As `weighted_ce`."""
+        return weighted_ce(samples, weight, own_weight)

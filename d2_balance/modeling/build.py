@@ -378,7 +378,7 @@ def build_calibration(cfg: CfgNode, num_classes: int, activation: str) -> nn.Mod
     Args:
         cfg: full config.
         num_classes: K.
-        activation: "sigmoid" or "softmax", of the loss.
+        activation: of the loss, see `ClassificationLoss`.
 
     Returns:
         A module from (..., K) logits to (..., K) logits, or None if there is none.

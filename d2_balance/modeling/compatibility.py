@@ -107,7 +107,7 @@ def _outputs(parts: Parts) -> str | None:
     loss, head = parts.cls_loss, parts.head
     if head.extra_outputs or has_class_columns_only(loss):
         return None
-    why = f"is a softmax loss and {head.name} has a sigmoid head"
+    why = f"is a {loss.activation} loss and {head.name} has a sigmoid head"
     if loss.activation == "sigmoid":
         why = f"needs outputs besides those of the classes and {head.name} has none"
     return (
@@ -177,16 +177,12 @@ def _scores(parts: Parts) -> str | None:
 
 def _entries(parts: Parts) -> str | None:
     for reweighter in parts.reweighters:
-        if getattr(reweighter, "needs_entries", False) and not has_class_columns_only(
-            parts.cls_loss
-        ):
+        if getattr(reweighter, "needs_entries", False) and not _has_entries(parts.cls_loss):
             return (
                 f"MODEL.BALANCE.{_name(reweighter).upper()}.TARGET {reweighter.target} weights "
-                f"single classes of a sample and CLS_LOSS {_name(parts.cls_loss)} has no sigmoid "
-                "of the classes alone; set it to samples. CLS_LOSS that work: "
-                + _names(
-                    cls for _, cls in CLS_LOSSES if cls.elementwise and has_class_columns_only(cls)
-                )
+                f"single classes of a sample and CLS_LOSS {_name(parts.cls_loss)} has no loss for "
+                "each class and for nothing else; set it to samples. CLS_LOSS that work: "
+                + _names(cls for _, cls in CLS_LOSSES if cls.elementwise and _has_entries(cls))
             )
     return None
 
@@ -248,23 +244,31 @@ def _guided(parts: Parts) -> str | None:
 
 
 def _calibration(parts: Parts) -> str | None:
-    if not parts.calibration or parts.calibration == "norcal":
+    if not parts.calibration:
         return None
-    works = _has_class_logits
-    why = "has logits of groups, not of classes"
+    works, why = _has_class_logits, "has logits of groups, not of classes"
+    what, off = f"CALIBRATION.NAME {parts.calibration}", '""'
     if parts.calibration == "logn":
         works, why = _is_plain_softmax, "has no plain softmax"
+    elif parts.calibration == "norcal":
+        works, what, off = _has_odds, "NORCAL.GAMMA (norcal)", "0"
+    if not _has_odds(parts.cls_loss):
+        why = "has Gumbel scores, whose logits are no log-odds"
     if works(parts.cls_loss):
         return None
     return (
-        f"MODEL.BALANCE.CALIBRATION.NAME {parts.calibration} calibrates class logits and CLS_LOSS "
-        f'{_name(parts.cls_loss)} {why}; set it to "". CLS_LOSS that work: '
+        f"MODEL.BALANCE.{what} calibrates class logits and CLS_LOSS "
+        f"{_name(parts.cls_loss)} {why}; set it to {off}. CLS_LOSS that work: "
         + _names(cls for _, cls in CLS_LOSSES if works(cls))
     )
 
 
+def _has_odds(loss: Any) -> bool:
+    return bool(loss.activation != "gumbel")
+
+
 def _has_class_logits(loss: Any) -> bool:
-    return bool(loss.class_logits)
+    return bool(loss.class_logits) and _has_odds(loss)
 
 
 def _is_plain_softmax(loss: Any) -> bool:
@@ -288,7 +292,14 @@ RULES: tuple[Callable[[Parts], str | None], ...] = (
 
 def has_plain_scores(loss: Any) -> bool:
     """Whether scores are a plain sigmoid or softmax of the logits."""
-    return bool(_class(loss).num_outputs is ClassificationLoss.num_outputs)
+    plain = _class(loss).num_outputs is ClassificationLoss.num_outputs
+    return bool(_has_odds(loss) and plain)
+
+
+def _has_entries(loss: Any) -> bool:
+    """Whether a loss is a sum over K columns of logits."""
+    plain = _class(loss).num_outputs is ClassificationLoss.num_outputs
+    return bool(loss.activation != "softmax" and plain)
 
 
 def has_class_columns_only(loss: Any) -> bool:

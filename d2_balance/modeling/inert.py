@@ -69,9 +69,10 @@ def _of_loss(loss: Any) -> Iterator[str]:
             below = f"below {key}.LAMBDA {loss.lambda_:g}"
             if loss.threshold != "step":
                 below = f"in the tail of {key}.THRESHOLD {loss.threshold}"
+            plain = "GumbelCE" if loss.activation == "gumbel" else "cross-entropy"
             yield (
                 f"{loss.name}: no class is {below}; the rarest is in {rarest:.2%} of the training "
-                "images. It trains as cross-entropy."
+                f"images. It trains as {plain}."
             )
     elif isinstance(loss, BAGSLoss):
         if len(loss.group.unique()) == 1:

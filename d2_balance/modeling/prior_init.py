@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +32,15 @@ def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
         raise ValueError(f"{_FILE}: {error}") from error
 
 
-def set_sigmoid_prior(
-    owner: nn.Module, classifier: Any, prior: ForegroundPrior, part: str, num_classes: int
+def set_class_prior(
+    owner: nn.Module,
+    classifier: Any,
+    prior: ForegroundPrior,
+    part: str,
+    num_classes: int,
+    logit: Callable[[float], float] | None = None,
 ) -> None:
-    """Start a sigmoid classifier at the counted prior, kept in `owner.foreground_prior`.
+    """Start a classifier of separate classes at the counted prior, `owner.foreground_prior`.
 
     Args:
         owner: gets the buffer.
@@ -42,19 +48,20 @@ def set_sigmoid_prior(
         prior: counts.
         part: entry of `PARTS`, the classifiers that are counted.
         num_classes: K of the owner; 1 in the RPN.
+        logit: the logit of a probability; None is that of the sigmoid.
 
     Raises:
         ValueError: the counts lack this classifier, or are of other classes.
     """
     count = _count(prior, part, num_classes)
-    nn.init.constant_(classifier.bias, count.bias)
+    nn.init.constant_(classifier.bias, count.bias if logit is None else logit(count.prior))
     owner.register_buffer("foreground_prior", torch.tensor(count.prior, dtype=torch.float64))
 
 
 def set_softmax_prior(
     owner: nn.Module, classifier: nn.Linear, prior: ForegroundPrior, part: str, num_classes: int
 ) -> None:
-    """As `set_sigmoid_prior` for a softmax: classes have bias 0, background, the last, above."""
+    """As `set_class_prior` for a softmax: classes have bias 0, background, the last, above."""
     if classifier.out_features != num_classes + 1:
         raise ValueError(
             f"{_FILE} sets the start of softmax losses with one output for each class and one for "

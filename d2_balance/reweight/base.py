@@ -18,7 +18,7 @@ class Reweighter(nn.Module, Named):
     """True: it reads class scores off the logits, which must be plain sigmoid or softmax."""
 
     needs_entries: bool = False
-    """True: it weights single classes of a sample, which needs a sigmoid loss of K columns."""
+    """True: it weights single classes of a sample: the loss must have K columns and no softmax."""
 
     def __init__(self) -> None:  # the signature that the config is made from: no arguments
         super().__init__()

@@ -69,8 +69,8 @@ class ClassWeights(Reweighter):
         values: of "list", K numbers of at least 0, or K + 1 with that of background last.
         background_weight: weight of background samples, at least 0.
         normalize: whether weights are divided by their mean over classes.
-        target: what is weighted: "samples", all columns of a sample by its label; or, in a sigmoid
-            loss, the entries of each class: "positives", "negatives" or "both".
+        target: what is weighted: "samples", all columns of a sample by its label; or, without a
+            softmax, the entries of each class: "positives", "negatives" or "both".
 
     Raises:
         ValueError: an argument is out of range.

@@ -33,6 +33,8 @@ def refused(*names, **parts):
 
 def plain_outputs(cls):
     """As many outputs as the loss's activation needs and no more, asked of the loss itself."""
+    if cls.activation == "gumbel":
+        return False
     return cls.num_outputs(cls, 5) == (6 if cls.activation == "softmax" else 5)
 
 
@@ -68,9 +70,9 @@ def test_parts_that_work_on_rows_refuse_losses_without_rows(name, cls):
     assert refused(name, "GUIDED_SCALE", **roi, box_loss=SMOOTH, guided=True) != cls.elementwise
     plain = cls.activation == "softmax" and name != "BAGS" and plain_outputs(cls)
     for method, works in {
-        "norcal": True,
-        "logit_adjustment": name != "BAGS",
-        "fracal": name != "BAGS",
+        "norcal": cls.activation != "gumbel",
+        "logit_adjustment": name != "BAGS" and cls.activation != "gumbel",
+        "fracal": name != "BAGS" and cls.activation != "gumbel",
         "logn": plain,
     }.items():
         calibrated = refused(name, method, **roi, box_loss=SMOOTH, calibration=method)

@@ -103,7 +103,7 @@ def test_shape_is_as_declared(cls_loss):
         assert value.shape[0] == 60 and value.dim() in (1, 2)
     else:
         assert value.dim() == 0
-    assert cls_loss.activation in ("sigmoid", "softmax")
+    assert cls_loss.activation in ("sigmoid", "softmax", "gumbel")
 
 
 def test_logits_and_labels_alone_are_enough(cls_loss):

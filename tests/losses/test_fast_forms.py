@@ -13,13 +13,14 @@ from d2_balance.losses.acsl import acsl_loss, sample_background
 from d2_balance.losses.bags import group_softmax_loss, group_targets, sample_others
 from d2_balance.losses.cross_entropy import balanced_ce_loss, sigmoid_ce_loss
 from d2_balance.losses.dr import dr_loss
-from d2_balance.losses.drop_loss import drop_loss
+from d2_balance.losses.drop_loss import STEPS, drop_loss, drop_noise
 from d2_balance.losses.efl import equalized_focal_loss
 from d2_balance.losses.eql import eql_loss, tail_weight
 from d2_balance.losses.eqlv2 import eqlv2_loss
 from d2_balance.losses.federated import federated_classes, federated_loss
 from d2_balance.losses.focal import focal_loss
 from d2_balance.losses.ghm import ghm_c_loss
+from d2_balance.losses.gumbel import gumbel_ce_loss
 from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
 from d2_balance.losses.seesaw import seesaw_ce_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
@@ -34,16 +35,30 @@ def quality(s):
 
 
 def plain_drop(loss, s):
+    return drop_loss(s.logits, *drop_arguments(loss, s))
+
+
+def plain_gol(loss, s):
+    onehot, fg, tail, dropped = drop_arguments(loss, s)
+    suppressed = torch.where(fg.unsqueeze(1), onehot == 0, dropped)
+    return gumbel_ce_loss(s.logits, onehot, loss.min_logit) * (1 - tail * suppressed)
+
+
+def drop_arguments(loss, s):
     fg, tail = s.foreground, loss.tail
     rare = (s.onehot * tail.to(s.onehot.dtype)).sum()
     kept = rare / fg.sum() if fg.any() else torch.ones_like(rare)
-    return drop_loss(s.logits, s.onehot, fg, tail, torch.rand_like(s.onehot) >= kept)
+    return s.onehot, fg, tail, drop_noise(s.onehot) >= (kept * STEPS).round()
 
 
 def plain_federated(loss, s):
+    return federated_loss(s.logits, s.onehot, chosen_classes(loss, s))
+
+
+def chosen_classes(loss, s):
     required = (s.onehot > 0).any(dim=0, keepdim=True) | s.verified
     chosen = federated_classes(required, loss.weight, loss.num_sampled) & ~s.not_exhaustive
-    return federated_loss(s.logits, s.onehot, chosen[s.image_index])
+    return chosen[s.image_index]
 
 
 def plain_eqlv2(loss, s):
@@ -90,6 +105,8 @@ PLAIN = {
     "Focal": lambda loss, s: focal_loss(s.logits, s.onehot, loss.alpha, loss.gamma),
     "EQL": lambda loss, s: eql_loss(s.logits, s.onehot, s.foreground, loss.tail, s.sample_verified),
     "DropLoss": plain_drop,
+    "GOL": plain_gol,
+    "GumbelCE": lambda loss, s: gumbel_ce_loss(s.logits, s.onehot, loss.min_logit),
     "Federated": plain_federated,
     "EQLv2": plain_eqlv2,
     "EFL": lambda loss, s: equalized_focal_loss(

@@ -242,6 +242,24 @@ def test_prior_out_of_range(prior):
     )
 
 
+@pytest.mark.parametrize("prior", [0.001, 0.3])
+@pytest.mark.parametrize("name", ["SigmoidCE", "GumbelCE"])
+def test_classes_start_at_the_initial_probability(name, prior):
+    keys = ["MODEL.BALANCE.CLS_LOSS", name, "MODEL.BALANCE.PRIOR_PROB", prior]
+    predictor = build_model(small_cfg("faster", *keys)).roi_heads.box_predictor
+    scores = predictor.probabilities(predictor.cls_score.bias.unsqueeze(0))
+    torch.testing.assert_close(scores[0, :-1], torch.full((CLASSES,), prior))
+
+
+def test_gumbel_scores_on_a_sigmoid_head():
+    refuse(
+        "CLS_LOSS GumbelCE is a gumbel loss and RetinaNet has a sigmoid head; losses that work",
+        "retinanet",
+        "MODEL.BALANCE.CLS_LOSS",
+        "GumbelCE",
+    )
+
+
 @pytest.mark.parametrize("key", ["USE_SIGMOID_CE", "USE_FED_LOSS"])
 def test_detectron2_switches_for_other_losses_are_refused(key, monkeypatch):
     overrides = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]

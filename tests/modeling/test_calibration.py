@@ -1,5 +1,6 @@
 """What changes scores after training: values by hand, in models, and what is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -205,13 +206,15 @@ def test_the_pass_collects_what_the_head_sees_and_changes_nothing():
         logit_statistics(build_model(small_cfg("cascade")), batches, CLASSES)
 
 
-@pytest.mark.parametrize(("own", "other"), [("SigmoidCE", ""), ("", "SigmoidCE")])
+SCORES = {"": "softmax", "SigmoidCE": "sigmoid", "GumbelCE": "gumbel"}
+
+
+@pytest.mark.parametrize(("own", "other"), itertools.permutations(SCORES, 2))
 def test_weights_of_other_scores_are_refused_at_inference(own, other):
     trained = build_model(small_cfg("faster", "MODEL.BALANCE.CLS_LOSS", own))
     model = build_model(small_cfg("faster", "MODEL.BALANCE.CLS_LOSS", other))
     model.load_state_dict(trained.state_dict())
-    words = ("sigmoid", "softmax") if own else ("softmax", "sigmoid")
-    message = f"trained for {words[0]} scores and .* has {words[1]} scores"
+    message = f"trained for {SCORES[own]} scores and .* has {SCORES[other]} scores"
     with pytest.raises(ValueError, match=message), torch.no_grad():
         model.eval()(make_inputs(images=1))
     with EventStorage():

@@ -39,7 +39,7 @@ from ..image_context import (
     ignore_background,
     number_objects,
 )
-from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior
+from ..prior_init import load_prior, set_class_prior, set_class_thresholds
 from ..scripting import Scriptable
 
 
@@ -175,7 +175,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         self.calibration = calibration
         check_class_quantities(self.cls_loss, self.num_classes)
         if prior is not None:
-            set_sigmoid_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
+            set_class_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
         if class_thresholds:
             set_class_thresholds(self, prior, self.head_name, self.num_classes)
 

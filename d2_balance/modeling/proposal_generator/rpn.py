@@ -34,7 +34,7 @@ from ..build import (
 from ..compatibility import check_pairing
 from ..criterion import ImagePositives, LossHead, Normalizer, PositiveEMA
 from ..image_context import check_ioa, ignore_background
-from ..prior_init import load_prior, set_sigmoid_prior
+from ..prior_init import load_prior, set_class_prior
 from ..scripting import Scriptable
 
 
@@ -144,7 +144,7 @@ class BalancedRPN(LossHead, Scriptable, RPN):
                 )
             nn.init.constant_(classifier.bias, -math.log((1 - prior_prob) / prior_prob))
             if prior is not None:
-                set_sigmoid_prior(self, classifier, prior, RPN_NAME, 1)
+                set_class_prior(self, classifier, prior, RPN_NAME, 1)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2_balance.data.model_classes import fill_metadata
+from d2_balance.data.model_classes import ACTIVATIONS, fill_metadata
 from d2_balance.data.priors.foreground import ForegroundPrior
 from d2_balance.data.priors.sample_counts import ROI_HEADS
 from d2_balance.losses import BoxLoss, ClassificationLoss, Samples, SoftmaxCELoss
@@ -42,7 +41,7 @@ from ..compatibility import check_pairing
 from ..criterion import LossHead, PositiveNormalizer, SampleNormalizer, box_inputs
 from ..postprocess.norcal import norcal
 from ..postprocess.soft_nms import soft_nms_detections
-from ..prior_init import load_prior, set_class_thresholds, set_sigmoid_prior, set_softmax_prior
+from ..prior_init import load_prior, set_class_prior, set_class_thresholds, set_softmax_prior
 from ..scripting import Scriptable, without_attributes
 from .cosine import CosineLinear
 from .disalign import DisAlign
@@ -52,8 +51,8 @@ from .feature_memory import FeatureMemory
 class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
     """Output layers whose losses come from MODEL.BALANCE; stock if the names are empty.
 
-    Sigmoid losses start every class at `prior_prob`: with a bias of zero the first loss is
-    K log 2 per RoI, 834 for the 1203 classes of LVIS v1.
+    Losses without a softmax start every class at `prior_prob`: with a bias of zero the first
+    sigmoid loss is K log 2 per RoI, 834 for the 1203 classes of LVIS v1.
 
     Args:
         input_shape: shape of the RoI features.
@@ -64,7 +63,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         box_weight: factor of the box loss.
         guided: scales the classification loss to the box loss, which then is a mean over positives
             (as is the classification loss, whose own scale drops out); None leaves it.
-        prior_prob: initial probability of every class of a sigmoid loss, in (0, 1).
+        prior_prob: initial probability of every class outside of a softmax, in (0, 1).
         prior: counts that set the initial bias instead of prior_prob, of softmax losses as well.
         class_thresholds: whether the counts also set a score threshold for each class at test time.
         norcal_gamma: exponent of the calibration at test time (see `norcal`), 0 is off.
@@ -75,7 +74,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         cosine: arguments of the cosine classifier.
         disalign: whether the class logits of a trained model are aligned, see `DisAlign`.
         test_nms: arguments of `soft_nms` at test time; None is Detectron2's suppression.
-        background_column: True keeps Detectron2's K + 1 outputs for sigmoid losses, the last of
+        background_column: True keeps Detectron2's K + 1 outputs outside of a softmax, the last of
             which is not used; False has K outputs.
         **kwargs: as Detectron2's FastRCNNOutputLayers.
 
@@ -128,7 +127,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         self.verified: Tensor | None = None
         self.not_exhaustive: Tensor | None = None
         self.memory: FeatureMemory | None = None  # see `build_memories`
-        sigmoid = self.cls_loss.activation == "sigmoid"
+        softmax = self.cls_loss.activation == "softmax"
         check_pairing(
             "RoI heads",
             self.cls_loss,
@@ -139,23 +138,27 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         )
         check_class_quantities(self.cls_loss, self.num_classes)
         outputs = self.cls_loss.num_outputs(self.num_classes)
-        if sigmoid and background_column:
+        if not softmax and background_column:
             outputs = max(outputs, self.num_classes + 1)
         self._set_classifier(outputs, classifier, cosine or {})
         self.align = DisAlign(self.cls_score.in_features, self.num_classes) if disalign else None
         self.calibration, self.test_nms = calibration, test_nms
-        if sigmoid:
+        if not softmax:
             if not 0 < prior_prob < 1:
                 raise ValueError(f"MODEL.BALANCE.PRIOR_PROB: {prior_prob} is not in (0, 1).")
-            nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
-        if prior is not None:
-            set_prior = set_sigmoid_prior if sigmoid else set_softmax_prior
-            set_prior(self, self.cls_score, prior, ROI_HEADS, self.num_classes)
+            nn.init.constant_(self.cls_score.bias, self.cls_loss.logit(prior_prob))
+        if prior is not None and softmax:
+            set_softmax_prior(self, self.cls_score, prior, ROI_HEADS, self.num_classes)
+        elif prior is not None:
+            arguments = (prior, ROI_HEADS, self.num_classes, self.cls_loss.logit)
+            set_class_prior(self, self.cls_score, *arguments)
         if class_thresholds:
             set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
 
-        self.register_buffer("sigmoid_scores", torch.tensor(sigmoid))  # see `_load_from_state_dict`
-        self._other_scores = False
+        # see `_load_from_state_dict`; the name is that of versions with two kinds of scores
+        form = torch.tensor(ACTIVATIONS.index(self.cls_loss.activation), dtype=torch.uint8)
+        self.register_buffer("sigmoid_scores", form)
+        self._other_scores = ""
         self.norcal_gamma = norcal_gamma
         if norcal_gamma < 0:
             raise ValueError(
@@ -208,7 +211,8 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         """Notice weights that were trained for other scores; weights of others do not tell."""
         key = prefix + "sigmoid_scores"
         own = self.sigmoid_scores
-        self._other_scores = bool(state_dict.get(key, own) != own)
+        trained = ACTIVATIONS[int(state_dict.get(key, own))]
+        self._other_scores = "" if trained == self.cls_loss.activation else trained
         state_dict[key] = own.clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -227,13 +231,13 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor]:
         """Same arguments and result as Detectron2's FastRCNNOutputLayers."""
-        self._other_scores = False  # the weights are trained for ours from here on
+        self._other_scores = ""  # the weights are trained for ours from here on
         samples = self.samples(predictions, proposals)
-        if self.cls_loss.activation == "sigmoid":
-            # a logit of 0 for background: the sample counts as background if all classes are below
-            guess = F.pad(samples.logits[:, : self.num_classes], (0, 1))
-        else:
+        if self.cls_loss.activation == "softmax":
             guess = self.cls_loss.probabilities(samples.logits)
+        else:  # a sample counts as background if all classes have scores below 0.5
+            half = self.cls_loss.logit(0.5)
+            guess = F.pad(samples.logits[:, : self.num_classes], (0, 1), value=half)
         _log_classification_stats(guess.detach(), samples.labels)
         losses = self.sample_losses(samples if self.memory is None else self.memory.join(samples))
         if self.memory is not None:
@@ -314,17 +318,13 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         """(R, K + 1) class probabilities, the last column background, of (R, C) scores.
 
         Raises:
-            ValueError: the loaded weights were trained with a sigmoid and the loss is a softmax,
-                or the other way round.
+            ValueError: the loaded weights were trained with other scores than the loss has.
         """
         if self._other_scores:
-            own, other = "softmax", "sigmoid"
-            if self.cls_loss.activation == "sigmoid":
-                own, other = other, own
             raise ValueError(
-                f"the weights were trained for {other} scores and MODEL.BALANCE.CLS_LOSS "
-                f"{self.cls_loss.name} has {own} scores; set the CLS_LOSS that they were trained "
-                "with."
+                f"the weights were trained for {self._other_scores} scores and "
+                f"MODEL.BALANCE.CLS_LOSS {self.cls_loss.name} has {self.cls_loss.activation} "
+                "scores; set the CLS_LOSS that they were trained with."
             )
         logits = self.class_logits(scores)
         if self.calibration is not None:
