@@ -201,6 +201,13 @@ METHODS = (
         "LVIS v1 mask AP 16.1 -> 23.7 (R-50 1x)",
     ),
     Method(
+        ("FCBL",),
+        "rare classes that are mistaken for others",
+        ("2308.02213",),
+        f"{LVIS05}/mask_rcnn_R_50_FPN_1x_fcbl.yaml",
+        "LVIS v0.5 box AP 22.0 -> 27.8 (Faster R-50, with its feature hallucination)",
+    ),
+    Method(
         ("EFL",),
         "rare classes, dense heads",
         ("2201.02593",),

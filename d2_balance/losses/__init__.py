@@ -21,6 +21,7 @@ from .ecm import ECMLoss, ecm_loss
 from .efl import EFLLoss, equalized_focal_loss
 from .eql import EQLLoss, eql_loss
 from .eqlv2 import EQLv2Loss, eqlv2_loss
+from .fcbl import FCBLLoss, fcbl_loss
 from .federated import FederatedLoss, federated_loss
 from .focal import FocalLoss, focal_loss
 from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
@@ -53,6 +54,7 @@ __all__ = [
     "EFLLoss",
     "EQLLoss",
     "EQLv2Loss",
+    "FCBLLoss",
     "FederatedLoss",
     "FocalLoss",
     "GHMCLoss",
@@ -86,6 +88,7 @@ __all__ = [
     "eqlv2_loss",
     "equalized_focal_loss",
     "equilibrium_loss",
+    "fcbl_loss",
     "federated_loss",
     "focal_loss",
     "ghm_c_loss",

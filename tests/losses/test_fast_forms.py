@@ -17,6 +17,7 @@ from d2_balance.losses.drop_loss import STEPS, drop_loss, drop_noise
 from d2_balance.losses.efl import equalized_focal_loss
 from d2_balance.losses.eql import eql_loss, tail_weight
 from d2_balance.losses.eqlv2 import eqlv2_loss
+from d2_balance.losses.fcbl import fcbl_loss
 from d2_balance.losses.federated import federated_classes, federated_loss
 from d2_balance.losses.focal import focal_loss
 from d2_balance.losses.ghm import ghm_c_loss
@@ -105,6 +106,7 @@ PLAIN = {
     "Focal": lambda loss, s: focal_loss(s.logits, s.onehot, loss.alpha, loss.gamma),
     "EQL": lambda loss, s: eql_loss(s.logits, s.onehot, s.foreground, loss.tail, s.sample_verified),
     "DropLoss": plain_drop,
+    "FCBL": lambda loss, s: fcbl_loss(s.logits, s.labels, loss.margin, loss.score_threshold),
     "GOL": plain_gol,
     "GumbelCE": lambda loss, s: gumbel_ce_loss(s.logits, s.onehot, loss.min_logit),
     "Federated": plain_federated,
