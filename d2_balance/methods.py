@@ -194,7 +194,7 @@ METHODS = (
         "LVIS v1 mask AP 16.4 -> 19.0 (GumbelCE, R-50 1x), 27.7 (GOL, R-50 2x, RFS)",
     ),
     Method(
-        ("EQLv2",),
+        ("EQLv2", "SoftmaxEQLv2"),
         "rare classes",
         ("2012.08548",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_1x_eqlv2.yaml",
@@ -215,14 +215,14 @@ METHODS = (
         "LVIS v1 box AP 27.5 (R-50)",
     ),
     Method(
-        ("Seesaw",),
+        ("Seesaw", "SeesawFocal"),
         "rare classes",
         ("2008.10032",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_2x_seesaw_rfs.yaml",
         "LVIS v1 mask AP 23.7 -> 26.4 (R-50 2x, RFS)",
     ),
     Method(
-        ("Federated",),
+        ("Federated", "FederatedSoftmax"),
         "classes that are not annotated exhaustively",
         ("2103.07461",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_1x_federated.yaml",

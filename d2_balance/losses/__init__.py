@@ -20,9 +20,14 @@ from .drop_loss import DropLoss, drop_loss
 from .ecm import ECMLoss, ecm_loss
 from .efl import EFLLoss, equalized_focal_loss
 from .eql import EQLLoss, eql_loss
-from .eqlv2 import EQLv2Loss, eqlv2_loss
+from .eqlv2 import EQLv2Loss, SoftmaxEQLv2Loss, eqlv2_loss, softmax_eqlv2_loss
 from .fcbl import FCBLLoss, fcbl_loss
-from .federated import FederatedLoss, federated_loss
+from .federated import (
+    FederatedLoss,
+    FederatedSoftmaxLoss,
+    federated_loss,
+    federated_softmax_loss,
+)
 from .focal import FocalLoss, focal_loss
 from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
 from .gumbel import GOLLoss, GumbelCELoss, gumbel_ce_loss
@@ -30,7 +35,7 @@ from .iou import CIoULoss, DIoULoss, GIoULoss, ciou_loss, diou_loss, giou_loss
 from .loce import LOCELoss, equilibrium_loss
 from .quality_focal import QFLLoss, VFLLoss, quality_focal_loss, varifocal_loss
 from .rank_sort import RankSortLoss, rank_sort_loss
-from .seesaw import SeesawLoss, seesaw_ce_loss
+from .seesaw import SeesawFocalLoss, SeesawLoss, seesaw_ce_loss, seesaw_focal_loss
 from .smooth_l1 import SmoothL1Loss, smooth_l1_loss
 from .softmax_eql import SoftmaxEQLLoss, softmax_eql_loss
 
@@ -56,6 +61,7 @@ __all__ = [
     "EQLv2Loss",
     "FCBLLoss",
     "FederatedLoss",
+    "FederatedSoftmaxLoss",
     "FocalLoss",
     "GHMCLoss",
     "GHMRLoss",
@@ -67,11 +73,13 @@ __all__ = [
     "QFLLoss",
     "RankSortLoss",
     "Samples",
+    "SeesawFocalLoss",
     "SeesawLoss",
     "SigmoidCELoss",
     "SmoothL1Loss",
     "SoftmaxCELoss",
     "SoftmaxEQLLoss",
+    "SoftmaxEQLv2Loss",
     "VFLLoss",
     "acsl_loss",
     "adjusted_ce_loss",
@@ -90,6 +98,7 @@ __all__ = [
     "equilibrium_loss",
     "fcbl_loss",
     "federated_loss",
+    "federated_softmax_loss",
     "focal_loss",
     "ghm_c_loss",
     "ghm_r_loss",
@@ -99,8 +108,10 @@ __all__ = [
     "quality_focal_loss",
     "rank_sort_loss",
     "seesaw_ce_loss",
+    "seesaw_focal_loss",
     "sigmoid_ce_loss",
     "smooth_l1_loss",
     "softmax_eql_loss",
+    "softmax_eqlv2_loss",
     "varifocal_loss",
 ]

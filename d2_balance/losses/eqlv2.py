@@ -8,6 +8,12 @@ G+ and G- add up the weighted gradients |p - 1| and p of all batches and ranks. 
 objectness task of weight 1 whose target is 1 for background; at test time p_j is multiplied by
 1 - p_background.
 
+The softmax form, which is ours, weights the terms of the sum as the softmax form of EQL does:
+
+    L = -(1/R) sum_i w+_y log( e^{z_y} / (e^{z_y} + sum_{j != y} w-_j e^{z_j}) )
+
+with the same weights, and 1 for background. G+ and G- add up the gradients of this loss.
+
 Source: Tan et al., Equalization Loss v2, arXiv:2012.08548, equations 5 to 9. Mean over samples.
 """
 
@@ -19,6 +25,7 @@ from torch.nn import functional as F
 
 from ._base import CLS_LOSSES, ClassificationLoss, check
 from ._kernels.entries import entry_pass, gradient_sums, needs_grad, with_grad
+from ._kernels.softmax import softmax_pass
 from ._samples import Samples
 from .cross_entropy import NegativeCE, sigmoid_ce_loss
 
@@ -50,6 +57,30 @@ def eqlv2_loss(
     """
     weight = torch.where(target > 0, positive_weight, negative_weight)
     return sigmoid_ce_loss(logits, target) * weight
+
+
+def softmax_eqlv2_loss(
+    logits: Tensor, labels: Tensor, positive_weight: Tensor, negative_weight: Tensor
+) -> Tensor:
+    """Equalization loss v2 of a softmax, for given weights.
+
+    Args:
+        logits: (R, C).
+        labels: (R,) int64 in [0, C).
+        positive_weight: (C,) weight of a sample of the class.
+        negative_weight: (C,) weight of the class in the sums of other samples, above 0.
+
+    Returns:
+        (R,).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> weights = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 0.5, 0.01])
+        >>> softmax_eqlv2_loss(logits, torch.tensor([0, 1]), *weights)
+        tensor([0.0259, 0.9492])
+    """
+    shift = negative_weight.log().expand_as(logits).scatter(1, labels.unsqueeze(1), 0.0)
+    return F.cross_entropy(logits + shift, labels, reduction="none") * positive_weight[labels]
 
 
 def objectness_probabilities(logits: Tensor) -> Tensor:
@@ -149,3 +180,59 @@ class EQLv2Loss(ClassificationLoss):
     def log_values(self) -> dict[str, Tensor]:
         positive, negative = self.class_weights()
         return {"positive_weight": positive, "negative_weight": negative}
+
+
+@CLS_LOSSES.register("SoftmaxEQLv2")
+class SoftmaxEQLv2Loss(EQLv2Loss):
+    """Softmax form of the equalization loss v2 (arXiv:2012.08548), also for plain classification.
+
+    Buffers as `EQLv2Loss`.
+
+    Args:
+        num_classes: K.
+        gamma: steepness of the map f.
+        mu: where f is one half.
+        alpha: how much positives of starved classes gain, at least 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.0, 0.5, -2.0]])
+        >>> SoftmaxEQLv2Loss(num_classes=3)(logits, torch.tensor([0, 1]))  # before the first batch
+        tensor([0.1698, 0.5239])
+    """
+
+    activation = "softmax"
+    num_outputs = ClassificationLoss.num_outputs
+    probabilities = ClassificationLoss.probabilities
+
+    def _pass(self, samples: Samples, grad: bool = True) -> Passed:
+        """Losses (R, 1) and derivatives (R, C), with the weights of the present state."""
+        logits, labels = samples.logits.detach(), samples.labels.unsqueeze(1)
+        extra = logits.shape[1] - samples.num_classes
+        positive, negative = (
+            F.pad(w.to(logits.dtype), (0, extra), value=1.0) for w in self.class_weights()
+        )
+        shift = negative.log()
+
+        def moved(logits: Tensor, chunk: slice) -> Tensor:
+            return logits + shift.expand_as(logits).scatter(1, labels[chunk], 0.0)
+
+        value, derivative = softmax_pass(logits, labels, moved)
+        weight = positive[labels]
+        return value.mul_(weight), derivative.mul_(weight) if grad else None
+
+    @torch.no_grad()
+    def batch_statistics(self, samples: Samples) -> tuple[Tensor, Passed]:
+        """(2, K) gradients of positives and of negatives; losses (R, 1), gradients (R, C)."""
+        value, grad = self._pass(samples)
+        assert grad is not None
+        sums = gradient_sums(grad, samples.labels.unsqueeze(1))
+        return torch.stack([total[: samples.num_classes] for total in sums]), (value, grad)
+
+    def compute(self, samples: Samples) -> Tensor:
+        return super().compute(samples).sum(dim=1)
+
+    def compute_from(self, intermediate: Passed, samples: Samples) -> Tensor:
+        return super().compute_from(intermediate, samples).sum(dim=1)

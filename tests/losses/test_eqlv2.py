@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import EFLLoss, EQLv2Loss, FocalLoss, Samples, SigmoidCELoss
+from d2_balance.losses import (
+    EFLLoss,
+    EQLv2Loss,
+    FocalLoss,
+    Samples,
+    SigmoidCELoss,
+    SoftmaxEQLv2Loss,
+)
 from d2_balance.losses.efl import equalized_focal_loss
 
 
@@ -118,3 +125,35 @@ def test_sigmoid_part_of_background_rows_counts_all_classes():
 def test_arguments_out_of_range_are_named(cls, arguments, name):
     with pytest.raises(ValueError, match=f"{cls.name}: {name} is .*; must be"):
         cls(**{"num_classes": 2, **arguments})
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_softmax_eqlv2_equals_its_formula_with_loops_over_three_batches(columns):
+    generator = torch.Generator().manual_seed(0)
+    loss = SoftmaxEQLv2Loss(num_classes=3)
+    pushed = {"up": [0.0] * 3, "down": [0.0] * 3}
+    for step in range(3):
+        logits = torch.randn(15, columns, dtype=torch.float64, generator=generator)
+        logits.requires_grad_()
+        labels = torch.randint(0, columns, (15,), generator=generator)
+        found = loss(logits, labels)
+        (grad,) = torch.autograd.grad(found.sum(), logits)
+        f = [
+            1 / (1 + math.exp(-12 * (u / (d + 1e-10) - 0.8)))
+            for u, d in zip(*pushed.values(), strict=True)
+        ]
+        if step == 0:
+            f = [1.0] * 3
+        f = f + [1.0] * (columns - 3)
+        for i, (z, y) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)):
+            weight = 1 + 4 * (1 - f[y])
+            terms = [(1 if k == y else f[k]) * math.exp(z[k]) for k in range(columns)]
+            expected = -weight * math.log(terms[y] / sum(terms))
+            assert found[i].item() == pytest.approx(expected, rel=1e-9)
+            for k in range(columns):
+                expected = weight * (terms[k] / sum(terms) - (k == y))
+                assert grad[i, k].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+                if k < 3:
+                    pushed["up" if k == y else "down"][k] += abs(expected)
+    assert loss.pos_grad.tolist() == pytest.approx(pushed["up"])
+    assert loss.neg_grad.tolist() == pytest.approx(pushed["down"])

@@ -16,14 +16,18 @@ from d2_balance.losses.dr import dr_loss
 from d2_balance.losses.drop_loss import STEPS, drop_loss, drop_noise
 from d2_balance.losses.efl import equalized_focal_loss
 from d2_balance.losses.eql import eql_loss, tail_weight
-from d2_balance.losses.eqlv2 import eqlv2_loss
+from d2_balance.losses.eqlv2 import eqlv2_loss, softmax_eqlv2_loss
 from d2_balance.losses.fcbl import fcbl_loss
-from d2_balance.losses.federated import federated_classes, federated_loss
+from d2_balance.losses.federated import (
+    federated_classes,
+    federated_loss,
+    federated_softmax_loss,
+)
 from d2_balance.losses.focal import focal_loss
 from d2_balance.losses.ghm import ghm_c_loss
 from d2_balance.losses.gumbel import gumbel_ce_loss
 from d2_balance.losses.quality_focal import quality_focal_loss, varifocal_loss
-from d2_balance.losses.seesaw import seesaw_ce_loss
+from d2_balance.losses.seesaw import seesaw_ce_loss, seesaw_focal_loss
 from d2_balance.losses.softmax_eql import softmax_eql_loss
 
 from .test_contract import CLS, build, make
@@ -67,6 +71,16 @@ def plain_eqlv2(loss, s):
     target[:, -1] = (~s.foreground).to(target.dtype)
     positive, negative = (F.pad(w, (0, 1), value=1.0) for w in loss.class_weights())
     return eqlv2_loss(s.logits, target, positive, negative)
+
+
+def plain_softmax_eqlv2(loss, s):
+    weights = (F.pad(w, (0, 1), value=1.0) for w in loss.class_weights())
+    return softmax_eqlv2_loss(s.logits, s.labels, *weights)
+
+
+def plain_seesaw_focal(loss, s):
+    arguments = loss.counts, loss.p, loss.q, loss.eps, loss.alpha, loss.gamma
+    return seesaw_focal_loss(s.logits, s.labels, *arguments)
 
 
 def plain_acsl(loss, s):
@@ -118,6 +132,11 @@ PLAIN = {
     "GHMC": lambda loss, s: ghm_c_loss(s.logits, s.onehot, loss.density.scales),
     "DR": lambda loss, s: dr_loss(s.logits, s.onehot, s.image_index, 2, **loss.arguments).mean(),
     "VFL": lambda loss, s: varifocal_loss(s.logits, quality(s), loss.alpha, loss.gamma),
+    "FederatedSoftmax": lambda loss, s: federated_softmax_loss(
+        s.logits, s.labels, chosen_classes(loss, s)
+    ),
+    "SeesawFocal": plain_seesaw_focal,
+    "SoftmaxEQLv2": plain_softmax_eqlv2,
     "ACSL": plain_acsl,
     "BAGS": plain_bags,
     "Seesaw": plain_seesaw,

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from d2_balance.losses import FederatedLoss, Samples, SigmoidCELoss
+from d2_balance.losses import (
+    FederatedLoss,
+    FederatedSoftmaxLoss,
+    Samples,
+    SigmoidCELoss,
+    SoftmaxCELoss,
+)
 from d2_balance.losses.federated import federated_classes
 
 
@@ -91,3 +97,33 @@ def test_frequent_classes_are_drawn_more_often():
 def test_arguments_out_of_range_are_named(arguments, name):
     with pytest.raises(ValueError, match=f"Federated: {name} is .*; must be"):
         FederatedLoss(class_count=[1, 2], **arguments)
+
+
+def test_softmax_form_sums_over_the_classes_of_the_image_only():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels, image = torch.tensor([0, 1, 6, 6, 5, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
+    verified = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]]).bool()
+    partly = torch.tensor([[0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1]]).bool()
+    fields = {"image_index": image, "verified": verified, "not_exhaustive": partly}
+    # no class is sampled besides those that are required
+    loss = FederatedSoftmaxLoss(class_count=[5] * 6, num_sampled=1)
+    value = loss(Samples(logits=logits, labels=labels, num_classes=6, **fields))
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    present = {0, 1, 2, 5}
+    for i, (z, y, n) in enumerate(
+        zip(logits.tolist(), labels.tolist(), image.tolist(), strict=True)
+    ):
+        kept = present | {j for j in range(6) if verified[n, j]}
+        kept = {j for j in kept if not partly[n, j]} | {y, 6}
+        total = sum(math.exp(z[k]) for k in kept)
+        assert value[i].item() == pytest.approx(-math.log(math.exp(z[y]) / total), rel=1e-9)
+        for k in range(7):
+            expected = math.exp(z[k]) / total * (k in kept) - (k == y)
+            assert grad[i, k].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_softmax_form_of_fewer_classes_than_the_sample_is_the_cross_entropy():
+    rows = Samples(logits=torch.randn(6, 5), labels=torch.tensor([0, 1, 4, 4, 2, 3]), num_classes=4)
+    found = FederatedSoftmaxLoss(class_count=[5] * 4)(rows)
+    torch.testing.assert_close(found, SoftmaxCELoss()(rows))

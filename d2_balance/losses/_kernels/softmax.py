@@ -32,7 +32,7 @@ def softmax_losses(
     Returns:
         (R,), with gradient.
     """
-    value, grad = _value_and_grad(logits.detach(), labels.unsqueeze(1), moved)
+    value, grad = softmax_pass(logits.detach(), labels.unsqueeze(1), moved)
     if not needs_grad(logits):
         return value.squeeze(1)
     # the sum of one column: `squeeze` makes a view, whose gradient torch.compile loses
@@ -40,10 +40,10 @@ def softmax_losses(
 
 
 @torch.no_grad()
-def _value_and_grad(
+def softmax_pass(
     logits: Tensor, own: Tensor, moved: Callable[[Tensor, slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(R, 1) losses and their (R, C) derivatives, for (R, 1) labels."""
+    """(R, 1) losses and their (R, C) derivatives, for (R, 1) labels; see `softmax_losses`."""
     value = logits.new_empty(len(logits), 1)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
 
