@@ -221,6 +221,7 @@ class SeesawFocalLoss(_SeesawLoss):
     """
 
     activation = "sigmoid"
+    weighs_difficulty = True
 
     def __init__(
         self,

@@ -66,7 +66,8 @@ def test_parts_that_work_on_rows_refuse_losses_without_rows(name, cls):
     for other, part in ANCHOR_SAMPLERS if fits else ():
         retinanet = {"head": HEADS["RetinaNet"], "cls_loss": cls, "box_loss": SMOOTH}
         mined = not refused(name, other, **retinanet, anchor_sampler=part)
-        assert mined == (cls.elementwise and name not in ("Focal", "EFL", "QFL", "VFL"))
+        weighing = ("Focal", "EFL", "QFL", "VFL", "SeesawFocal")
+        assert mined == (cls.elementwise and name not in weighing)
     assert refused(name, "GUIDED_SCALE", **roi, box_loss=SMOOTH, guided=True) != cls.elementwise
     plain = cls.activation == "softmax" and name != "BAGS" and plain_outputs(cls)
     for method, works in {
