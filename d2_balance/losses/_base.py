@@ -24,6 +24,8 @@ from d2_balance.utils.registry import Named, Registry
 
 from ._samples import Samples
 
+Activation = Literal["sigmoid", "softmax", "gumbel"]
+
 CLS_LOSSES = Registry("CLS_LOSSES")
 CLS_LOSSES.__doc__ = "Classification losses; the names are what MODEL.BALANCE.CLS_LOSS accepts."
 
@@ -105,7 +107,7 @@ class ClassificationLoss(_Loss):
         activation: how logits become probabilities, "sigmoid", "softmax" or "gumbel".
     """
 
-    activation: Literal["sigmoid", "softmax", "gumbel"]
+    activation: Activation
 
     class_logits: bool = True
     """False: the first K columns are not the logits of the classes in one softmax or sigmoid."""

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, Activation, ClassificationLoss, check
 from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss, weighted_ce
 
@@ -151,7 +151,7 @@ class EQLLoss(ClassificationLoss):
     """
 
     elementwise = True
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
 
     class_frequency: Tensor
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, Activation, ClassificationLoss, check
 from ._kernels.entries import entry_pass, gradient_sums, needs_grad, with_grad
 from ._kernels.softmax import softmax_pass
 from ._samples import Samples
@@ -113,7 +113,7 @@ class EQLv2Loss(ClassificationLoss):
     """
 
     elementwise = True
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
     update_after = True
 
     pos_grad: Tensor

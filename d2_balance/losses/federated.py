@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, Activation, ClassificationLoss, check
 from ._kernels.softmax import softmax_losses
 from ._samples import Samples
 from .cross_entropy import sigmoid_ce_loss, weighted_ce
@@ -118,7 +118,7 @@ class FederatedLoss(ClassificationLoss):
     """
 
     elementwise = True
-    activation = "sigmoid"
+    activation: Activation = "sigmoid"
     all_reduced = False
 
     weight: Tensor

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._base import CLS_LOSSES, ClassificationLoss, check
+from ._base import CLS_LOSSES, Activation, ClassificationLoss, check
 from ._kernels.entries import entry_losses
 from ._samples import Samples
 from .cross_entropy import Weight, scale_negatives
@@ -97,7 +97,7 @@ class _GumbelLoss(ClassificationLoss):
     """Losses of Gumbel scores."""
 
     elementwise = True
-    activation = "gumbel"
+    activation: Activation = "gumbel"
 
     min_logit: float
 

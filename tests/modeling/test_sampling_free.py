@@ -58,10 +58,11 @@ def test_rpn_and_roi_heads_start_at_the_counted_prior(kind, prior_file):
     for layer in predictors(model):  # softmax: 20 % foreground, the same for each class
         expected = torch.tensor([0.2 / CLASSES] * CLASSES + [0.8])
         torch.testing.assert_close(layer.cls_score.bias.softmax(0), expected)
-    sigmoid = build_model(cfg_of(kind, prior_file, "MODEL.BALANCE.CLS_LOSS", "SigmoidCE"))
-    for layer in predictors(sigmoid):
-        bias = layer.cls_score.bias
-        torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, 0.2 / CLASSES))
+    for name in ("SigmoidCE", "GumbelCE"):
+        model = build_model(cfg_of(kind, prior_file, "MODEL.BALANCE.CLS_LOSS", name))
+        for layer in predictors(model):
+            scores = layer.probabilities(layer.cls_score.bias.unsqueeze(0))[0, :CLASSES]
+            torch.testing.assert_close(scores, torch.full_like(scores, 0.2 / CLASSES))
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos", "faster", "cascade"])
