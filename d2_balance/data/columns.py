@@ -299,6 +299,9 @@ def _same_name(path: str, first: Mapping[str, Any], second: Mapping[str, Any]) -
     )
 
 
+_NO_SIZE = " (Label Studio writes null without annotations: write the sizes, or take them out)"
+
+
 def _image_columns(
     table: Sequence[msgspec.Raw], categories: _Categories, path: str
 ) -> dict[str, Any]:
@@ -312,7 +315,7 @@ def _image_columns(
             if isinstance(size, bool) or not isinstance(size, int | float) or not _whole(size):
                 raise ValueError(
                     f"{path}: image {image_id}: {key!r} is {_short(size)}; it must be an integer "
-                    "number of pixels above 0"
+                    f"number of pixels above 0{_NO_SIZE if size is None else ''}"
                 )
             sizes[number, place] = size
         for key, texts in names.items():

@@ -102,6 +102,11 @@ def test_a_field_is_read_alike_however_its_number_is_written(write, field, value
     assert len(GroundTruth(found, "bbox").row) == 3
 
 
+def test_an_image_without_a_size_has_a_remedy():
+    with pytest.raises(ValueError, match="image 1: 'height' is None.*Label Studio.*take them out"):
+        read(image(height=None, width=None))
+
+
 @pytest.mark.parametrize("value", [None, True, "x", [], NAN, INFINITE, "nan", {}])
 def test_one_wrong_number_of_a_box_leaves_the_others(value):
     found = read(second(bbox=[5, value, 8.5, 9]))
