@@ -224,6 +224,8 @@ def write_report(sweep: Sweep) -> tuple[list[str], str]:
     fragment = dict(spec.remedy(name).fragment)
     config: dict[str, Any] = {"_BASE_": spec.base, **fragment}
     best_yaml = f"# {reason}\n" + yaml.safe_dump(config, sort_keys=False)
+    page.heading("The configuration to use")
+    page.code(best_yaml)
     files = {TABLE: text.encode(), PLOT: png(drawing), BEST: best_yaml.encode()}
     written = []
     for file, content in files.items():

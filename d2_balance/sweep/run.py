@@ -189,7 +189,12 @@ class Sweep:
             if self.plan.first and self._should_stop(active):
                 active.running.stop()
                 del self.active[slot]
-                reason = f"behind the leader at iteration {max(active.seen)}"
+                iteration = max(active.seen)
+                value = trials.measured(active.directory)[iteration][self.spec.metric]
+                reason = (
+                    f"behind the leader at iteration {iteration} "
+                    f"with {self.spec.metric} {value:.1f}"
+                )
                 self.study.prune(active.trial, reason)
                 self.event(f"{self._label(active.trial)}: stopped, {reason}")
             return

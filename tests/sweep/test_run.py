@@ -131,6 +131,8 @@ def test_the_hopeless_is_stopped_at_a_rung_and_its_other_seeds_do_not_run(tmp_pa
     assert iteration == 30 and freedom == 1 and deviation == pytest.approx(2**-0.5 / 30)
     assert starts(tmp_path / "out", "bad-seed2") == 0
     assert found["baseline", 2] == TrialState.COMPLETE
+    stopped = next(t for t in sweep.study.trials() if sweep.study.key(t) == ("bad", 1))
+    assert stopped.user_attrs["message"] == "behind the leader at iteration 30 with bbox/AP 1.0"
 
 
 def test_nothing_is_stopped_while_its_interval_overlaps_the_leaders(tmp_path):
