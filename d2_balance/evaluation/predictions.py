@@ -177,8 +177,10 @@ def _read_typed(path: str, truth: Annotations, classes: Annotations) -> Predicti
         if not usual:
             return None
         columns.append((image, category, score, box, has_mask))
-    joined = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    predictions = Predictions(path, *joined)
+    image, category, score, box, has_mask = (
+        np.concatenate(parts) for parts in zip(*columns, strict=True)
+    )
+    predictions = Predictions(path, image, category, score, box, has_mask)
     return predictions if np.isin(predictions.category, classes.category_id).all() else None
 
 
@@ -494,15 +496,21 @@ class DetectionTexts:
         self.predictions = predictions
         self._file = open(predictions.path, "rb")  # noqa: SIM115  until close()
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._spans = predictions.span
+        self._decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-    def text(self, row: int) -> str:
-        """Return detection `row` as it stands in the file."""
-        start, end = self.predictions.span[row].tolist()
-        return self._map[start:end].decode("utf-8")
+    def text(self, row: int) -> bytes:
+        """Return detection `row` as it stands in the file, in UTF-8."""
+        start, end = self._spans[row].tolist()
+        return self._map[start:end]
 
-    def changed(self, row: int, **fields: Any) -> str:
+    def changed(self, row: int, **fields: Any) -> bytes:
         """Return detection `row` with other values in some fields."""
-        return json.dumps(json.loads(self.text(row)) | fields)
+        text = self.text(row)
+        try:
+            return msgspec.json.encode(self._decode(text) | fields)
+        except msgspec.MsgspecError:  # NaN in a field that nobody reads, for example
+            return json.dumps(json.loads(text) | fields).encode()
 
     def close(self) -> None:
         """Close the file."""

@@ -40,6 +40,7 @@ from d2_balance.utils.progress import progress
 from ..predictions import DetectionTexts, Predictions, read_predictions
 
 METHODS = ("nms", "soft-nms", "wbf")
+_BLOCK = 1 << 19  # detections that are merged at once
 
 Box = tuple[float, float, float, float]
 
@@ -91,25 +92,29 @@ class Member:
         return found.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Merged:
-    """One detection of the result.
+    """Detections of the result, by image, the best first.
 
     Attributes:
-        score, category: of the result; category is an id of the target.
-        box: x, y, width, height in pixels; None leaves the detection's own.
-        model, row: the detection whose text and mask the result takes.
+        image: (n,) index in the images of the dataset.
+        score, category: (n,) of the result; category is an id of the target.
+        box: (n, 4) x, y, width, height in pixels, where `moved`.
+        moved: (n,) bool, whether the box is another than that of the detection.
+        model, row: (n,) the detection whose text and mask the result takes.
     """
 
-    score: float
-    category: int
-    box: list[float] | None
-    model: int
-    row: int
+    image: np.ndarray
+    score: np.ndarray
+    category: np.ndarray
+    box: np.ndarray
+    moved: np.ndarray
+    model: np.ndarray
+    row: np.ndarray
 
 
 class Ensemble:
-    """Merges image by image; the order of the members makes no difference.
+    """Merges some images at a time; the order of the members makes no difference.
 
     Args:
         members: at least one.
@@ -164,41 +169,84 @@ class Ensemble:
         self._row = np.concatenate(rows)[order]
         self._has_mask = np.concatenate(masks)[order]
 
-    def merge(self, images: int) -> Iterator[list[Merged]]:
-        """Yield the result for each of the dataset's images, best score first."""
-        starts = np.searchsorted(self._image, np.arange(images + 1)).tolist()
-        for first, end in pairwise(starts):
-            found = self._merge_image(first, end) if end > first else []
-            found.sort(key=lambda m: (-m.score, m.category, m.box or [], m.model, m.row))
-            yield found[: self.max_dets] if self.max_dets else found
+    def merge(self, images: int) -> Iterator[Merged]:
+        """Yield the result for some of the dataset's images at a time."""
+        starts = np.searchsorted(self._image, np.arange(images + 1))
+        first = 0
+        while first < images:
+            end = int(np.searchsorted(starts, starts[first] + _BLOCK, side="right")) - 1
+            end = min(max(end, first + 1), images)
+            yield self._merge_part(slice(int(starts[first]), int(starts[end])))
+            first = end
 
-    def _merge_image(self, first: int, end: int) -> list[Merged]:
-        part = slice(first, end)
-        category = self._category[part]
-        edges = np.flatnonzero(np.diff(category)) + 1
-        edges = [0, *edges.tolist(), len(category)]
-        category, score = category.tolist(), self._score[part].tolist()
-        model, box = self._model[part].tolist(), self._box[part].tolist()
-        found: list[Merged] = []
-        for a, b in pairwise(edges):
-            groups = cluster(box[a:b], score[a:b], model[a:b], self.iou, self.method == "wbf")
-            for group in groups:
-                members = [a + n for n in group]
+    def _merge_part(self, part: slice) -> Merged:
+        """Merge the detections of some images."""
+        category, score = self._category[part], self._score[part]
+        image, model = self._image[part], self._model[part]
+        others = np.append(True, (np.diff(category) != 0) | (np.diff(image) != 0))
+        group = np.cumsum(others[: len(category)]) - 1
+        close = _close(self._box[part], model, group, self.iou)
+        if self.method == "wbf":  # its boxes move, and may come close to others of the class
+            linked = np.zeros(len(group), dtype=bool)
+            linked[group[close]] = True
+            close = linked[group]
+        alone = np.flatnonzero(~close)
+        own = score[alone]
+        if self.method == "wbf":
+            own = own / self._known(category[alone])
+        parts = [(alone, alone, own, np.zeros((len(alone), 4)), np.zeros(len(alone), bool))]
+        if close.any():
+            parts.append(self._merge_close(part, np.flatnonzero(close), group))
+        at, place, new, box, moved = (np.concatenate(c) for c in zip(*parts, strict=True))
+        keys = model[at], self._row[part][at]
+        order = np.lexsort(
+            (keys[1], keys[0], *box.T[::-1], moved, category[place], -new, image[place])
+        )
+        if self.max_dets:
+            sorted_image = image[place][order]
+            rank = np.arange(len(order)) - np.searchsorted(sorted_image, sorted_image)
+            order = order[rank < self.max_dets]
+        columns = image[place], new, category[place], box, moved, *keys
+        return Merged(*(column[order] for column in columns))
+
+    def _known(self, category: np.ndarray) -> np.ndarray:
+        """How many models know each class."""
+        ids = np.array(sorted(self._models), dtype=np.int64)
+        return np.array([self._models[i] for i in ids.tolist()])[np.searchsorted(ids, category)]
+
+    def _merge_close(
+        self, part: slice, rows: np.ndarray, group: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Merge detections that may have something to merge with.
+
+        Returns:
+            For each of the result the detection whose text it takes and the one that it stands
+            for, score, box, and whether that is another.
+        """
+        edges = np.flatnonzero(np.diff(group[rows])) + 1
+        score, model = self._score[part][rows].tolist(), self._model[part][rows].tolist()
+        box, category = self._box[part][rows].tolist(), self._category[part][rows].tolist()
+        masks = self._has_mask[part][rows].tolist()
+        merged: list[tuple[int, int, float, list[float] | None]] = []
+        for a, b in pairwise([0, *edges.tolist(), len(rows)]):
+            clusters = cluster(box[a:b], score[a:b], model[a:b], self.iou, self.method == "wbf")
+            for found in clusters:
+                members = [a + n for n in found]
                 for row, new_score, new_box in self._fuse(members, score, box, category[a]):
-                    leader = first + row
-                    if not self._has_mask[leader]:
-                        leader = self._masked(first, members, leader)
-                    if leader != first + row and new_box is None:
+                    leader = row if masks[row] else self._masked(masks, members, row)
+                    if leader != row and new_box is None:
                         new_box = box[row]
-                    model_, source = int(self._model[leader]), int(self._row[leader])
-                    found.append(Merged(new_score, category[a], new_box, model_, source))
-        return found
+                    merged.append((leader, row, new_score, new_box))
+        leaders, places = rows[[m[0] for m in merged]], rows[[m[1] for m in merged]]
+        boxes = np.array([m[3] or (0.0,) * 4 for m in merged]).reshape(-1, 4)
+        moved = np.array([m[3] is not None for m in merged], dtype=bool)
+        return leaders, places, np.array([m[2] for m in merged]), boxes, moved
 
-    def _masked(self, first: int, members: Sequence[int], leader: int) -> int:
+    def _masked(self, masks: Sequence[bool], members: Sequence[int], leader: int) -> int:
         """The best member with a mask, the leader where there is none (members of soft-NMS)."""
         if self.method == "soft-nms":
             return leader
-        return next((first + m for m in members if self._has_mask[first + m]), leader)
+        return next((m for m in members if masks[m]), leader)
 
     def _fuse(
         self, members: list[int], score: list, box: list, category: int
@@ -219,21 +267,59 @@ class Ensemble:
             return [(best, mean, None)]
         return [(best, mean, weighted_box([box[m] for m in members], scores))]
 
-    def texts(self, merged: Sequence[Merged], sources: Sequence[DetectionTexts]) -> list[str]:
+    def texts(self, merged: Merged, sources: Sequence[DetectionTexts]) -> list[bytes]:
         """The result as JSON texts; untouched detections keep theirs to the letter."""
         lines = []
-        for item in merged:
-            columns, row = self.members[item.model].columns, item.row
-            fields = {}
-            if item.score != columns.score[row]:
-                fields["score"] = item.score
-            if item.category != columns.category[row]:
-                fields["category_id"] = item.category
-            if item.box is not None:
-                fields["bbox"] = item.box
-            source = sources[item.model]
-            lines.append(source.changed(row, **fields) if fields else source.text(row))
+        columns = (
+            merged.score,
+            merged.category,
+            merged.moved,
+            merged.box,
+            merged.model,
+            merged.row,
+        )
+        for score, category, moved, box, model, row in zip(
+            *(c.tolist() for c in columns), strict=True
+        ):
+            source = self.members[model].columns
+            fields: dict[str, object] = {}
+            if score != source.score[row]:
+                fields["score"] = score
+            if category != source.category[row]:
+                fields["category_id"] = category
+            if moved:
+                fields["bbox"] = box
+            texts = sources[model]
+            lines.append(texts.changed(row, **fields) if fields else texts.text(row))
         return lines
+
+
+def _close(box: np.ndarray, model: np.ndarray, group: np.ndarray, iou: float) -> np.ndarray:
+    """(n,) whether a detection has more than `iou` with one of its group of another model.
+
+    Args:
+        box: (n, 4) x, y, width, height.
+        model: (n,) which model each is of.
+        group: (n,) ascending.
+        iou: threshold.
+    """
+    close = np.zeros(len(box), dtype=bool)
+    size = np.bincount(group) if len(group) else np.zeros(1, int)
+    left = np.flatnonzero(size[group] > 1)
+    for step in range(1, int(size.max())):
+        left = left[left + step < len(group)]
+        left = left[group[left] == group[left + step]]
+        a = left[model[left] != model[left + step]]
+        b = a + step
+        one, other = box[a], box[b]
+        inner = np.minimum(one[:, :2] + one[:, 2:], other[:, :2] + other[:, 2:])
+        inner = (inner - np.maximum(one[:, :2], other[:, :2])).clip(0).prod(axis=1)
+        union = one[:, 2] * one[:, 3] + other[:, 2] * other[:, 3] - inner
+        # a division as in `overlap`, so that a value on the threshold is the same
+        hit = (one == other).all(axis=1)
+        hit |= np.divide(inner, union, out=np.zeros(len(a)), where=inner > 0) > iou
+        close[a[hit]] = close[b[hit]] = True
+    return close
 
 
 def cluster(
@@ -367,13 +453,15 @@ def _write(ensemble: Ensemble, images: int, output: str) -> int:
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_path(output))
         texts = [stack.enter_context(DetectionTexts(member.columns)) for member in ensemble.members]
-        file = stack.enter_context(open(temporary, "w", encoding="utf-8"))
-        file.write("[")
-        merged = progress(ensemble.merge(images), "merging", images)
-        for found in merged:
-            if found:
-                # a line for each image
-                file.write(("," if count else "") + "\n" + ", ".join(ensemble.texts(found, texts)))
-                count += len(found)
-        file.write("\n]\n")
+        file = stack.enter_context(open(temporary, "wb"))
+        file.write(b"[")
+        for merged in progress(ensemble.merge(images), "merging"):
+            lines = ensemble.texts(merged, texts)
+            # a line for each image
+            edges = [0, *(np.flatnonzero(np.diff(merged.image)) + 1).tolist(), len(lines)]
+            for a, b in pairwise(edges):
+                if b > a:
+                    file.write((b"," if count else b"") + b"\n" + b", ".join(lines[a:b]))
+                    count += b - a
+        file.write(b"\n]\n")
     return count

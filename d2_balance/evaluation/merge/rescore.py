@@ -449,13 +449,13 @@ def apply_factors(
         with (
             DetectionTexts(predictions) as texts,
             atomic_path(output) as temporary,
-            open(temporary, "w", encoding="utf-8") as file,
+            open(temporary, "wb") as file,
         ):
             for number, row in enumerate(rows):
                 same = scores[row] == predictions.score[row]
                 text = texts.text(row) if same else texts.changed(row, score=float(scores[row]))
-                file.write(("[\n" if not number else ",\n") + text)
-            file.write("\n]\n")
+                file.write((b",\n" if number else b"[\n") + text)
+            file.write(b"\n]\n")
     else:
         with atomic_path(output) as temporary, open(temporary, "w") as file:
             file.write("[]\n")
