@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from d2_balance.data.annotations import read_annotations
+from d2_balance.data.counts_file import read_counts
 from d2_balance.data.resolve import locate
 
 from .table import DataTable, Statistics
-
-if TYPE_CHECKING:
-    from d2_balance.data.class_counts import ClassCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +67,8 @@ def _class_counts(path: str) -> Statistics | None:
         saved = re.match(rb'\s*{\s*"num_images"', file.read(100))
     if not saved:
         return None
-    from d2_balance.data.class_counts import ClassCounts
-
-    return _statistics(ClassCounts.load(path))
-
-
-def _statistics(counts: ClassCounts) -> Statistics:
-    return Statistics(
-        counts.image_count.numpy(),
-        counts.instance_count.numpy(),
-        counts.num_images,
-        tuple(counts.class_names),
-        counts.file_groups,
-    )
+    counts = read_counts(path)
+    return Statistics(np.array(counts[0]), np.array(counts[1]), *counts[2:])
 
 
 def _from_loader(name: str) -> Source:
@@ -106,4 +94,11 @@ def _from_loader(name: str) -> Source:
         return Source(name, DataTable.from_dicts(name, records, classes, id_map(name), groups))
     counts = ClassCounts.from_dataset_dicts(records, len(classes), classes, groups)
     note = "The set gives no sizes or boxes: only classes are counted."
-    return Source(name, None, _statistics(counts), note)
+    statistics = Statistics(
+        counts.image_count.numpy(),
+        counts.instance_count.numpy(),
+        counts.num_images,
+        counts.class_names,
+        counts.file_groups,
+    )
+    return Source(name, None, statistics, note)

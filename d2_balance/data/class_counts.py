@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -16,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from d2_balance.utils.files import Count, check_new, convert, read_json, write_json
+from d2_balance.utils.files import check_new, write_json
 
 from .annotations import read_annotations
 from .catalog.register import registered_file, resolve_path
@@ -26,24 +25,13 @@ from .checks.classes import (
     configured_num_classes,
     num_classes_key,
 )
-from .groups import GROUPS, LVIS_CUTS, groups_from_counts
+from .counts_file import check_ranges, read_counts
+from .groups import LVIS_CUTS, groups_from_counts
 from .records import Records, join, objects_of, subset
 
 FROM_CHECKPOINT = "checkpoint"
 _KEY = "MODEL.BALANCE.CLASS_COUNTS_FILE"
 _GIVE = "give MODEL.BALANCE.CLASS_COUNTS_FILE (a file written by ClassCounts.save) or the data"
-
-
-class _Class(msgspec.Struct):
-    image_count: Count
-    instance_count: Count
-    name: str | int | float | None = None
-    frequency: str | None = None
-
-
-class _Saved(msgspec.Struct):
-    num_images: Count
-    classes: list[_Class]
 
 
 def counts_file(cfg: CfgNode) -> str:
@@ -91,14 +79,7 @@ class ClassCounts:
                     f"{field} must be int64 of shape ({num_classes},), one per class name, not "
                     f"{counts.dtype} of {tuple(counts.shape)}"
                 )
-        if self.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {self.num_images}")
-        if num_classes and int(self.image_count.max()) > self.num_images:
-            raise ValueError("image_count must not be above num_images")
-        if self.file_groups is not None and (
-            len(self.file_groups) != num_classes or not set(self.file_groups) <= set(GROUPS)
-        ):
-            raise ValueError(f"file_groups must be {num_classes} letters out of {tuple(GROUPS)}")
+        check_ranges(self.image_count.tolist(), self.num_images, self.file_groups)
 
     @property
     def num_classes(self) -> int:
@@ -217,18 +198,9 @@ class ClassCounts:
         Raises:
             ValueError: naming the file and the field, if it cannot be read or lacks a count.
         """
-        saved = convert(read_json(path), _Saved, path)
-        groups = tuple(c.frequency for c in saved.classes if c.frequency)
-        try:
-            return cls(
-                torch.tensor([c.image_count for c in saved.classes], dtype=torch.int64),
-                torch.tensor([c.instance_count for c in saved.classes], dtype=torch.int64),
-                saved.num_images,
-                tuple(str(k if c.name is None else c.name) for k, c in enumerate(saved.classes)),
-                groups if len(groups) == len(saved.classes) else None,
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        saved = read_counts(path)
+        counts = (torch.tensor(c, dtype=torch.int64) for c in saved[:2])
+        return cls(*counts, *saved[2:])
 
 
 def _count_files(paths: Sequence[str], filter_empty: bool, masks: bool) -> ClassCounts:
