@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = comparison.check_comparable(runs)
     found = {task: comparison.significance(runs, task, args.resamples) for task in tasks}
     for task, tests in found.items():
-        print(f"{comparison.TASKS[task]} AP on {runs[0].found.dataset}\n")
+        print(f"{comparison.title(task)} AP on {runs[0].found.dataset}\n")
         print(table(comparison.metric_rows(runs, task, tests), ["run", *comparison.METRICS]) + "\n")
         if text := comparison.significance_text(runs, tests):
             print(text + "\n")

@@ -32,6 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a page with precision-recall curves, calibration, error types and confusion",
     )
     parser.add_argument("--max-dets", type=int, help="detections that count (LVIS 300, COCO 100)")
+    parser.add_argument(
+        "--ap",
+        nargs="+",
+        default=(),
+        choices=("fixed", "pool", "boundary", "openimages"),
+        help="measure as well: AP of the best detections of each class over all images (fixed), "
+        "of one list over all classes (pool), of masks and their rims (boundary); AP50 with boxes "
+        "of groups (openimages)",
+    )
+    parser.add_argument(
+        "--per-class",
+        type=int,
+        default=10_000,
+        help="detections of a class that count in fixed and pool (default 10,000)",
+    )
+    parser.add_argument(
+        "--hierarchy",
+        default="",
+        metavar="FILE",
+        help="hierarchy of labels of Open Images: detections count for the classes above as well",
+    )
+    parser.add_argument(
+        "--ids",
+        metavar="FILE",
+        help="evaluate these images only, minival for example: a JSON list of ids, or one a line",
+    )
     parser.add_argument("--style", choices=("coco", "lvis"), help="rules, if not the file's own")
     parser.add_argument(
         "--tasks", nargs="+", choices=("bbox", "segm"), help="boxes, masks, or both"
@@ -49,13 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables and write the files."""
+    from d2_balance.data.preparing import read_ids
     from d2_balance.data.resolve import load_annotations
     from d2_balance.evaluation.evaluate import measure
-    from d2_balance.evaluation.per_class import write_csv
     from d2_balance.evaluation.predictions import read_predictions
+    from d2_balance.evaluation.record import write_csv
     from d2_balance.evaluation.report import text_report, write_report
     from d2_balance.utils.files import check_new
 
+    if args.hierarchy and "openimages" not in args.ap:
+        raise ValueError("--hierarchy is for --ap openimages")
     page = args.report and os.path.join(args.report, "report.html")
     check_new([args.json, args.csv, page], args.overwrite)  # before the work
     train = load_annotations(args.train, "--train") if args.train else None
@@ -67,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
         max_dets=args.max_dets,
         tasks=args.tasks,
         cuts=args.cuts and tuple(args.cuts),
+        ap=args.ap,
+        per_class=args.per_class,
+        image_ids=read_ids(args.ids) if args.ids else None,
+        hierarchy=args.hierarchy,
     )
     evaluation = measured.evaluation
     print(text_report(evaluation, args.classes))
@@ -77,7 +110,11 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         from d2_balance.evaluation.diagnosis import diagnose
 
-        parts = [diagnose(matcher, evaluation) for matcher in measured.matchers.values()]
+        parts = [
+            diagnose(matcher, evaluation)
+            for task, matcher in measured.matchers.items()
+            if task != "boundary"
+        ]
         name = os.path.basename(args.predictions)
         print("\n" + write_report(args.report, evaluation, parts, name)[0])
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from d2_balance.data import ClassCounts, bad_annotations
 from d2_balance.data.catalog.register import registered_file
 from d2_balance.data.groups import GROUPS
 from d2_balance.evaluation.files import file_name_of
-from d2_balance.evaluation.per_class import read_per_class
 from d2_balance.evaluation.plots import plot_ap_by_count
+from d2_balance.evaluation.record import TASKS, is_missing, read_per_class, title
 from d2_balance.utils.config_tree import changed
 from d2_balance.utils.files import read_json, read_records, write_text
 from d2_balance.utils.text import count, percent, table
@@ -29,7 +28,6 @@ from d2_balance.utils.text import count, percent, table
 from .hooks.loss_stats import LOSS_STATS_FILE
 from .loss_plots import plot_density, plot_losses
 
-TASKS = {"bbox": "box", "segm": "mask"}
 _CLASSES_SHOWN = 20
 _CLASS_METRICS = ("box AP", "mask AP")
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
@@ -104,15 +102,15 @@ def results_table(results: Mapping[str, Any], records: Mapping[str, Any], name: 
         records: AP by class, as the evaluator writes it; {} where it writes none.
         name: the dataset.
     """
-    tasks = [task for task in TASKS if task in results]
+    tasks = [task for task in results if task.partition("_")[0] in TASKS]
     if not tasks:
         return _other_results(results, name)
     groups = {record.get("group") for record in records.values()} - {None}
     left_out = {f"AP{group}" for group in GROUPS if groups and group not in groups}
     metrics = [metric for metric in METRICS if metric not in left_out]
-    rows = [[TASKS[task], *(percent(results[task].get(m)) for m in metrics)] for task in tasks]
+    rows = [[title(task), *(percent(results[task].get(m)) for m in metrics)] for task in tasks]
     text = table(rows, ["", *metrics])
-    missing = [m for m in metrics if _is_missing(results[tasks[0]].get(m))]
+    missing = [m for m in metrics if is_missing(results[tasks[0]].get(m))]
     reasons: dict[str, list[str]] = {}
     for metric in missing:
         reason = _reason(metric, metric in results[tasks[0]], records, name)
@@ -300,7 +298,7 @@ def _draw_plots(
             drawn = [
                 r
                 for r in records.values()
-                if r.get("train_image_count") is not None and not _is_missing(r.get(metric))
+                if r.get("train_image_count") is not None and not is_missing(r.get(metric))
             ]
             if drawn:
                 file = f"ap_by_count_{file_name_of(name)}_{task}.png"
@@ -325,7 +323,3 @@ def _notes(directory: str, name: str) -> list[str]:
     """Return what the evaluator noted beside its figures."""
     path = os.path.join(directory, "inference", f"evaluation_{file_name_of(name)}.json")
     return read_json(path).get("notes", []) if os.path.isfile(path) else []
-
-
-def _is_missing(value: float | None) -> bool:
-    return value is None or math.isnan(value)

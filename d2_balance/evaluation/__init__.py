@@ -10,7 +10,7 @@ _MODULES = {
     "build_evaluator": "evaluators",
     "evaluate_predictions": "evaluate",
     "groups_from_counts": "groups",
-    "read_per_class": "per_class",
+    "read_per_class": "record",
     "read_predictions": "predictions",
 }
 

@@ -32,7 +32,7 @@ from scipy import stats
 
 from d2_balance.data.groups import GROUPS
 
-from .matching import IGNORED, RIGHT, Matcher, Ranked, interpolated
+from .matching import IGNORED, Curve, Matcher, Ranked, running
 
 ROUNDS = 1000
 METRICS = ("AP", "AP50", "APr", "APc", "APf")
@@ -88,90 +88,29 @@ class Resampled:
     """
 
     def __init__(self, matcher: Matcher) -> None:
-        ranked, truth = Ranked(matcher), matcher.truth
+        truth = matcher.truth
         counted = np.flatnonzero(truth.counts)
         self._object_image, self._object_category = truth.image[counted], truth.category[counted]
         self.num_classes, self.num_images = len(truth.class_ids), truth.num_images
-        # Detections that count at no threshold matter for nothing.
+        ranked = Ranked(matcher)
+        # detections that count at no threshold matter for nothing
         used = (ranked.status != IGNORED).any(axis=0)
-        self._image, category = ranked.image[used], ranked.category[used]
-        status = ranked.status[:, used]
-        starts = np.searchsorted(category, np.arange(self.num_classes))
-        self._levels = [_Level.of(s, category, starts, self._image) for s in status]
+        self._image, category = ranked.image[used].astype(np.int32), ranked.category[used]
+        self._curves = [Curve(status[used], category) for status in ranked.status]
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
         """AP of each class at each IoU threshold.
 
         Args:
-            weights: (I,) how often each image counts.
+            weights: (I,) integers, how often each image counts.
 
         Returns:
             (T, K) in [0, 1], NaN without objects.
         """
         objects = np.bincount(self._object_category, weights[self._object_image], self.num_classes)
-        total = _sums(weights, self._image)
-        values = [level.average_precision(weights, total, objects) for level in self._levels]
-        return np.stack(values)
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """Right and ignored detections at one IoU threshold.
-
-    Attributes:
-        category: (n,) class of each right detection, in the order of the scores.
-        image: (n,) its image.
-        end, begin: (n,) detections up to it, and before its class.
-        first: (n,) right detections before its class.
-        ignored: images of the detections that do not count.
-        ignored_end, ignored_begin: (n,) of these, up to it and before its class.
-    """
-
-    category: np.ndarray
-    image: np.ndarray
-    end: np.ndarray
-    begin: np.ndarray
-    first: np.ndarray
-    ignored: np.ndarray
-    ignored_end: np.ndarray
-    ignored_begin: np.ndarray
-
-    @classmethod
-    def of(
-        cls, status: np.ndarray, category: np.ndarray, starts: np.ndarray, image: np.ndarray
-    ) -> _Level:
-        right, ignored = np.flatnonzero(status == RIGHT), np.flatnonzero(status == IGNORED)
-        own = category[right]
-        begin = starts[own]
-        return cls(
-            own,
-            image[right],
-            right + 1,
-            begin,
-            np.searchsorted(own, own),
-            image[ignored],
-            np.searchsorted(ignored, right),
-            np.searchsorted(ignored, begin),
-        )
-
-    def average_precision(
-        self, weights: np.ndarray, total: np.ndarray, objects: np.ndarray
-    ) -> np.ndarray:
-        hits = _sums(weights, self.image)
-        found = hits[1:] - hits[self.first]
-        counted = total[self.end] - total[self.begin]
-        if len(self.ignored):
-            lost = _sums(weights, self.ignored)
-            counted = counted - (lost[self.ignored_end] - lost[self.ignored_begin])
-        recall = found / np.maximum(objects, 1e-300)[self.category]
-        return interpolated(self.category, recall, found / np.maximum(counted, 1e-300), objects)
-
-
-def _sums(weights: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(n + 1,) running sums of the weights of (n,) images, from 0."""
-    sums = np.zeros(len(image) + 1)
-    np.cumsum(weights.take(image), out=sums[1:])
-    return sums
+        own = weights.astype(np.int32).take(self._image)
+        total = running(own)
+        return np.stack([curve.average_precision(own, total, objects) for curve in self._curves])
 
 
 def strata_of(matcher: Matcher, groups: Sequence[str | None]) -> np.ndarray:

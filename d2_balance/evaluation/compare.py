@@ -22,7 +22,7 @@ from d2_balance.utils.files import write_text
 from d2_balance.utils.page import Page
 from d2_balance.utils.plotting import (
     COLOURS,
-    count_ticks,
+    count_axis,
     name_points,
     new_figure,
     save_figure,
@@ -32,9 +32,10 @@ from d2_balance.utils.text import count as count_text
 from d2_balance.utils.text import percent, signed, table
 
 from . import bootstrap
-from .matching import GroundTruth, Matcher, select
+from .evaluate import matched
+from .matching import GroundTruth
 from .predictions import read_predictions
-from .record import TASKS, Evaluation
+from .record import Evaluation, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,7 +170,14 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"runs are called {', '.join(names)}; give them different --names")
     _check_same(runs)
-    tasks = [t for t in TASKS if all(t in run.found.results for run in runs)]
+    limits = {run.found.per_class for run in runs}
+    tasks = [
+        task
+        for task in runs[0].found.results
+        if all(task in run.found.results for run in runs)
+        and not task.endswith(("_pool", "_openimages"))  # they have no AP of classes
+        and (len(limits) == 1 or not task.endswith("_fixed"))
+    ]
     if not tasks:
         raise ValueError("the runs have no task in common: one has boxes only, another masks only")
     return tasks
@@ -223,7 +231,7 @@ def significance(runs: Sequence[Run], task: str, rounds: int = bootstrap.ROUNDS)
 
     Args:
         runs: checked runs, the first is the one that others are compared with.
-        task: "bbox" or "segm".
+        task: a key of the results with AP by class, such as "bbox" or "segm_fixed".
         rounds: resamples; 0: none.
     """
     if not rounds:
@@ -236,14 +244,16 @@ def significance(runs: Sequence[Run], task: str, rounds: int = bootstrap.ROUNDS)
                     return Significance(note=f"no intervals: the {what} of {run.name}: {where}")
     first = runs[0].found
     truth = load_annotations(first.truth, "the ground truth", first.rules)
-    ground = GroundTruth(truth, task)
+    base, _, variant = task.partition("_")
+    ground = GroundTruth(truth, base)
     groups = [record["group"] for record in first.classes.values()]
     sampled, strata = [], None
     for run in runs:
         own = []
         for found in run.seeds or [run.found]:
             predictions = read_predictions(found.predictions, truth)
-            matcher = Matcher(ground, select(ground, predictions, found.max_dets))
+            limits = (None, found.per_class) if variant else (found.max_dets, 0)
+            matcher = matched({base: ground}, predictions, *limits)[base]
             if ground.num_images != found.images or len(predictions) != found.detections:
                 return Significance(
                     note=f"no intervals: {found.truth} or {found.predictions} has changed since "
@@ -359,16 +369,10 @@ def plot_comparison(runs: Sequence[Run], task: str, found: Significance | None =
     if not points:
         note = "no class has a number of training images"
         left.text(0.5, 0.5, note, ha="center", transform=left.transAxes, color="#555555")
-    left.set(xlabel="training images that show the class", ylabel=f"{TASKS[task]} AP (%)")
+    left.set(xlabel="training images that show the class", ylabel=f"{title(task)} AP (%)")
     if points:
         counts = [max(r["train_image_count"], 0.5) for r in points.values()]
-        low, high = min(counts) / 1.4, max(counts) * 1.4
-        left.set_xscale("log")
-        left.set_xlim(low, high)
-        ticks = count_ticks(low, high)
-        zero = [0.5] if min(counts) < 1 else []
-        left.set_xticks([*zero, *ticks], ["0"] * len(zero) + [f"{t:,}" for t in ticks])
-        left.set_xticks([], minor=True)
+        count_axis(left, counts)
     _bars(right, runs, task, found)
     for axes in (left, right):
         style_axes(axes, "both" if axes is left else "y")
@@ -432,7 +436,8 @@ def _bars(axes: Axes, runs: Sequence[Run], task: str, found: Significance) -> No
             axes.text(x, top + 0.4, text, ha="center", va="bottom", fontsize=7)
     names = {"AP": "all"} | {f"AP{letter}": name for letter, name in GROUPS.items()}
     axes.set_xticks(range(len(shown)), [names[m] for m in shown])
-    axes.set_ylabel(f"{TASKS[task]} AP (%)")
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1))  # of bars that are all 0 too
+    axes.set_ylabel(f"{title(task)} AP (%)")
 
 
 def comparison_page(
@@ -446,7 +451,7 @@ def comparison_page(
         f"In brackets the difference to {runs[0].name}."
     )
     for task, tests in found.items():
-        page.heading(f"{TASKS[task].capitalize()} AP")
+        page.heading(f"{title(task).capitalize()} AP")
         page.table(metric_rows(runs, task, tests), ["run", *METRICS])
         if tests.comparisons:
             page.text(
@@ -496,11 +501,11 @@ def write_comparison(
     paths = []
     lines = [f"# {' and '.join(run.name for run in runs)} on {runs[0].found.dataset}"]
     for task, tests in found.items():
-        file = f"compare_{TASKS[task]}.png"
+        file = f"compare_{title(task).replace(', ', '_')}.png"
         paths.append(os.path.join(directory, file))
         save_figure(plot_comparison(runs, task, tests), paths[-1])
         lines += [
-            f"## {TASKS[task].capitalize()} AP",
+            f"## {title(task).capitalize()} AP",
             table(metric_rows(runs, task, tests), ["run", *METRICS]),
             significance_text(runs, tests),
             f"![AP of each class and by group]({file})",

@@ -16,9 +16,11 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import detectron2.utils.comm as comm
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -34,6 +36,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table, log_first_n
 
@@ -43,12 +46,20 @@ from d2_balance.data.columns import category_name
 from d2_balance.data.unreadable import SKIPPED, listed_images
 from d2_balance.utils.files import read_json
 
-from .evaluate import checked_max_dets, ground_notes, record, usable_tasks
+from .best_scores import BestScores
+from .evaluate import (
+    PER_CLASS,
+    check_measures,
+    checked_max_dets,
+    figures,
+    ground_notes,
+    usable_tasks,
+)
 from .files import RankPredictions, file_name_of
 from .groups import TrainCounts, check_groups, classes_without_truth
-from .matching import GroundTruth, Matcher, select
-from .per_class import write_per_class
+from .matching import GroundTruth
 from .predictions import Predictions, read_predictions
+from .record import write_per_class
 
 TASKS = ("bbox", "segm")
 
@@ -74,9 +85,14 @@ class COCOGroupEvaluator(DatasetEvaluator):
         train_image_count: class name to the number of training images that hold the class, or a
             function that returns it (called on rank 0, and only where the file does not say).
         cuts: highest image count of a rare and of a common class.
+        ap: of "fixed", "pool" and "boundary", what to measure beside, see `measure`; "boundary"
+            where there are masks.
+        per_class: detections of a class that count in "fixed" and "pool".
+        keep_per_class: True keeps no more than these (and a tenth), so that a model may give any
+            number of an image: files and memory do not grow with the dataset.
 
     Raises:
-        ValueError: unknown task or group, `max_dets` below 1, or a file that is no JSON.
+        ValueError: unknown task, group or measure, a limit below 1, or a file that is no JSON.
     """
 
     federated = False
@@ -92,10 +108,14 @@ class COCOGroupEvaluator(DatasetEvaluator):
         groups: Mapping[str, str] | None = None,
         train_image_count: TrainCounts = None,
         cuts: tuple[int, int] = (10, 100),
+        ap: Sequence[str] = (),
+        per_class: int = PER_CLASS,
+        keep_per_class: bool = False,
     ):
         if tasks is not None and not set(tasks) <= set(TASKS):
             raise ValueError(f"tasks {tuple(tasks)}: must be of {TASKS}")
         max_dets = checked_max_dets(max_dets, self.federated)
+        check_measures(ap, per_class)
         check_groups(groups)
         if self.federated and not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
             raise ValueError(
@@ -122,12 +142,23 @@ class COCOGroupEvaluator(DatasetEvaluator):
         self._groups = groups
         self._train_image_count = train_image_count
         self._cuts = cuts
+        self._ap, self._per_class = tuple(ap), per_class
+        self._keep_per_class = keep_per_class
+        self._best_scores: BestScores | None = None
+        self._floors: np.ndarray | None = None
+        self.when_floors_rise: Callable[[np.ndarray], None] | None = None
         self._files: RankPredictions | None = None
 
     def reset(self) -> None:
         """Forget all predictions."""
         self._files = RankPredictions(self._directory(), comm.get_rank())
         self._category_ids = self._category_ids_by_class_index()
+        self._best_scores = None
+        if self._keep_per_class:
+            # a tenth more: what a second forward pass rounds otherwise must not be lacking
+            limit = math.ceil(1.1 * self._per_class)
+            self._best_scores = BestScores(max(self._category_ids) + 1, limit, self._floors)
+            self._tell_floors()
         self._skipped = 0
         self._unreadable: dict[int | str, tuple[str, str]] = {}  # image id to name and reason
 
@@ -152,10 +183,47 @@ class COCOGroupEvaluator(DatasetEvaluator):
                 raise ValueError(
                     f"{type(self).__name__} evaluates instances; the model gave {sorted(output)}"
                 )
-            instances = output["instances"].to(self._cpu_device)
+            instances = self._best(output["instances"]).to(self._cpu_device)
             detections = instances_to_coco_json(instances, image["image_id"])
             detections = [self._as_result(d) for d in detections if self._is_finite(d)]
             self._files.append(image["image_id"], detections, instances.has("pred_masks"))
+
+    def _best(self, instances: Instances) -> Instances:
+        """Detections that may be among the best of their classes."""
+        if self._best_scores is None:
+            return instances
+        classes = instances.pred_classes.cpu().numpy()
+        scores = instances.scores.detach().float().cpu().numpy()
+        known = np.isfinite(scores) & (classes < len(self._best_scores.floors))
+        kept = ~known  # refused or counted later, with a message
+        floors = self._best_scores.floors
+        kept[known] = self._best_scores.add(classes[known], scores[known])
+        if self._best_scores.floors is not floors:
+            self._tell_floors()
+        return instances[torch.from_numpy(kept).to(instances.scores.device)]
+
+    def _tell_floors(self) -> None:
+        if self.when_floors_rise is not None and self._best_scores is not None:
+            self.when_floors_rise(self._best_scores.floors)
+
+    def look(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Take in the scores of a batch, as `process`, but keep no detection."""
+        for image, output in zip(inputs, outputs, strict=True):
+            if SKIPPED not in image:
+                self._best(output["instances"])
+
+    def keep_floors(self) -> None:
+        """Begin the next evaluation with the least scores that all ranks have seen to count."""
+        self._join_floors()
+        assert self._best_scores is not None
+        self._floors = self._best_scores.floors
+
+    def _join_floors(self) -> None:
+        def total(counts: np.ndarray) -> np.ndarray:
+            return np.sum(comm.all_gather(counts), axis=0) if self._distributed else counts
+
+        if self._best_scores is not None:
+            self._best_scores.join(total)
 
     def evaluate(self, img_ids: list | None = None) -> dict[str, dict[str, float]]:
         """Evaluate what was processed.
@@ -171,6 +239,7 @@ class COCOGroupEvaluator(DatasetEvaluator):
         if self._skipped:
             logger.warning(f"{self._skipped} detections skipped: score or box is not finite")
         unreadable = self._unreadable
+        self._drop_what_others_surpass()
         if self._distributed:
             comm.synchronize()
             unreadable = {k: v for own in comm.all_gather(unreadable) for k, v in own.items()}
@@ -178,12 +247,17 @@ class COCOGroupEvaluator(DatasetEvaluator):
             if self._distributed and not comm.is_main_process():
                 return {}
             notes = self._left_out(unreadable)
+            if self._best_scores is not None and self._best_scores.floors.any():
+                notes.append(
+                    "AP of the rules may be lower than in a plain evaluation: of each class only "
+                    f"the best {self._per_class:,} detections are kept (TEST.DETECTIONS_PER_CLASS)"
+                )
             if unreadable:
                 every = self._truth.image_id.tolist() if img_ids is None else img_ids
                 img_ids = [i for i in every if i not in unreadable]
             predictions, has_masks = self._merge()
         finally:
-            self._files = None
+            self._files = self._floors = None
             # No rank may start its next evaluation in the same directory before the merge is done.
             if self._distributed:
                 comm.synchronize()
@@ -194,6 +268,14 @@ class COCOGroupEvaluator(DatasetEvaluator):
             logger.error(f"{self._dataset_name}: no image can be read; nothing is evaluated")
             return {}
         return self._report(predictions, self._tasks_of(has_masks), img_ids, notes)
+
+    def _drop_what_others_surpass(self) -> None:
+        """Rewrite this rank's file without detections that are not among the best any more."""
+        if self._best_scores is None or self._files is None:
+            return
+        self._join_floors()
+        floors = self._best_scores.floors.tolist()
+        self._files.keep({c: floors[index] for index, c in self._category_ids.items()})
 
     def _left_out(self, unreadable: Mapping[int | str, tuple[str, str]]) -> list[str]:
         """Log and return what a reader of the figures must know of images that were not read."""
@@ -238,18 +320,22 @@ class COCOGroupEvaluator(DatasetEvaluator):
         lacking: list[str] = []
         grounds = {task: GroundTruth(self._truth, task, img_ids) for task in tasks}
         tasks = usable_tasks(grounds, tasks, lacking)
+        if "boundary" in self._ap:
+            if "segm" in tasks:
+                grounds["boundary"] = grounds["segm"].for_task("boundary")
+                tasks.append("boundary")
+            else:
+                lacking.append("boundary AP is not evaluated: it needs masks")
         own = ground_notes(self._truth, grounds, tasks) + lacking
         for note in own:
             logger.warning(note)
         notes = notes + own
-        matchers = {
-            task: Matcher(grounds[task], select(grounds[task], predictions, self._max_dets))
-            for task in tasks
-        }
-        evaluation = record(
-            matchers,
+        evaluation = figures(
+            {task: grounds[task] for task in tasks},
+            predictions,
             max_dets=self._max_dets,
-            detections=len(predictions),
+            ap=self._ap,
+            per_class=self._per_class,
             train="",
             counts=self._train_image_count,
             groups_of_file=self.federated,
@@ -257,8 +343,8 @@ class COCOGroupEvaluator(DatasetEvaluator):
             notes=notes,
             groups=self._groups,
             names=self._class_names(grounds[tasks[0]].class_ids),
-            predictions=predictions.path if self._output_dir else "",
-        )
+            source=predictions.path if self._output_dir else "",
+        ).evaluation
         for task, metrics in evaluation.results.items():
             logger.info(f"Evaluation results for {task}:\n{create_small_table(metrics)}")
         for reason in evaluation.notes[len(notes) :]:
@@ -404,7 +490,8 @@ def build_evaluator(
         output_dir: directory for predictions and tables; None: OUTPUT_DIR/inference.
 
     Raises:
-        ValueError: a type without evaluator, or TEST.EVAL_MAX_DETS below 0.
+        ValueError: a type without evaluator, or TEST.EVAL_MAX_DETS or TEST.DETECTIONS_PER_CLASS
+            below 0.
     """
     if output_dir is None:
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -418,6 +505,7 @@ def build_evaluator(
             output_dir=output_dir,
             max_dets=_max_dets(cfg),
             train_image_count=lambda: _train_counts(cfg),
+            **_measures(cfg),
         )
     if evaluator_type in _DETECTRON2:
         return _DETECTRON2[evaluator_type](dataset_name, output_dir)
@@ -435,6 +523,20 @@ def _max_dets(cfg: CfgNode) -> int | None:
             "of detections that count"
         )
     return limit or None
+
+
+def _measures(cfg: CfgNode) -> dict[str, Any]:
+    """What TEST.BOUNDARY_AP and TEST.DETECTIONS_PER_CLASS ask of an evaluator."""
+    ap = ("boundary",) if cfg.TEST.get("BOUNDARY_AP", False) else ()
+    limit = cfg.TEST.get("DETECTIONS_PER_CLASS", 0)
+    if limit < 0:
+        raise ValueError(
+            f"TEST.DETECTIONS_PER_CLASS is {limit}; it must be 0, or the number of detections of a "
+            "class that count in AP-fixed"
+        )
+    if not limit:
+        return {"ap": ap}
+    return {"ap": (*ap, "fixed", "pool"), "per_class": limit, "keep_per_class": True}
 
 
 def _train_counts(cfg: CfgNode) -> dict[str, int] | None:

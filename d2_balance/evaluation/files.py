@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from d2_balance.utils.files import atomic_path
 from d2_balance.utils.progress import progress
@@ -38,6 +38,17 @@ class RankPredictions:
         head = json.dumps({"image_id": image_id, "masks": has_masks})
         with open(self._own, "a") as f:
             f.write(f"{head}\t{json.dumps(detections)}\n")
+
+    def keep(self, floors: Mapping[int, float]) -> None:
+        """Drop detections below a score from this rank's file.
+
+        Args:
+            floors: the least score by category id.
+        """
+        with atomic_path(self._own) as temporary, open(temporary, "w") as f:
+            for head, body in self._read(self._own):
+                found = [d for d in json.loads(body) if d["score"] >= floors[d["category_id"]]]
+                f.write(f"{head}\t{json.dumps(found)}\n")
 
     def heads(self, ranks: list[int]) -> Iterator[tuple[int | str, bool]]:
         """Yield (image id, whether the model gives masks) of the given ranks."""
@@ -77,7 +88,11 @@ class RankPredictions:
                     f"{path}: the predictions of rank {rank} are missing; "
                     "the evaluator's output_dir must be on a file system that all ranks share"
                 )
-            with open(path) as f:
-                for line in f:
-                    head, body = line.split("\t", 1)
-                    yield head, body
+            yield from self._read(path)
+
+    @staticmethod
+    def _read(path: str) -> Iterator[tuple[str, str]]:
+        with open(path) as f:
+            for line in f:
+                head, body = line.split("\t", 1)
+                yield head, body

@@ -7,7 +7,7 @@ import numpy as np
 
 from d2_balance.data.groups import GROUPS, groups_from_counts
 
-from .matching import SIZES, APTable
+from .matching import SIZES, APTable, Ranked
 
 TrainCounts = Mapping[str, int] | Callable[[], Mapping[str, int] | None] | None
 
@@ -115,6 +115,19 @@ def group_metrics(
         if not len(values) and reason:
             reasons.append(f"{key} is NaN: {reason} in {dataset_name}")
     return metrics, reasons
+
+
+def pool_metrics(ranked: Ranked, groups: Sequence[str | None]) -> dict[str, float]:
+    """AP, AP50, AP75 of one list over all classes, and APr, APc, APf of one over a group.
+
+    In percent; NaN for a group without objects.
+    """
+    every = 100 * ranked.pooled(np.ones(len(groups), dtype=bool))
+    metrics = {"AP": float(every.mean()), "AP50": float(every[0]), "AP75": float(every[5])}
+    for letter in GROUPS:
+        member = np.array([g == letter for g in groups], dtype=bool)
+        metrics[f"AP{letter}"] = float(100 * ranked.pooled(member).mean())
+    return metrics
 
 
 def classes_without_truth(names: Sequence[str], instances: Sequence[int], dataset_name: str) -> str:

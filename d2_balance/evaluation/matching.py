@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from .predictions import Predictions
 
 SIZES = ("all", "small", "medium", "large")
 """Size ranges of COCO and LVIS: areas below 32*32, up to 96*96, and above, in square pixels."""
+AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
+"""Lowest and highest area of each of SIZES."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 _RECALLS_AND_END = np.append(RECALLS, 2.0)
@@ -66,10 +68,11 @@ class GroundTruth:
 
     Args:
         annotations: the file.
-        task: "bbox" or "segm".
+        task: "bbox", "segm" or "boundary".
         image_ids: images to evaluate; None: all.
 
     Attributes:
+        with_masks: whether objects are masks: every task but "bbox".
         federated: True for LVIS rules: detections of classes that are neither annotated nor
             verified in their image are dropped, unmatched detections of classes that are not
             annotated exhaustively do not count, objects with `ignore` are neither right nor
@@ -91,6 +94,7 @@ class GroundTruth:
         self, annotations: Annotations, task: str, image_ids: Collection | None = None
     ) -> None:
         self.annotations, self.task, self.federated = annotations, task, annotations.federated
+        self.with_masks = task != "bbox"
         self.class_ids: list[int] = annotations.category_id.tolist()
         ids = annotations.image_id.tolist()
         wanted = None if image_ids is None else set(image_ids)
@@ -102,7 +106,7 @@ class GroundTruth:
         kept = annotations.usable & (self.position[annotations.image] >= 0)
         self.without_mask: list = []
         unmeasured = np.zeros(len(annotations.id), dtype=bool)
-        if task == "segm":
+        if self.with_masks:
             self.without_mask = annotations.id[kept & (annotations.mask == NO_MASK)].tolist()
             kept &= annotations.mask != NO_MASK
             unmeasured = kept & (annotations.mask_problem >= 0)
@@ -153,7 +157,7 @@ class GroundTruth:
         """Areas as the file says, else of the mask or the box."""
         area = self.annotations.area[rows].astype(np.float64)
         for n in np.flatnonzero(~(area >= 0)).tolist():
-            if self.task == "segm":
+            if self.with_masks:
                 area[n] = float(mask_api.area(self.rle(int(rows[n]))))
             else:
                 area[n] = float(np.prod(self.annotations.box[rows[n], 2:]))
@@ -197,6 +201,13 @@ class GroundTruth:
         if "rles" in self.__dict__:
             plain.__dict__["rles"] = [self.rles[n] for n in kept.tolist()]
         return plain
+
+    def for_task(self, task: str) -> GroundTruth:
+        """The same objects for another task that needs masks; they are decoded once."""
+        same = copy.copy(self)
+        same.rles = self.rles
+        same.task = task
+        return same
 
     def segmentation(self, row: int) -> Any:
         """The mask of an annotation as the file has it."""
@@ -256,12 +267,14 @@ class Detections:
         """Some of them; `chosen` is an ascending list of indices or a mask."""
         at = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         masks = None if self.masks is None else [self.masks[n] for n in at.tolist()]
-        fields = (self.image, self.category, self.score, self.box, self.area)
-        return Detections(*(f[at] for f in fields), masks, self.row[at])
+        image, category, score, box, area, row = (
+            f[at] for f in (self.image, self.category, self.score, self.box, self.area, self.row)
+        )
+        return Detections(image, category, score, box, area, masks, row)
 
 
 def select(
-    truth: GroundTruth, predictions: Predictions, max_dets: int, *, uncapped: bool = False
+    truth: GroundTruth, predictions: Predictions, max_dets: int | None, *, per_class: int = 0
 ) -> Detections:
     """Return the detections that can count.
 
@@ -271,31 +284,56 @@ def select(
     Args:
         truth: the ground truth.
         predictions: what the file holds.
-        max_dets: detections of an image (LVIS), or of an image and class (COCO).
-        uncapped: True leaves out the limit.
+        max_dets: detections of an image (LVIS), or of an image and class (COCO); None: all.
+        per_class: detections of a class over all images, AP-fixed's limit; 0: all.
     """
     image = truth.position[predictions.image]
     category = np.searchsorted(truth.class_ids, predictions.category)
     rows = np.flatnonzero(image >= 0)
-    if not uncapped:
+    if max_dets is not None:
         group = image if truth.federated else truth.key(image, category)
         rows = best(group[rows], predictions.score[rows], max_dets, rows)
+    if per_class:
+        rows = best(category[rows], predictions.score[rows], per_class, rows)
     if truth.federated:
         rows = rows[truth.verified(image[rows], category[rows])]
     masks = None
-    if truth.task == "segm":
+    if truth.with_masks:
         masks = predictions.masks(rows)
         area = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else np.zeros(0)
     else:
         area = predictions.box[rows, 2] * predictions.box[rows, 3]
-    fields = image, category, predictions.score, predictions.box
-    detections = Detections(*(f[rows] for f in fields), area, masks, rows)
+    detections = Detections(
+        image[rows],
+        category[rows],
+        predictions.score[rows],
+        predictions.box[rows],
+        area,
+        masks,
+        rows,
+    )
     if truth.federated:
         return detections.take(area > 0)
     if not len(truth.unmeasured):
         return detections
     unmeasured = _is_in(truth.key(detections.image, detections.category), truth.unmeasured)
     return detections.take((area > 0) | ~unmeasured)
+
+
+def groups_of(
+    truth: GroundTruth, detections: Detections
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield detections, the best first, and objects of each image and class that has both."""
+    key = truth.key(detections.image, detections.category)
+    rows = np.lexsort((-detections.score, key))
+    own = truth.key(truth.image, truth.category)
+    objects = np.argsort(own, kind="stable")
+    both = np.intersect1d(key, own)
+    keys = key[rows], own[objects]
+    starts = [np.searchsorted(k, both).tolist() for k in keys]
+    ends = [np.searchsorted(k, both, side="right").tolist() for k in keys]
+    for a, b, c, d in zip(starts[0], ends[0], starts[1], ends[1], strict=True):
+        yield rows[a:b], objects[c:d]
 
 
 def best(
@@ -397,7 +435,6 @@ def _dataset(truth: GroundTruth, area: np.ndarray, crowd: np.ndarray) -> Any:
     if truth.federated:
         _add_labels(images, truth._verified, count, "neg_category_ids")
         _add_labels(images, truth._partial, count, "not_exhaustive_category_ids")
-    masks = {"segmentation": truth.rles} if truth.task == "segm" else {}
     return hotcoco.COCO.from_arrays(
         images,
         categories,
@@ -406,7 +443,7 @@ def _dataset(truth: GroundTruth, area: np.ndarray, crowd: np.ndarray) -> Any:
         np.ascontiguousarray(truth.box),
         area=area,
         iscrowd=crowd,
-        **masks,
+        segmentation=truth.rles if truth.task == "segm" else None,
     )
 
 
@@ -452,6 +489,7 @@ class Ranked:
         detections, truth = matcher.detections, matcher.truth
         keys = (detections.row, detections.image, -detections.score, detections.category)
         self.order = np.lexsort(keys)
+        self._score = detections.score[self.order]
         self.image, self.category = detections.image[self.order], detections.category[self.order]
         self.objects = truth.instances()
         self.iou_thresholds, self.class_ids = matcher.iou_thresholds, truth.class_ids
@@ -459,28 +497,127 @@ class Ranked:
             [matcher.matches(float(iou))[0][self.order] for iou in matcher.iou_thresholds]
         )
 
-    def average_precision(self, kept: np.ndarray | None = None) -> np.ndarray:
+    @functools.cached_property
+    def curves(self) -> list[Curve]:
+        """Of each IoU threshold."""
+        return [Curve(status, self.category) for status in self.status]
+
+    def average_precision(
+        self, weights: np.ndarray | None = None, objects: np.ndarray | None = None
+    ) -> np.ndarray:
         """AP of each class at each IoU threshold.
 
         Args:
-            kept: (D,) bool, ordered detections that are left; None: all.
+            weights: (D,) int32, how often each ordered detection counts; None: once.
+            objects: (K,) how many objects there are then; None: as many as there are.
 
         Returns:
             (T, K) in [0, 1], NaN without objects.
         """
-        values = np.empty((len(self.status), len(self.objects)))
-        for t, status in enumerate(self.status):
-            counted = status != IGNORED
-            at = np.flatnonzero(counted if kept is None else counted & kept)
-            category = self.category[at]
-            right = np.flatnonzero(status[at] == RIGHT)
-            own = category[right]
-            rank = np.arange(len(at)) - np.searchsorted(category, category) + 1
-            hits = np.arange(len(right)) - np.searchsorted(own, own) + 1
-            values[t] = interpolated(
-                own, hits / self.objects[own], hits / rank[right], self.objects
-            )
-        return values
+        if weights is None:
+            weights = np.ones(len(self.order), np.int32)
+        total, objects = running(weights), self.objects if objects is None else objects
+        return np.stack([c.average_precision(weights, total, objects) for c in self.curves])
+
+    def pooled(self, member: np.ndarray) -> np.ndarray:
+        """AP of one list over several classes, at each IoU threshold (AP-pool).
+
+        Equal scores stand in the order of the images, and of the classes in an image.
+
+        Args:
+            member: (K,) bool, classes of the pool.
+
+        Returns:
+            (T,) in [0, 1], NaN without objects.
+        """
+        at = np.flatnonzero(member[self.category])
+        # a class stands in the order of its scores already
+        at = at[np.lexsort((self.category[at], self.image[at], -self._score[at]))]
+        objects = self.objects[member].sum(keepdims=True)
+        return average_precision(self.status[:, at], np.zeros_like(at), objects)[:, 0]
+
+
+def average_precision(
+    statuses: np.ndarray, category: np.ndarray, objects: np.ndarray
+) -> np.ndarray:
+    """AP of each class at each IoU threshold.
+
+    Args:
+        statuses: (T, D) RIGHT, WRONG or IGNORED, in the order of class and falling score.
+        category: (D,) ascending.
+        objects: (K,) objects that count.
+
+    Returns:
+        (T, K) in [0, 1], NaN without objects.
+    """
+    weights = np.ones(len(category), np.int32)
+    total = running(weights)
+    curves = (Curve(status, category) for status in statuses)
+    return np.stack([curve.average_precision(weights, total, objects) for curve in curves])
+
+
+class Curve:
+    """Right and ignored detections at one IoU threshold: precision over recall of every class.
+
+    n: right detections.
+
+    Args:
+        status: (D,) RIGHT, WRONG or IGNORED, in the order of class and falling score.
+        category: (D,) ascending.
+    """
+
+    def __init__(self, status: np.ndarray, category: np.ndarray) -> None:
+        self._right, self._ignored = (np.flatnonzero(status == s) for s in (RIGHT, IGNORED))
+        self._end = self._right + 1
+        self._category = category[self._right]
+        self._begin = np.searchsorted(category, self._category)  # of the class
+        self._first = np.searchsorted(self._category, self._category)
+        self._ignored_end = np.searchsorted(self._ignored, self._right)
+        self._ignored_begin = np.searchsorted(self._ignored, self._begin)
+        last = self._category[-1] if len(self._category) else 0
+        self._level = 2.0 * (last - self._category)  # parts the classes in one running maximum
+
+    def average_precision(
+        self, weights: np.ndarray, total: np.ndarray, objects: np.ndarray
+    ) -> np.ndarray:
+        """AP as the mean over 101 recalls of the largest precision at that recall or beyond.
+
+        Args:
+            weights: (D,) int32, how often each detection counts.
+            total: (D + 1,) their running sums.
+            objects: (K,) number of objects, as often as they count.
+
+        Returns:
+            (K,) in [0, 1], NaN without objects.
+        """
+        values = np.where(objects > 0, 0.0, np.nan)
+        if not len(self._right):
+            return values
+        hits = running(weights.take(self._right))
+        found = hits[1:] - hits.take(self._first)  # (n,)
+        counted = total.take(self._end) - total.take(self._begin)
+        if len(self._ignored):
+            lost = running(weights.take(self._ignored))
+            counted -= lost.take(self._ignored_end) - lost.take(self._ignored_begin)
+        np.maximum(counted, 1, out=counted)  # the weights before it may all be 0
+        precision = found / counted + self._level
+        largest = np.maximum.accumulate(precision[::-1])[::-1]
+        # the sum over recalls is one over the steps of this curve, and these are few
+        steps = np.append(np.flatnonzero(largest[:-1] > largest[1:]), len(largest) - 1)
+        category = self._category[steps]
+        height = largest[steps] - self._level[steps]
+        same = category[:-1] == category[1:]
+        height[:-1] -= np.where(same, height[1:], 0.0)
+        reached = _recalls_reached(found[steps] / np.maximum(objects[category], 1e-300))
+        sums = np.bincount(category, height * reached, len(objects))
+        return np.where(objects > 0, sums / len(RECALLS), np.nan)
+
+
+def running(values: np.ndarray) -> np.ndarray:
+    """(n + 1,) running sums of (n,) integers, from 0."""
+    sums = np.zeros(len(values) + 1, np.int32)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def _recalls_reached(recall: np.ndarray) -> np.ndarray:
@@ -489,33 +626,3 @@ def _recalls_reached(recall: np.ndarray) -> np.ndarray:
     at += _RECALLS_AND_END.take(at + 1) <= recall
     at -= RECALLS.take(at) > recall
     return at + 1
-
-
-def interpolated(
-    category: np.ndarray, recall: np.ndarray, precision: np.ndarray, objects: np.ndarray
-) -> np.ndarray:
-    """AP as the mean over 101 recalls of the largest precision at that recall or beyond.
-
-    Args:
-        category: (n,) class of each right detection, ascending; the best of a class first.
-        recall: (n,) reached with it.
-        precision: (n,) reached with it.
-        objects: (K,) number of objects; it may be of weights.
-
-    Returns:
-        (K,) NaN without objects.
-    """
-    values = np.where(objects > 0, 0.0, np.nan)
-    if not len(category):
-        return values
-    # one running maximum from the end, kept within a class by steps of 2 between classes
-    level = 2.0 * (category[-1] - category)
-    envelope = np.maximum.accumulate((precision + level)[::-1])[::-1] - level
-    reached = _recalls_reached(recall)
-    first = np.append(True, category[1:] != category[:-1])
-    points = np.diff(reached, prepend=0)
-    points[first] = reached[first]
-    sums = np.add.reduceat(envelope * points, np.flatnonzero(first))
-    values[category[first]] = sums / len(RECALLS)
-    values[objects <= 0] = np.nan
-    return values

@@ -1,12 +1,14 @@
 """Images of an evaluation."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from d2_balance.data.groups import GROUPS
 from d2_balance.utils.plotting import (
     GROUP_COLOURS,
-    count_ticks,
+    count_axis,
     name_points,
     new_figure,
     save_figure,
@@ -14,9 +16,17 @@ from d2_balance.utils.plotting import (
 )
 from d2_balance.utils.text import plural
 
+from .record import Records, is_missing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = tuple[float, float, str | None, str]
+"""Training images, AP, frequency group and name of a class."""
+
 
 def plot_ap_by_count(
-    per_class: dict[str, dict], path: str, metric: str = "AP", title: str | None = None
+    per_class: Records, path: str, metric: str = "AP", title: str | None = None
 ) -> None:
     """Draw AP of each class against its number of training images, as PNG.
 
@@ -36,7 +46,7 @@ def plot_ap_by_count(
     points = [
         (max(r["train_image_count"], 0.5), r[metric], r.get("group"), name)
         for name, r in per_class.items()
-        if r.get("train_image_count") is not None and not _missing(r.get(metric))
+        if r.get("train_image_count") is not None and not is_missing(r.get(metric))
     ]
     if not points:
         raise ValueError(f"{path}: no class has both {metric} and a number of training images")
@@ -58,7 +68,7 @@ def plot_ap_by_count(
     save_figure(figure, path)
 
 
-def _draw_group(axes, points: Sequence[tuple], group: str | None) -> None:
+def _draw_group(axes: Axes, points: Sequence[Point], group: str | None) -> None:
     if not points:
         return
     counts, values = [p[0] for p in points], [p[1] for p in points]
@@ -74,21 +84,15 @@ def _draw_group(axes, points: Sequence[tuple], group: str | None) -> None:
     )
 
 
-def _style_axes(axes, points: Sequence[tuple], metric: str) -> None:
-    low, high = min(p[0] for p in points), max(p[0] for p in points)
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.6, high * 1.9)
+def _style_axes(axes: Axes, points: Sequence[Point], metric: str) -> None:
+    count_axis(axes, [p[0] for p in points], 1.6, 1.9)
     axes.set_ylim(-3, min(max(max(p[1] for p in points) * 1.15, 10), 104))
-    zero = [0.5] if low < 1 else []
-    ticks = count_ticks(low / 1.6, high * 1.9)
-    axes.set_xticks([*zero, *ticks], ["0"] * len(zero) + [f"{t:,}" for t in ticks])
-    axes.set_xticks([], minor=True)
     axes.set_xlabel("training images that show the class")
     axes.set_ylabel(f"{metric} (%)")
     style_axes(axes)
 
 
-def _by_interest(points: Sequence[tuple]) -> list[int]:
+def _by_interest(points: Sequence[Point]) -> list[int]:
     """Order of naming: groups in turn, in each the classes farthest from its mean first."""
     ranked = []
     for group in {p[2] for p in points}:
@@ -97,7 +101,3 @@ def _by_interest(points: Sequence[tuple]) -> list[int]:
         members.sort(key=lambda i: -abs(points[i][1] - mean))
         ranked += enumerate(members)
     return [index for _, index in sorted(ranked)]
-
-
-def _missing(value: float | None) -> bool:
-    return value is None or math.isnan(value)

@@ -13,7 +13,7 @@ from d2_balance.utils.files import atomic_path
 from d2_balance.utils.plotting import GROUP_COLOURS, new_figure, save_figure, style_axes
 from d2_balance.utils.text import cell, count, percent, table
 
-from .record import METRICS, TASKS, Evaluation
+from .record import METRICS, Evaluation, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def text_report(evaluation: Evaluation, max_classes: int = 40) -> str:
         f"{limit}"
     )
     results = evaluation.results
-    rows = [[TASKS[t], *(percent(m[k]) for k in METRICS)] for t, m in results.items()]
+    rows = [[title(t), *(percent(m.get(k)) for k in METRICS)] for t, m in results.items()]
     sections = [head, table(rows, ["", *METRICS])]
     rows = []
     for letter, name in GROUPS.items():
@@ -50,9 +50,9 @@ def text_report(evaluation: Evaluation, max_classes: int = 40) -> str:
             continue
         counts = [r["train_image_count"] for r in members if r["train_image_count"] is not None]
         span = f"{min(counts):,} to {max(counts):,}" if counts else "-"
-        values = [percent(m[f"AP{letter}"]) for m in results.values()]
+        values = [percent(m[f"AP{letter}"]) for m in results.values() if "AP" in m]
         rows.append([name, str(len(members)), span, *values])
-    columns = [f"{TASKS[task]} AP" for task in results]
+    columns = [f"{title(task)} AP" for task, m in results.items() if "AP" in m]
     if rows:
         sections.append(table(rows, ["group", "classes", "training images", *columns]))
     if max_classes:
@@ -62,9 +62,9 @@ def text_report(evaluation: Evaluation, max_classes: int = 40) -> str:
 
 def _class_table(evaluation: Evaluation, limit: int) -> str:
     columns = [
-        f"{key}{'' if task == 'bbox' else '_' + task}"
-        for task in evaluation.results
-        for key in ("AP", "AP50")
+        key
+        for key in next(iter(evaluation.classes.values()), {})
+        if key.startswith("AP") and not key.endswith(("_fixed", "_openimages"))
     ]
     order = _rarest_first(evaluation)
     rows = [
@@ -199,11 +199,11 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
         + (f" Groups by the images of {found.train}." if found.train else "")
     )
     metrics = list(next(iter(found.results.values())))
-    rows = [[TASKS[t], *(percent(m[k]) for k in metrics)] for t, m in found.results.items()]
+    rows = [[title(t), *(percent(m.get(k)) for k in metrics)] for t, m in found.results.items()]
     page.table(rows, ["", *metrics])
     page.items(found.notes) if found.notes else None
     for part in parts:
-        task = TASKS[part.task]
+        task = title(part.task)
         if part.notes:
             page.items(part.notes)
         page.heading(f"Precision and recall ({task})")
@@ -259,6 +259,6 @@ def write_report(
     }
     for part in parts:
         for name, draw in drawings.items():
-            paths.append(os.path.join(directory, f"{name}_{TASKS[part.task]}.png"))
+            paths.append(os.path.join(directory, f"{name}_{title(part.task)}.png"))
             save_figure(draw(part), paths[-1])
     return paths

@@ -42,6 +42,26 @@ def count_ticks(low: float, high: float) -> list[int]:
     return ticks
 
 
+def count_axis(
+    axes: Axes, counts: Sequence[float], before: float = 1.4, after: float = 1.4
+) -> None:
+    """Make the x axis a logarithm of counts; one of 0 stands at 0.5, left of 1.
+
+    Args:
+        axes: what to change.
+        counts: of all points, 0.5 for 0.
+        before: air on the left, as a factor above 1.
+        after: air on the right.
+    """
+    low, high = min(counts) / before, max(counts) * after
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    zero = [0.5] if min(counts) < 1 else []
+    ticks = count_ticks(low, high)
+    axes.set_xticks([*zero, *ticks], ["0"] * len(zero) + [f"{t:,}" for t in ticks])
+    axes.set_xticks([], minor=True)
+
+
 def style_axes(axes: Axes, grid: str = "both") -> None:
     """Draw a light grid behind the data, and no frame above and to the right.
 

@@ -107,7 +107,8 @@ def test_help_loads_neither_torch_nor_detectron2(arguments, tmp_path):
     assert loaded(tmp_path, *arguments) == []
 
 
-def test_commands_without_a_model_load_neither_torch_nor_detectron2(tmp_path):
+def without_a_model(directory):
+    """Write what commands that need no model read."""
     data = {
         "images": [{"id": n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(4)],
         "annotations": [
@@ -122,19 +123,51 @@ def test_commands_without_a_model_load_neither_torch_nor_detectron2(tmp_path):
         ],
         "categories": [{"id": n, "name": f"c{n}"} for n in (1, 2)],
     }
-    (tmp_path / "data.json").write_text(json.dumps(data))
     found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in data["annotations"]]
-    (tmp_path / "found.json").write_text(json.dumps([d | {"score": 0.5} for d in found]))
+    other = data | {"images": [i | {"id": 9 + i["id"]} for i in data["images"]], "annotations": []}
+    classes = [{"name": f"c{n}", "image_count": n, "instance_count": n} for n in (1, 2)]
+    for name, content in (
+        ("data", data),
+        ("found", [d | {"score": 0.5} for d in found]),
+        ("other", other),
+        ("counts", {"num_images": 4, "classes": classes}),
+    ):
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    (directory / "ids.txt").write_text("1\n2\n")
+
+
+def test_commands_without_a_model_load_neither_torch_nor_detectron2(tmp_path):
+    without_a_model(tmp_path)
+    dataset = ["found.json", "--dataset", "data.json"]
+    fit = ["rescore", "fit", *dataset, "--train", "data.json", "--max-dets", 1]
+    apply = ["rescore", "apply", *dataset]
     for command in (
         ["analyze", "data.json"],
         ["classmap", "data.json", "data.json"],
         ["ensemble", "found.json", "--dataset", "data.json", "--output", "merged.json"],
         ["eval", "found.json", "--dataset", "data.json", "--json", "a.json"],
         ["eval", "found.json", "--dataset", "data.json", "--json", "b.json", "--csv", "b.csv"],
+        ["eval", "found.json", "--dataset", "data.json", "--ap", "fixed", "pool"],
         ["compare", "a.json", "b.json"],
         ["methods"],
+        ["analyze", "counts.json"],
+        ["convert", "data.json", "--ids", "ids.txt", "--output", "part.json"],
+        [*fit, "--test", "other.json", "--output", "factors.json"],
+        [*apply, "--factors", "factors.json", "--output", "raised.json"],
     ):
         assert loaded(tmp_path, *command) == [], command
+
+
+def test_pages_and_plots_load_neither_torch_nor_detectron2(tmp_path):
+    without_a_model(tmp_path)
+    evaluation = ["eval", "found.json", "--dataset", "data.json", "--json"]
+    assert loaded(tmp_path, *evaluation, "b.json") == []
+    for command in (
+        [*evaluation, "a.json", "--report", "report"],
+        ["analyze", "data.json", "--html", "page.html", "--yaml", "page.yaml"],
+        ["compare", "a.json", "b.json", "--output", "comparison"],
+    ):
+        assert loaded(tmp_path, *command) == ["matplotlib"], command
 
 
 def test_progress_in_a_pipe_is_lines_and_none_when_quiet(monkeypatch, capsys):

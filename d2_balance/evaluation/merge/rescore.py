@@ -158,7 +158,7 @@ class Measure:
     ):
         self.truth, self.predictions = truth, predictions
         ground = GroundTruth(truth, task)
-        detections = select(ground, predictions, max_dets, uncapped=True)
+        detections = select(ground, predictions, None)
         self._ranked = Ranked(Matcher(ground, detections))
         self._rows = detections.row[self._ranked.order]
         self._letters = [groups.get(name) for name in truth.class_names.values()]
@@ -166,7 +166,7 @@ class Measure:
 
     def __call__(self, scores: np.ndarray) -> dict[str, float]:
         """AP, APr, APc, APf and others in percent, for (D,) scores."""
-        values = self._ranked.average_precision(self._cap(scores)[self._rows])
+        values = self._ranked.average_precision(self._cap(scores)[self._rows].astype(np.int32))
         sizes = np.full((*values.shape, len(SIZES)), np.nan)
         sizes[..., 0] = values
         table = APTable(self._ranked.class_ids, sizes, self._ranked.iou_thresholds)
