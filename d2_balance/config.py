@@ -88,6 +88,14 @@ def add_balance_config(cfg: CfgNode) -> None:
     # model gives.
     cfg.TEST.EVAL_MAX_DETS = 0
 
+    # Best detections of each class over a test set that are kept, without a limit per image, for
+    # AP-fixed and AP-pool (arXiv:2102.01066: 10000); 0 is off. Models with masks run twice. The
+    # model's own SCORE_THRESH_TEST holds as well: set it to 0.
+    cfg.TEST.DETECTIONS_PER_CLASS = 0
+
+    # Whether evaluations have boundary AP (arXiv:2103.16562) beside mask AP.
+    cfg.TEST.BOUNDARY_AP = False
+
     # Variants of an image (sizes, flipped) that go through the model at once with TEST.AUG, at
     # least 1. TEST.AUG.ENABLED holds for --eval-only; evaluations while training are plain.
     cfg.TEST.AUG.IMS_PER_BATCH = 1

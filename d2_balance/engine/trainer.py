@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ from d2_balance.reweight import Reweighter
 from d2_balance.utils.config_tree import changed
 from d2_balance.utils.workers import shielded
 
+from .best_per_class import best_per_class
 from .errors import Interrupted, StopTraining
 from .hooks.best import BestModel, StopEarly
 from .hooks.beta_decay import BetaDecay
@@ -288,6 +289,27 @@ class BalancedTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `d2_balance.evaluation.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: Sequence[DatasetEvaluator] | None = None,
+    ) -> dict:
+        """Evaluate a model on DATASETS.TEST, as Detectron2's; see TEST.DETECTIONS_PER_CLASS."""
+        if not cfg.TEST.DETECTIONS_PER_CLASS or evaluators is not None:
+            return super().test(cfg, model, evaluators)
+        results = {}
+        for name in cfg.DATASETS.TEST:
+            one = cfg.clone()
+            one.defrost()
+            one.DATASETS.TEST = (name,)
+            evaluator = cls.build_evaluator(cfg, name)
+            loader = functools.partial(cls.build_test_loader, one, name)
+            with best_per_class(model, evaluator, loader):
+                results[name] = super().test(one, model, [evaluator])
+        return results if len(results) > 1 else next(iter(results.values()), {})
 
     @classmethod
     def test_finished(cls, cfg: CfgNode, model: nn.Module) -> dict:

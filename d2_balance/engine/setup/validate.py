@@ -55,6 +55,7 @@ from d2_balance.utils.config_tree import changed
 from d2_balance.utils.names import closest
 from d2_balance.utils.rules import check_values
 
+from ..best_per_class import check_best_per_class
 from ..hooks.best import check_best
 from ..hooks.ema import check_ema
 from ..hooks.validation_loss import check_validation_loss
@@ -97,6 +98,7 @@ def validate(
     check_values(cfg, RULES)
     check_losses(cfg, eval_only)
     check_test_augmentation(cfg)
+    check_best_per_class(cfg)
     check_dataset_names(cfg, eval_only)
     for check in () if eval_only else _OF_TRAINING:
         check(cfg)
