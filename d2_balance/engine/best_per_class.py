@@ -65,7 +65,7 @@ def best_per_class(
             f"TEST.DETECTIONS_PER_CLASS does not work with {what}; it needs a detector with a "
             "score threshold, and a dataset in COCO's or LVIS's format. Set it to 0."
         )
-    own = getattr(model, "module", model)
+    own: Any = getattr(model, "module", model)
     with _running_thresholds(heads, evaluator, own.device):
         if getattr(getattr(own, "roi_heads", None), "mask_on", False):
             _look_without_masks(own, evaluator, build_loader())
@@ -104,7 +104,7 @@ def _running_thresholds(
 
 
 def _look_without_masks(
-    model: nn.Module, evaluator: COCOGroupEvaluator, loader: Iterable[list[dict]]
+    model: Any, evaluator: COCOGroupEvaluator, loader: Iterable[list[dict]]
 ) -> None:
     """Find the thresholds in a first pass over the images."""
     evaluator.reset()

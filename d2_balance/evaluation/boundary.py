@@ -116,9 +116,9 @@ class BoundaryMatcher(Matcher):
         d, g = np.flatnonzero(able.any(axis=1)), np.flatnonzero(able.any(axis=0))
         if len(d):
             width = rim_width(*map(int, found[0]["size"]))
-            rims = [[rim(masks[n], width) for n in at] for masks, at in ((found, d), (true, g))]
+            own, others = [rim(found[n], width) for n in d], [rim(true[n], width) for n in g]
             at = np.ix_(d, g)
-            close = primitives.mask_iou(*rims, [False] * len(g))
+            close = primitives.mask_iou(own, others, [False] * len(g))
             ious[at] = np.where(crowd[g], ious[at], np.minimum(ious[at], close))
         return ious
 

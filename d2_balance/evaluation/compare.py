@@ -287,7 +287,7 @@ def metric_rows(
             if seeds > 1 and not math.isnan(spread):
                 cell += f" ± {spread:.1f}"
             if run is not runs[0]:
-                difference = found and found.difference(run, metric)
+                difference = found.difference(run, metric) if found else None
                 cell += f" ({signed(own[metric] - first[metric])}{_interval(difference)})"
             cells.append(cell)
         name = f"{run.name}, {len(run.seeds)} seeds" if run.seeds else run.name
@@ -408,7 +408,7 @@ def _name_classes(axes: Axes, runs: Sequence[Run], task: str) -> None:
 def _scatter(axes: Axes, points: np.ndarray, colour: str) -> None:
     count = len(points)
     size = 24 if count <= 100 else 8
-    axes.scatter(*points.T, s=size, color=colour, alpha=0.5, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=size, color=colour, alpha=0.5, linewidths=0)
     # a running mean over a fifth of the classes shows the trend
     width = max(3, count // 5)
     if count >= width:

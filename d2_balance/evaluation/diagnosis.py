@@ -120,7 +120,7 @@ class Diagnosis:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the matrix, which becomes the list of its largest mistakes."""
-        result = {
+        result: dict[str, Any] = {
             "task": self.task,
             "curves": {k: asdict(v) for k, v in self.curves.items()},
             "calibration": {k: asdict(v) for k, v in self.calibration.items()},

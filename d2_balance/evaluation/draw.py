@@ -89,9 +89,9 @@ def rarest_first(
     while queues and len(chosen) < limit:
         still = []
         for queue in queues:
-            position = next((p for p in queue if p not in chosen), None)
-            if position is not None and len(chosen) < limit:
-                chosen[position] = None
+            following = next((p for p in queue if p not in chosen), None)
+            if following is not None and len(chosen) < limit:
+                chosen[following] = None
                 still.append(queue)
         queues = still
     rest = (p for p in range(len(dataset_dicts)) if p not in chosen)
@@ -351,6 +351,6 @@ def _of_classes(
     return found
 
 
-def _path(directory: str, number: int, record: dict[str, Any]) -> str:
+def _path(directory: str, number: int, record: Mapping[str, Any]) -> str:
     stem = os.path.splitext(os.path.basename(record["file_name"]))[0]
     return os.path.join(directory, f"{number:03d}_{stem}.png")

@@ -183,6 +183,7 @@ class COCOGroupEvaluator(DatasetEvaluator):
                 raise ValueError(
                     f"{type(self).__name__} evaluates instances; the model gave {sorted(output)}"
                 )
+            assert self._files is not None
             instances = self._best(output["instances"]).to(self._cpu_device)
             detections = instances_to_coco_json(instances, image["image_id"])
             detections = [self._as_result(d) for d in detections if self._is_finite(d)]

@@ -443,7 +443,7 @@ def _dataset(truth: GroundTruth, area: np.ndarray, crowd: np.ndarray) -> Any:
         np.ascontiguousarray(truth.box),
         area=area,
         iscrowd=crowd,
-        segmentation=truth.rles if truth.task == "segm" else None,
+        segmentation=[*truth.rles] if truth.task == "segm" else None,
     )
 
 

@@ -73,7 +73,7 @@ def _draw_group(axes: Axes, points: Sequence[Point], group: str | None) -> None:
         return
     counts, values = [p[0] for p in points], [p[1] for p in points]
     mean = sum(values) / len(values)
-    name = GROUPS.get(group, "no group")
+    name = GROUPS[group] if group else "no group"
     label = f"{name}: mean {mean:.1f} ({plural(len(points), 'class')})"
     colour = GROUP_COLOURS[group]
     size = 28 if len(points) <= 100 else 10
@@ -94,7 +94,7 @@ def _style_axes(axes: Axes, points: Sequence[Point], metric: str) -> None:
 
 def _by_interest(points: Sequence[Point]) -> list[int]:
     """Order of naming: groups in turn, in each the classes farthest from its mean first."""
-    ranked = []
+    ranked: list[tuple[int, int]] = []
     for group in {p[2] for p in points}:
         members = [i for i, p in enumerate(points) if p[2] == group]
         mean = sum(points[i][1] for i in members) / len(members)

@@ -220,7 +220,7 @@ def diagnosis_page(found: Evaluation, parts: list[Diagnosis], predictions: str) 
         page.heading(f"Confusion of classes ({task})")
         text = f"Detections with a score of {part.min_score:g} and more, matched at IoU 0.5."
         page.figure(plot_confusion(part), text)
-        rows = [[a, b, n, f"{100 * share:.0f} %"] for a, b, n, share in part.most_confused(15)]
+        rows = [[a, b, str(n), f"{100 * share:.0f} %"] for a, b, n, share in part.most_confused(15)]
         if rows:
             page.table(rows, ["object", "detected as", "times", "of the objects"])
         rows = [

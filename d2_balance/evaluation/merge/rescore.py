@@ -127,7 +127,8 @@ class Rescoring:
             )
         if self.gamma == 0:
             return predictions.score.copy()
-        counts = np.array([max(self.image_count.get(names[i], 0), 1) for i in ids.tolist()])
+        images = self.image_count or {}
+        counts = np.array([max(images.get(names[i], 0), 1) for i in ids.tolist()])
         shrunk = (
             predictions.score / counts[np.searchsorted(ids, predictions.category)] ** self.gamma
         )
@@ -238,24 +239,25 @@ def fit(  # noqa: C901  the search and what it asks for
         The rule, and what was tried: (text, metrics).
     """
     predictions, names = measure.predictions, measure.truth.class_names
-    tried: dict[tuple, dict[str, float]] = {}
+    tried: dict[tuple[float, ...], dict[str, float]] = {}
 
-    def rule(values: tuple) -> Rescoring:
-        common = {"groups": dict(groups), "fitted_on": measure.truth.name}
+    def rule(values: tuple[float, ...]) -> Rescoring:
+        gamma, factors = 0.0, dict[str, float]()
         if method == "norcal":
-            counted = None if counts is None else dict(counts)
-            return Rescoring(method, factors={}, gamma=values[0], image_count=counted, **common)
-        top = max(*values, 1.0)
-        factors = {"r": values[0] / top, "c": values[1] / top, "f": 1 / top}
-        return Rescoring(method, factors=factors, **common)
+            gamma = values[0]
+        else:
+            top = max(*values, 1.0)
+            factors = {"r": values[0] / top, "c": values[1] / top, "f": 1 / top}
+        counted = dict(counts) if counts is not None and method == "norcal" else None
+        return Rescoring(method, dict(groups), factors, gamma, counted, measure.truth.name)
 
-    def value(values: tuple) -> float:
+    def value(values: tuple[float, ...]) -> float:
         if values not in tried:
             tried[values] = measure(rule(values).scores(predictions, names))
         found = tried[values][metric]
         return -1.0 if np.isnan(found) else found
 
-    best = (0.0,) if method == "norcal" else (1.0, 1.0)
+    best: tuple[float, ...] = (0.0,) if method == "norcal" else (1.0, 1.0)
     choices = GAMMAS if method == "norcal" else STEPS
     # rare and common together first: alone, the one pushes out the other
     moves = [{0}] if method == "norcal" else [{0, 1}, {0}, {1}]
