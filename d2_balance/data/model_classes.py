@@ -261,17 +261,29 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def class_counts(cfg: CfgNode) -> ClassCounts:
     """Return the counts of the training set, or those saved with MODEL.WEIGHTS if it is not here.
 
+    Names that Detectron2 registers, such as lvis_v1_train, are known where their files are not.
     MODEL.BALANCE.CLASS_COUNTS_FILE "checkpoint" prefers the saved ones.
 
     Raises:
-        ValueError: as `ClassCounts.from_config`, if nothing is saved.
+        OSError, ValueError: as `ClassCounts.from_config`, if nothing is saved.
     """
     here = all(name in DatasetCatalog for name in cfg.DATASETS.TRAIN)
     if cfg.MODEL.BALANCE.CLASS_COUNTS_FILE == FROM_CHECKPOINT or not here:
-        saved = ModelClasses.of_weights(cfg.MODEL.WEIGHTS)
-        if saved is not None and saved.counts is not None:
-            return saved.counts
-    return ClassCounts.from_config(cfg)
+        saved = _saved_counts(cfg.MODEL.WEIGHTS)
+        return ClassCounts.from_config(cfg) if saved is None else saved
+    try:
+        return ClassCounts.from_config(cfg)
+    except (OSError, ValueError):
+        files = [MetadataCatalog.get(name).get("json_file") for name in cfg.DATASETS.TRAIN]
+        saved = _saved_counts(cfg.MODEL.WEIGHTS)
+        if saved is None or all(file is None or os.path.isfile(file) for file in files):
+            raise
+        return saved
+
+
+def _saved_counts(weights: str) -> ClassCounts | None:
+    saved = ModelClasses.of_weights(weights)
+    return None if saved is None else saved.counts
 
 
 def saved_loss_state(weights: str) -> dict[str, Tensor]:

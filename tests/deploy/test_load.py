@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_lvis_instances
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
@@ -66,6 +67,21 @@ def test_default_predictor_works_without_training_files(tmp_path, image, loss, c
     if classes:
         ours = load(str(tmp_path / "run"))
         assert_equal(detections(ours(image)), detections(predictor(image)))
+
+
+def test_default_predictor_works_if_a_name_is_registered_without_its_file(tmp_path, image):
+    make_run(tmp_path, "faster", "MODEL.BALANCE.CLS_LOSS", "EQL", *LOW)
+    name = f"train of {tmp_path.name}"
+    # as Detectron2 registers lvis_v1_train
+    register_lvis_instances(name, {}, str(tmp_path / "gone.json"), str(tmp_path))
+    try:
+        assert_equal(
+            detections(load(str(tmp_path / "run"))(image)),
+            detections(stock_predictor(tmp_path)(image)),
+        )
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize(

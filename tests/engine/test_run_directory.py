@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from d2_balance.data import register_json
 from d2_balance.data.model_classes import ModelClasses
 from d2_balance.engine import BalancedTrainer, write_summary
+from d2_balance.engine.hooks.example_detections import short_names
 from d2_balance.engine.hooks.writers import check_logs
 from d2_balance.engine.resume.checkpoint import load_trained
 
@@ -116,6 +117,19 @@ def test_example_detections_go_to_tensorboard_and_mlflow(run):
     assert {"bbox/AP", "val_loss/total_loss"} <= set(run_info.data.metrics)
     pngs = [os.path.basename(p) for p in glob.glob(str(out / "mlruns/**/*.png"), recursive=True)]
     assert sorted(pngs) == ["0000001.png"] * 6 + ["0000004.png"] * 6
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/data/val/a.jpg", "/data/val/b.jpg"], ["a.jpg", "b.jpg"]),
+        (["val/a/1.jpg", "val/ab/1.jpg"], ["a_1.jpg", "ab_1.jpg"]),
+        (["/1.jpg", "2.jpg", "image_id 3"], ["1.jpg", "2.jpg", "image_id 3"]),
+        ([], []),
+    ],
+)
+def test_example_images_have_short_names(paths, names):
+    assert short_names(paths) == names
 
 
 def test_scores_made_in_another_way_are_refused(run):

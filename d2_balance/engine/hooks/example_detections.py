@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import takewhile
+from pathlib import PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +65,7 @@ class ExampleDetections(HookBase):
     ) -> None:
         self._model = getattr(model, "module", model)
         self._inputs, self._dataset, self._format = inputs, dataset, image_format
+        self._names = short_names([image_name(record) for record in inputs])
         self._writers, self._period, self._min_score = writers, period, min_score
         self._weights = weights
 
@@ -81,15 +84,15 @@ class ExampleDetections(HookBase):
         self._model.eval()
         try:
             with self._weights():
-                for record in self._inputs:
+                for record, name in zip(self._inputs, self._names, strict=True):
                     if SKIPPED not in record:
-                        self._draw_one(record)
+                        self._draw_one(record, name)
         except Exception:  # drawing must not cost a training
             logger.exception("LOG.IMAGES: the detections cannot be drawn.")
         finally:
             self._model.train(mode)
 
-    def _draw_one(self, record: dict[str, Any]) -> None:
+    def _draw_one(self, record: dict[str, Any], name: str) -> None:
         """Draw an image as the model sees it, at its size after the augmentations."""
         pixels = record["image"].permute(1, 2, 0).numpy()
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
@@ -101,6 +104,13 @@ class ExampleDetections(HookBase):
         rgb = np.ascontiguousarray(convert_image_to_rgb(pixels, self._format))
         canvas = Visualizer(rgb, MetadataCatalog.get(self._dataset))
         image = canvas.draw_instance_predictions(instances).get_image()
-        name = f"detections/{image_name(record).replace('/', '_')}"
         for writer in self._writers:
-            writer.add_image(name, image, self.trainer.iter)
+            writer.add_image(f"detections/{name}", image, self.trainer.iter)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the directories that all have, on one level."""
+    parts = [PurePath(path).parts for path in paths]
+    levels = zip(*(p[:-1] for p in parts), strict=False)  # of the directories
+    shared = sum(1 for _ in takewhile(lambda level: len({*level}) == 1, levels))
+    return ["_".join(p[shared:]).lstrip("/_") for p in parts]
