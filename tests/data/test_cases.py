@@ -266,7 +266,15 @@ def test_boxes_given_as_two_corners_or_by_their_centre_are_named():
     [hint] = boxes(*centres)
     assert "centre" in hint
     assert not boxes(*[(a, b, c - a, d - b) for a, b, c, d in CORNERS])
-    assert not boxes((30, 20, 30, 5), (35, 1, 4, 4), (1, 1, 5, 5), (2, 2, 60, 5))  # just wrong
+    [hint] = boxes((30, 20, 30, 5), (35, 1, 4, 4), (1, 1, 5, 5), (2, 2, 60, 5))  # just wrong
+    assert "x0, y0" not in hint and "centre" not in hint
+
+
+def test_a_box_far_outside_may_be_a_rotated_rectangle():
+    [hint] = boxes((1, 1, 5, 5), (30, 5, 14, 9))  # to x 44 of 40
+    assert "1 boxes without a mask leave" in hint and "(annotation id 1)" in hint
+    assert "Label Studio" in hint
+    assert not boxes((1, 1, 5, 5), (30, 5, 11.9, 9))  # by less than 2 pixels
 
 
 def test_corners_given_as_fractions_are_named():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..columns import category_name
+from .annotations import NO_MASK
 
 if TYPE_CHECKING:
     from ..annotations import Annotations
@@ -22,6 +23,7 @@ LEFT_OUT = "is left out"
 _SHOWN = 5
 _FRACTION = 1.001  # a box that ends here or before may be given in fractions of its image
 _ROUNDED = 1.0  # pixel by which boxes may leave an image
+_FAR = 0.05  # of the side of an image
 _SMALL = 8  # pixels; an image of this size may have boxes of one pixel
 _FEW = 4  # objects of which one area for all means nothing
 
@@ -31,7 +33,7 @@ def hints(source: Annotations) -> list[str]:
     found = (
         _parents(source),
         _fractions(source),
-        _corners(source),
+        _corners(source) or _rotated(source),
         _areas(source),
         _crowds(source),
         _doubled(source),
@@ -110,6 +112,23 @@ def _corners(source: Annotations) -> str:
             "height."
         )
     return ""
+
+
+def _rotated(source: Annotations) -> str:
+    """Boxes of rotated rectangles whose corners were computed in percent of the image."""
+    at = np.flatnonzero(source.clipped & (source.mask == NO_MASK))
+    size = source.size[source.image[at]]
+    low, high = source.box[at, :2], source.box[at, :2] + source.box[at, 2:] - size[:, ::-1]
+    far = (np.maximum(-low, high) > _FAR * size[:, ::-1]).any(axis=1) & (size[:, 0] != size[:, 1])
+    if not far.any():
+        return ""
+    ids = list(map(str, source.id[at[far]].tolist()))
+    return (
+        f"{len(ids):,} boxes without a mask leave their image by more than {_FAR:.0%} of it "
+        f"(annotation id {_some(ids)}) and are clipped. Label Studio computes the corners of "
+        "rotated rectangles in percent of the image, wrong where that is not square: look at "
+        "them."
+    )
 
 
 def _areas(source: Annotations) -> str:
