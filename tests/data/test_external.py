@@ -129,7 +129,7 @@ def test_the_config_registers_external_sets_after_the_others(cfg, write, names):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"TARGET": "nobody"}, r"EXTERNAL\[0\]: TARGET 'nobody' is not a registered dataset"),
+        ({"TARGET": "nobody"}, r"EXTERNAL\[0\]: TARGET 'nobody' must be a registered dataset"),
         ({"JSON": "no.json"}, r"EXTERNAL\[0\]: the annotation file 'no.json' does not exist"),
         ({"CLASS_MAP": "no.yaml"}, r"EXTERNAL\[0\]: the class map 'no.yaml' does not exist"),
         ({"EXHAUSTIVE": "yes"}, r"EXTERNAL\[0\] is .* must be \{NAME"),

@@ -119,7 +119,7 @@ def test_missing_images_are_counted_and_named(write):
     with pytest.raises(
         ValueError,
         match=f"a.json: 8 of 10 images are missing below {images}: "
-        r"no/3.png, no/4.png, no/5.png, no/6.png, no/7.png, \.\.\.;",
+        r"no/3.png, no/4.png, no/5.png, no/6.png, no/7.png and 3 more;",
     ):
         load_json(json_file, images)
 
