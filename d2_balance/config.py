@@ -83,6 +83,26 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Factor in the exponent of REPEAT_FORM "eirfs", above 0.
     cfg.DATALOADER.REPEAT_ALPHA = 2.0
 
+    # Objects of rare classes that are pasted into other training images (arXiv:2012.07177).
+    cfg.DATALOADER.COPY_PASTE = CfgNode()
+    # Whether objects are pasted. Masks need INPUT.MASK_FORMAT bitmask.
+    cfg.DATALOADER.COPY_PASTE.ENABLED = False
+    # Classes in a smaller fraction of the training images are pasted, the rarer the more often,
+    # above 0.
+    cfg.DATALOADER.COPY_PASTE.THRESHOLD = 0.001
+    # Objects pasted into an image are 0 to so many, all numbers equally often; at least 1.
+    cfg.DATALOADER.COPY_PASTE.MAX_OBJECTS = 3
+    # Least and largest factor of an object's size, above 0. The paper's large-scale jitter is
+    # [0.1, 2.0], its standard jitter [0.8, 1.25].
+    cfg.DATALOADER.COPY_PASTE.SCALE = [0.8, 1.25]
+    # An object that is partly covered stays if no side of its box moves by more pixels, at least 0,
+    cfg.DATALOADER.COPY_PASTE.MAX_SHIFT = 10.0
+    # or if more pixels of it than that are left, at least 0.
+    cfg.DATALOADER.COPY_PASTE.MIN_PIXELS = 300
+    # Memory in each worker for objects that were read, at least 0. Another image must be read for
+    # an object that is not among them.
+    cfg.DATALOADER.COPY_PASTE.CACHE_MB = 64.0
+
     # Detections that the evaluation counts: per image with LVIS rules, per image and class with
     # COCO rules; 0 takes the rules' own limits, 300 and 100. TEST.DETECTIONS_PER_IMAGE is what the
     # model gives.
@@ -262,7 +282,7 @@ def add_balance_config(cfg: CfgNode) -> None:
     # TRAINABLE ["box_predictor.align"] trains that alone.
     _C.DISALIGN = False
 
-    # Suppression of overlapping boxes of a class in RoI heads at test time.
+    # Suppression of overlapping boxes of a class at test time, in RoI heads and dense heads.
     _C.TEST_NMS = CfgNode()
     # "hard" is Detectron2's, "linear" and "gaussian" lower scores in place of dropping boxes.
     _C.TEST_NMS.METHOD = "hard"

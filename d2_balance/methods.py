@@ -323,6 +323,14 @@ METHODS = (
         file="d2_balance/data/samplers.py",
     ),
     Method(
+        ("DATALOADER.COPY_PASTE",),
+        "rare classes, pasted into other images",
+        ("2012.07177",),
+        f"{LVIS1}/mask_rcnn_R_50_FPN_2x_copy_paste_rfs.yaml",
+        "LVIS v1 mask AP +3.6 on rare classes over the winner of 2020 (EfficientNet-B7)",
+        "d2_balance/data/copy_paste.py",
+    ),
+    Method(
         ("DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler",),
         "rare classes, by sampling (Detectron2's)",
         ("1908.03195",),

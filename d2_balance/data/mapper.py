@@ -1,8 +1,9 @@
-"""Detectron2's mapper with two more fields: ignore regions, and which objects have a mask."""
+"""Detectron2's mapper with ignore regions, objects without a mask, and copy-paste."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,20 @@ class BalancedMapper(DatasetMapper):
       `gt_has_mask` False, by which the mask head leaves them out.
 
     Arguments as DatasetMapper.
+
+    Attributes:
+        copy_paste: changes a mapped record, given the classes of its objects; None changes nothing.
     """
+
+    copy_paste: Callable[[dict[str, Any], Collection[int]], dict[str, Any]] | None = None
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """As DatasetMapper; objects are pasted last."""
+        record: dict[str, Any] = super().__call__(dataset_dict)
+        if self.copy_paste is None or "instances" not in record:
+            return record
+        classes = {a["category_id"] for a in dataset_dict["annotations"]}
+        return self.copy_paste(record, classes)
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]

@@ -56,7 +56,7 @@ def _sentences(
     sentences = [text for loss in losses for text in _of_loss(loss)]
     if counts is None:
         return sentences
-    checks = (_of_sampler, _of_norcal, _of_proposal_sampler, _of_beta_decay)
+    checks = (_of_sampler, _of_norcal, _of_proposal_sampler, _of_beta_decay, _of_copy_paste)
     return sentences + [text for check in checks for text in check(cfg, counts)]
 
 
@@ -101,6 +101,15 @@ def _of_sampler(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
         yield (
             f"{name}: no class is in fewer images than DATALOADER.REPEAT_THRESHOLD {threshold:g}; "
             f"the rarest is in {rarest:.2%}. No image is repeated."
+        )
+
+
+def _of_copy_paste(cfg: CfgNode, counts: ClassCounts) -> Iterator[str]:
+    node, rarest = cfg.DATALOADER.COPY_PASTE, _rarest(counts.frequency)
+    if node.ENABLED and rarest >= node.THRESHOLD:
+        yield (
+            f"DATALOADER.COPY_PASTE: no class is in fewer images than THRESHOLD "
+            f"{node.THRESHOLD:g}; the rarest is in {rarest:.2%}. Nothing is pasted."
         )
 
 

@@ -153,6 +153,7 @@ def test_files_and_configs_exist_and_the_config_uses_the_method(method):
     used |= {"TEST_NMS"} if balance.TEST_NMS.METHOD != "hard" else set()
     used |= {f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN}"}
     used |= {f"DATALOADER.REPEAT_FORM {cfg.DATALOADER.REPEAT_FORM}"}
+    used |= {"DATALOADER.COPY_PASTE"} if cfg.DATALOADER.COPY_PASTE.ENABLED else set()
     used |= {"SmoothL1"} if balance.BETA_DECAY.ENABLED else set()
     if not used & set(method.names):  # what an empty name stands for
         assert set(method.names) & {"Focal", "SmoothL1"}

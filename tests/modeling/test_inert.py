@@ -56,6 +56,11 @@ LONG_TAIL, EVEN = [400, 120, 40, 8, 2, 1], [100] * CLASSES
             [BALANCE + "BETA_DECAY.ENABLED", "True", "SOLVER.MAX_ITER", "10000"],
             "BETA_DECAY: AMOUNT is 0.01, PERIOD 10000 and .*MAX_ITER 10000; beta never falls",
         ),
+        (
+            EVEN,
+            ["DATALOADER.COPY_PASTE.ENABLED", "True", "DATALOADER.COPY_PASTE.THRESHOLD", "0.05"],
+            "COPY_PASTE: no class .* THRESHOLD 0.05; the rarest is in 10.00%. Nothing is pasted",
+        ),
         (EVEN, [BALANCE + "NORCAL.GAMMA", "0.6"], "NORCAL: all classes are equally frequent"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
+from d2_balance.data.copy_paste import add_copy_paste, check_copy_paste
 from d2_balance.data.mapper import BalancedMapper
 from d2_balance.data.records import Records, objects_of
 from d2_balance.data.samplers import (
@@ -199,6 +200,7 @@ def check_sampler(cfg: CfgNode) -> None:
             f"it; must be RepeatFactorTrainingSampler or {WEIGHTED}."
         )
     check_weights_of_sets(cfg)
+    check_copy_paste(cfg)
 
 
 def build_train_stream(cfg: CfgNode) -> Iterable[list[dict]]:
@@ -281,6 +283,13 @@ def _loader_parts(cfg: CfgNode) -> dict:
     """Return the arguments of Detectron2's loader, with our sampler if the config names one."""
     name, mapper = cfg.DATALOADER.SAMPLER_TRAIN, BalancedMapper(cfg, True)
     records = training_records(cfg)
+    if isinstance(records, list | Records):
+        add_copy_paste(mapper, cfg, records)
+    elif cfg.DATALOADER.COPY_PASTE.ENABLED:
+        raise ValueError(
+            "DATALOADER.COPY_PASTE.ENABLED True needs datasets that are lists of dicts; set it "
+            "False."
+        )
     if name == "RepeatFactorTrainingSampler" and isinstance(records, list | Records):
         factors = repeat_factors(records, *_repeating(cfg))
         sampler = RepeatFactorTrainingSampler(factors)

@@ -73,7 +73,7 @@ class SeededImages(Dataset):
                     index = int(same[np.random.randint(len(same))])
             if record:
                 break
-        return record | {SKIPPED: skipped} if skipped else record
+        return record | {SKIPPED: record.get(SKIPPED, {}) | skipped} if skipped else record
 
 
 class UnreadableImages:

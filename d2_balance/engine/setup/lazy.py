@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from d2_balance.config import add_balance_config
+from d2_balance.data.copy_paste import add_copy_paste
 from d2_balance.data.mapper import BalancedMapper
 from d2_balance.data.unreadable import SkipUnreadable
 from d2_balance.modeling.build import argument_key
@@ -292,6 +293,7 @@ def _train_stream(node: DictConfig, cfg: CfgNode) -> TrainStream:
     with seeded(seed):  # the sampler draws the seed of its order from numpy
         dataset = instantiate(node.dataset)
         mapper = instantiate(_balanced_mapper(node.mapper))
+        add_copy_paste(mapper, cfg, dataset)
         sampler = node.get("sampler")
         sampler = TrainingSampler(len(dataset)) if sampler is None else instantiate(sampler)
     return TrainStream(
