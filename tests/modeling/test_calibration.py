@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torchvision.ops import box_iou
 
 from d2_balance.data.class_counts import ClassCounts
 from d2_balance.modeling.postprocess.calibration import class_shift
 from d2_balance.modeling.postprocess.norcal import norcal
+from d2_balance.modeling.postprocess.soft_nms import soft_nms
 from d2_balance.modeling.postprocess.statistics import CalibrationStatistics, logit_statistics
 from d2_balance.modeling.roi_heads.cosine import CosineLinear, NormalizedConv2d
 
@@ -223,10 +226,11 @@ def test_weights_of_other_scores_are_refused_at_inference(own, other):
         model.eval()(make_inputs(images=1))
 
 
-@pytest.mark.parametrize("kind", ["faster", "cascade"])
+@pytest.mark.parametrize("kind", ["faster", "cascade", "retinanet", "fcos"])
 def test_soft_nms_keeps_what_hard_nms_drops(kind):
     keys = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 1000]
-    keys += ["MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.05]
+    for node in ("ROI_HEADS", "RETINANET", "FCOS"):
+        keys += [f"MODEL.{node}.NMS_THRESH_TEST", 0.05, f"MODEL.{node}.SCORE_THRESH_TEST", 0.0]
     hard = build_model(small_cfg(kind, *keys)).eval()
     counts = {}
     for method in ("linear", "gaussian"):
@@ -240,6 +244,62 @@ def test_soft_nms_keeps_what_hard_nms_drops(kind):
         assert (two.scores.diff() <= 0).all()
         torch.testing.assert_close(two.scores[0], one.scores[0])
     assert counts["linear"] == counts["gaussian"]
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_of_dense_heads_equals_the_loop(kind, method, monkeypatch):
+    node = kind.upper()
+    keys = [f"MODEL.{node}.SCORE_THRESH_TEST", 0.0, f"MODEL.{node}.NMS_THRESH_TEST", 1.0]
+    keys += ["TEST.DETECTIONS_PER_IMAGE", 4000, f"MODEL.{node}.TOPK_CANDIDATES_TEST", 60]
+    every = build_model(small_cfg(kind, *keys)).eval()
+    soft = build_model(small_cfg(kind, *keys, "MODEL.BALANCE.TEST_NMS.METHOD", method,
+                                 "MODEL.BALANCE.TEST_NMS.MIN_SCORE", 0.0,
+                                 "TEST.DETECTIONS_PER_IMAGE", 25)).eval()  # fmt: skip
+    torch.nn.init.normal_(every.head.cls_score.weight, std=0.05)
+    soft.load_state_dict(every.state_dict())
+    before = []
+    decode = type(every)._decode_multi_level_predictions
+    monkeypatch.setattr(
+        type(every),
+        "_decode_multi_level_predictions",
+        lambda self, *args: before.append(decode(self, *args)) or before[-1],
+    )
+    with torch.no_grad():
+        found = soft(make_inputs(images=1))[0]["instances"]
+    one = before[-1]
+    scores = one.scores.double().tolist()
+    boxes, classes = one.pred_boxes.tensor.double(), one.pred_classes.tolist()
+    expected, left = [], set(range(len(scores)))
+    while left:
+        best = max(left, key=lambda i: scores[i])
+        expected.append(scores[best])
+        left.remove(best)
+        for i in left:
+            if classes[i] != classes[best]:
+                continue
+            iou = float(box_iou(boxes[best : best + 1], boxes[i : i + 1]))
+            if method == "gaussian":
+                scores[i] *= math.exp(-iou * iou / 0.5)
+            elif iou > 0.3:
+                scores[i] *= 1 - iou
+    assert len(found) == 25
+    torch.testing.assert_close(found.scores.double(), torch.tensor(expected[:25]).double())
+
+
+def test_soft_nms_and_maskness_are_refused_in_exports():
+    keys = ["MODEL.BALANCE.TEST_NMS.METHOD", "linear"]
+    for kind in ("retinanet", "fcos", "faster"):
+        model = build_model(small_cfg(kind, *keys)).eval()
+        module = model if kind != "faster" else model.roi_heads.box_predictor
+        with pytest.raises(ValueError, match="METHOD 'linear' .* cannot be exported; must be 'ha"):
+            module.__prepare_scriptable__()
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+    with pytest.raises(ValueError, match="cannot be exported"):
+        torch.jit.trace(lambda b, s: soft_nms(b, s, s.long()), (boxes, torch.ones(1)))
+    model = build_model(small_cfg("mask", "MODEL.BALANCE.MASKNESS", 0.5)).eval()
+    with pytest.raises(ValueError, match=r"MASKNESS 0.5 cannot be scripted; must be 0, or trace"):
+        model.roi_heads.__prepare_scriptable__()
 
 
 def test_maskness_sorts_by_the_new_scores():
@@ -297,7 +357,6 @@ def test_disalign_starts_as_the_model_that_it_aligns():
 @pytest.mark.parametrize(
     "override",
     [
-        ("TEST_NMS.METHOD", "linear"),
         ("CLASSIFIER", "cosine"),
         ("MASK_PREDICTOR", "normalized"),
         ("DISALIGN", True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..build import (
     build_guided,
     build_proposal_sampler,
     build_reweighters,
+    build_test_nms,
     calibration_name,
     check_class_quantities,
 )
@@ -39,6 +40,7 @@ from ..image_context import (
     ignore_background,
     number_objects,
 )
+from ..postprocess.soft_nms import refuse_soft_nms, soft_nms
 from ..prior_init import load_prior, set_class_prior, set_class_thresholds
 from ..scripting import Scriptable
 
@@ -66,6 +68,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         "ignore_ioa": cfg.MODEL.BALANCE.IGNORE_IOA,
         "calibration": build_calibration(cfg, num_classes, "sigmoid"),
         "calibration_name": calibration_name(cfg),
+        "test_nms": build_test_nms(cfg),
     }
 
 
@@ -73,7 +76,6 @@ def _refuse_roi_keys(cfg: CfgNode, head: str) -> None:
     """Refuse keys that only RoI heads read."""
     balance = cfg.MODEL.BALANCE
     for key, value, off in (
-        ("TEST_NMS.METHOD", balance.TEST_NMS.METHOD, "hard"),
         ("CLASSIFIER", balance.CLASSIFIER, "linear"),
         ("MASK_PREDICTOR", balance.MASK_PREDICTOR, "conv"),
         ("DISALIGN", balance.DISALIGN, False),
@@ -111,6 +113,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
             fraction of the area do not count, in (0, 1].
         calibration: changes the class logits at test time, see `build_calibration`; None is off.
         calibration_name: what `calibration` is, as `Parts` has it.
+        test_nms: arguments of `soft_nms` at test time; None is Detectron2's suppression.
         **kwargs: as Detectron2's class.
 
     Raises:
@@ -149,6 +152,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         ignore_ioa: float = 0.5,
         calibration: nn.Module | None = None,
         calibration_name: str = "",
+        test_nms: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -172,7 +176,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
             anchor_sampler=anchor_sampler,
             calibration=calibration_name,
         )
-        self.calibration = calibration
+        self.calibration, self.test_nms = calibration, test_nms
         check_class_quantities(self.cls_loss, self.num_classes)
         if prior is not None:
             set_class_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
@@ -199,7 +203,36 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         calibrated: Tensor = self.calibration(split)
         return calibrated.movedim(-1, 2).reshape(logits.shape)
 
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[Tensor],
+        box_delta: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """As Detectron2's, with `test_nms`."""
+        if self.test_nms is None:
+            stock: Instances = super().inference_single_image(  # type: ignore[misc]
+                anchors, box_cls, box_delta, image_size
+            )
+            return stock
+        found = self._decode_multi_level_predictions(
+            anchors,
+            box_cls,
+            box_delta,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            image_size,
+        )
+        kept, scores = soft_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, **self.test_nms
+        )
+        detections: Instances = found[kept]
+        detections.scores = scores
+        return detections[: self.max_detections_per_image]
+
     def __prepare_scriptable__(self) -> nn.Module:
+        refuse_soft_nms(self.test_nms)
         if self.calibration is not None:
             raise ValueError(
                 "MODEL.BALANCE.CALIBRATION of dense heads cannot be scripted; trace the model."

@@ -17,6 +17,7 @@ Sources: Bodla et al., arXiv:1704.04503; maskness: Wang et al., SOLO, arXiv:1912
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,12 @@ def soft_nms(
 
     Returns:
         Indices (B',) of the boxes that are left, and their scores (B',), highest first.
+
+    Raises:
+        ValueError: it is traced, which would fix the number of steps.
     """
+    if torch.jit.is_tracing():
+        refuse_soft_nms({"method": method})
     if not len(boxes):
         return classes.new_empty(0), scores
     order = torch.argsort(scores, descending=True, stable=True)
@@ -73,6 +79,22 @@ def soft_nms(
     value = torch.where(present, scores[grid.clamp(min=0)], -torch.inf)
     box = boxes[grid.clamp(min=0)]
     return _decay(grid, box, value, method, iou_threshold, sigma, min_score, offset)
+
+
+def refuse_soft_nms(arguments: Mapping[str, Any] | None) -> None:
+    """Refuse to export soft-NMS.
+
+    Args:
+        arguments: of `soft_nms`; None is Detectron2's suppression, which can be exported.
+
+    Raises:
+        ValueError: naming the key and what it must be.
+    """
+    if arguments is not None:
+        raise ValueError(
+            f"MODEL.BALANCE.TEST_NMS.METHOD {arguments['method']!r} has a loop whose length "
+            "depends on the data, and cannot be exported; must be 'hard'."
+        )
 
 
 def _decay(

@@ -40,7 +40,7 @@ from ..build import (
 from ..compatibility import check_pairing
 from ..criterion import LossHead, PositiveNormalizer, SampleNormalizer, box_inputs
 from ..postprocess.norcal import norcal
-from ..postprocess.soft_nms import soft_nms_detections
+from ..postprocess.soft_nms import refuse_soft_nms, soft_nms_detections
 from ..prior_init import load_prior, set_class_prior, set_class_thresholds, set_softmax_prior
 from ..scripting import Scriptable, without_attributes
 from .cosine import CosineLinear
@@ -367,11 +367,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
     def __prepare_scriptable__(self) -> nn.Module:
         if self.align is not None:
             raise ValueError("MODEL.BALANCE.DISALIGN True cannot be scripted; trace the model.")
-        if self.test_nms is not None:
-            raise ValueError(
-                "MODEL.BALANCE.TEST_NMS has loops whose length depends on the data, and cannot be "
-                'exported; set METHOD "hard".'
-            )
+        refuse_soft_nms(self.test_nms)
         copied = without_attributes(self, self.training_only, _ScriptedOutputLayers)
         # losses with outputs of their own compute scores in ways that TorchScript cannot read
         example = torch.randn(3, self.cls_score.out_features, device=self.cls_score.weight.device)

@@ -134,6 +134,14 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
             result.append(one)
         return result
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self.maskness:
+            raise ValueError(
+                f"MODEL.BALANCE.MASKNESS {self.maskness} cannot be scripted; must be 0, or trace "
+                "the model."
+            )
+        return super().__prepare_scriptable__()
+
     def forward(
         self,
         images: ImageList,
