@@ -262,8 +262,14 @@ def add_balance_config(cfg: CfgNode) -> None:
     # Exponent of the fractal dimension of fracal, at least 0.
     _C.CALIBRATION.POWER = 2.0
     # JSON file of `d2-balance calibrate`: fractal dimensions for fracal, which "" counts on
-    # DATASETS.TRAIN; mean and variance of the logits of these weights for logn.
+    # DATASETS.TRAIN; mean and variance of the logits of these weights for logn, which "" collects
+    # at the end of a training. Both are saved with the weights, and "" finds them there.
     _C.CALIBRATION.STATISTICS = ""
+    # Training batches of logn's pass at the end of a training, at least 0; 0 is one epoch.
+    _C.CALIBRATION.MAX_ITER = 0
+    # Fraction of a new batch in the moving averages of the authors' logn, in [0, 1): 1e-4 in their
+    # code, 5e-5 in their configs; 0 has the exact mean and variance.
+    _C.CALIBRATION.MOMENTUM = 0.0
 
     # Layer that gives the class logits of RoI heads: "linear", or "cosine" of normalised features
     # and weights (in each stage of a cascade).

@@ -257,9 +257,16 @@ METHODS = (
         file="d2_balance/modeling/postprocess/calibration.py",
     ),
     Method(
-        ("CALIBRATION.NAME fracal", "CALIBRATION.NAME logn"),
+        ("CALIBRATION.NAME logn",),
         "rare classes, at test time",
-        ("2410.11774", "2203.17020"),
+        ("2203.17020",),
+        f"{LVIS1}/mask_rcnn_R_50_FPN_2x_logn_rfs.yaml",
+        file="d2_balance/modeling/postprocess/calibration.py",
+    ),
+    Method(
+        ("CALIBRATION.NAME fracal",),
+        "rare classes, at test time",
+        ("2410.11774",),
         f"{LVIS1}/mask_rcnn_R_50_FPN_2x_fracal_rfs.yaml",
         "LVIS v1 mask AP 28.5 (FRACAL, R-50 2x, RFS, CARAFE)",
         "d2_balance/modeling/postprocess/calibration.py",
@@ -312,7 +319,7 @@ METHODS = (
         ("DATALOADER.REPEAT_FORM irfs",),
         "rare classes, by sampling on images and objects",
         ("2305.08069",),
-        "configs/quick_schedules/faster_rcnn_R_18_irfs_mini_lvis.yaml",
+        f"{LVIS1}/mask_rcnn_R_50_FPN_1x_irfs.yaml",
         file="d2_balance/data/samplers.py",
     ),
     Method(

@@ -82,9 +82,9 @@ def cpu_cfg(file, directory):
     path = str(directory / "statistics.json")
     ClassCounts(counts, counts * 2, 100_000, names).save(path)
     cfg.MODEL.BALANCE.CLASS_COUNTS_FILE = path
-    if cfg.MODEL.BALANCE.CALIBRATION.NAME == "fracal":  # "" counts on the training set
+    if cfg.MODEL.BALANCE.CALIBRATION.NAME in ("fracal", "logn"):  # "" needs the training set
         path = str(directory / "calibration.json")
-        CalibrationStatistics(tuple(names), (1.5,) * classes).save(path)
+        CalibrationStatistics(tuple(names), *((1.5,) * classes,) * 3).save(path)
         cfg.MODEL.BALANCE.CALIBRATION.STATISTICS = path
     return cfg
 

@@ -48,6 +48,8 @@ class ModelClasses:
         groups: K letters "r", "c", "f" of the training file, or None.
         score_thresholds: K scores in [0, 1] that detections must exceed, or None (the config's).
         activation: one of `ACTIVATIONS`, or None if unknown.
+        calibration: what the calibration of the model was made from, lists by the fields of
+            `CalibrationStatistics`, or None.
     """
 
     names: tuple[str, ...]
@@ -58,6 +60,7 @@ class ModelClasses:
     groups: tuple[str, ...] | None = None
     score_thresholds: tuple[float, ...] | None = None
     activation: str | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in _COLUMNS:
@@ -83,10 +86,12 @@ class ModelClasses:
             if getattr(self, field) is not None
         }
         rows = zip(*columns.values(), strict=True)
+        measured = {} if self.calibration is None else {"calibration": dict(self.calibration)}
         return {
             "activation": self.activation,
             "num_images": self.num_images,
             "classes": [dict(zip(columns, row, strict=True)) for row in rows],
+            **measured,
         }
 
     @classmethod
@@ -107,7 +112,12 @@ class ModelClasses:
             columns[field] = values or None
         columns |= {"names": columns["names"] or (), "category_ids": columns["category_ids"] or ()}
         try:
-            return cls(**columns, num_images=saved.num_images, activation=saved.activation)
+            return cls(
+                **columns,
+                num_images=saved.num_images,
+                activation=saved.activation,
+                calibration=saved.calibration,
+            )
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -166,6 +176,7 @@ class ModelClasses:
             groups=None if counts is None else counts.file_groups,
             score_thresholds=class_thresholds(model),
             activation=class_activation(model),
+            calibration=calibration_measured(model),
         )
 
     @classmethod
@@ -207,6 +218,7 @@ class _Saved(msgspec.Struct):
     classes: list[_Class]
     num_images: int | None = None
     activation: str | None = None
+    calibration: dict[str, Any] | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -244,6 +256,12 @@ def class_thresholds(model: nn.Module) -> tuple[float, ...] | None:
         if isinstance(thresholds, Tensor) and thresholds.dim() == 1:
             return tuple(thresholds.tolist())
     return None
+
+
+def calibration_measured(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return what the calibration of a model was made from, if it was measured."""
+    found = (getattr(module, "measured", None) for module in model.modules())
+    return next((each for each in found if each), None)
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -159,6 +159,8 @@ def _forget_training_files(cfg: CfgNode) -> None:
     """Leave out files of the training, whose content came into the checkpoint."""
     balance = cfg.MODEL.BALANCE
     balance.CLASS_COUNTS_FILE = FROM_CHECKPOINT
+    if not os.path.isfile(balance.CALIBRATION.STATISTICS):
+        balance.CALIBRATION.STATISTICS = ""
     if balance.PRIOR_FILE and not os.path.isfile(balance.PRIOR_FILE):
         balance.PRIOR_FILE, balance.CLASS_THRESHOLDS = "", False
 

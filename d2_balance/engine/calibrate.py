@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
 from d2_balance.data.checks.classes import configured_num_classes
 from d2_balance.data.class_counts import ClassCounts
-from d2_balance.modeling.postprocess.statistics import (
-    CalibrationStatistics,
-    dataset_dimensions,
-    logit_statistics,
-)
+from d2_balance.modeling.postprocess.statistics import CalibrationStatistics, dataset_dimensions
 from d2_balance.utils.config_tree import changed
-from d2_balance.utils.progress import progress
 
+from .hooks.logit_statistics import collect_logits
 from .trainer import BalancedTrainer
 
 
@@ -29,7 +22,7 @@ def measure(cfg: CfgNode, max_iter: int = 0) -> CalibrationStatistics:
         max_iter: training batches of the pass; 0 is one epoch.
 
     Raises:
-        ValueError: there is no training set, or the model has no single classifier.
+        ValueError: there is no training set, or the model has no RoI heads.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; must name the training set.")
@@ -38,13 +31,11 @@ def measure(cfg: CfgNode, max_iter: int = 0) -> CalibrationStatistics:
     dimension = tuple(dataset_dimensions(tuple(cfg.DATASETS.TRAIN), num_classes).tolist())
     if not cfg.MODEL.WEIGHTS:
         return CalibrationStatistics(counts.class_names, dimension)
-    model = BalancedTrainer.build_model(changed(cfg, {"MODEL.BALANCE.CALIBRATION.NAME": ""}))
+    key = "MODEL.BALANCE.CALIBRATION."
+    cfg = changed(cfg, {key + "NAME": "", key + "MAX_ITER": max_iter})
+    model = BalancedTrainer.build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    steps = max_iter or math.ceil(counts.num_images / cfg.SOLVER.IMS_PER_BATCH)
-    batches = itertools.islice(iter(BalancedTrainer.build_train_loader(cfg)), steps)
-    logits = logit_statistics(
-        model, progress(batches, "counting logits", steps, unit="batches"), num_classes
-    )
-    return CalibrationStatistics(
-        counts.class_names, dimension, tuple(logits.mean.tolist()), tuple(logits.variance.tolist())
+    logits = collect_logits(cfg, BalancedTrainer.build_train_loader, model)
+    return CalibrationStatistics.of_values(
+        counts.class_names, {"fractal_dimension": dimension, **logits}, cfg.MODEL.WEIGHTS
     )

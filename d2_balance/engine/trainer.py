@@ -26,6 +26,7 @@ from d2_balance.evaluation.evaluators import build_evaluator
 from d2_balance.losses import BoxLoss, ClassificationLoss
 from d2_balance.modeling.criterion import Normalizer
 from d2_balance.modeling.inert import inert_remedies
+from d2_balance.modeling.postprocess.statistics import fill_from_weights
 from d2_balance.modeling.roi_heads.feature_memory import FeatureMemory
 from d2_balance.modeling.tta import AugmentedRCNN, augmentation_config
 from d2_balance.reweight import Reweighter
@@ -39,6 +40,7 @@ from .hooks.beta_decay import BetaDecay
 from .hooks.ema import WeightAverage
 from .hooks.example_detections import ExampleDetections, ImageWriter
 from .hooks.interrupt import SaveOnSignal
+from .hooks.logit_statistics import CollectLogits
 from .hooks.loss_stats import LossStats
 from .hooks.nonfinite import (
     FiniteLosses,
@@ -49,7 +51,7 @@ from .hooks.nonfinite import (
 from .hooks.validation_loss import ValidationLoss
 from .hooks.writers import ClassAP, ClassAPWriter, log_writers
 from .replay.saved_batch import BatchSaver
-from .resume.checkpoint import BalancedCheckpointer
+from .resume.checkpoint import BalancedCheckpointer, resumable_files
 from .resume.data_stream import TrainStream, build_train_stream
 from .resume.random_state import SeedSteps
 from .resume.run_state import FinishIteration, RunState
@@ -132,7 +134,9 @@ class BalancedTrainer(DefaultTrainer):
         weights = BalancedCheckpointer(self.model, self.cfg.OUTPUT_DIR, **saved)
         self._average = WeightAverage.from_config(self.cfg, self.model, weights)
         place = next(i for i, h in enumerate(found) if isinstance(h, behind))
-        found[place:place] = [self._average, state]
+        parts = (self.cfg, self.build_train_loader, self.model, self._measuring)
+        self._logits = CollectLogits(*parts, (self.checkpointer, weights))
+        found[place:place] = [self._average, state, self._logits]
         place = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
         found[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
         best = BestModel.from_config(self.cfg, weights, self._measured_weights)
@@ -327,6 +331,7 @@ class BalancedTrainer(DefaultTrainer):
         """
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(True)
+            fill_from_weights(self.model, resumable_files(self.cfg.OUTPUT_DIR)[0])
         else:
             self.weights = load_pretrained(self.cfg, self.model, _loss_state(self.model))
 
@@ -346,6 +351,11 @@ class BalancedTrainer(DefaultTrainer):
                 f"The run in {self.cfg.OUTPUT_DIR} has all of its {self.max_iter} iterations; "
                 "it is evaluated again. A larger SOLVER.MAX_ITER would continue it."
             )
+            if (
+                self._logits.wanted and self._logits.missing
+            ):  # a signal came while they were counted
+                self._logits.collect()
+                self.checkpointer.save("model_final", iteration=self.max_iter - 1)
             with self._measured_weights():
                 self._last_eval_results = self.test(self.cfg, self.model)
         else:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.utils.file_io import PathManager
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from d2_balance.data.class_counts import FROM_CHECKPOINT, ClassCounts
-from d2_balance.data.model_classes import class_counts, saved_loss_state
+from d2_balance.data.model_classes import ModelClasses, class_counts, saved_loss_state
 from d2_balance.losses import (
     BOX_LOSSES,
     CLS_LOSSES,
@@ -32,7 +33,15 @@ from d2_balance.sampling import (
     AnchorSampler,
     ProposalSampler,
 )
-from d2_balance.utils.rules import ABOVE_0, AT_LEAST_0, FRACTION, Rule, check_values, one_of
+from d2_balance.utils.rules import (
+    ABOVE_0,
+    AT_LEAST_0,
+    COUNT_OR_0,
+    FRACTION,
+    Rule,
+    check_values,
+    one_of,
+)
 
 from .compatibility import HEADS, check_pairing, check_proposal_sampler
 from .postprocess.calibration import (
@@ -45,7 +54,7 @@ from .postprocess.calibration import (
     class_shift,
 )
 from .postprocess.soft_nms import METHODS
-from .postprocess.statistics import CalibrationStatistics, dataset_dimensions
+from .postprocess.statistics import FIELDS, CalibrationStatistics, dataset_dimensions
 
 # Constructor arguments without a default are quantities of the training set.
 DATA_ARGUMENTS = {
@@ -73,6 +82,8 @@ RULES: dict[str, Rule] = {
     "MODEL.BALANCE.CALIBRATION.REFERENCE": one_of(REFERENCES),
     "MODEL.BALANCE.CALIBRATION.TAU": AT_LEAST_0,
     "MODEL.BALANCE.CALIBRATION.POWER": AT_LEAST_0,
+    "MODEL.BALANCE.CALIBRATION.MOMENTUM": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "MODEL.BALANCE.CALIBRATION.MAX_ITER": COUNT_OR_0,
     "MODEL.BALANCE.NORCAL.GAMMA": AT_LEAST_0,
 }
 """What the values of keys must be that the functions below read."""
@@ -417,29 +428,45 @@ def _logit_adjustment(cfg: CfgNode, num_classes: int, activation: str) -> nn.Mod
 def _fracal(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module:
     node = cfg.MODEL.BALANCE.CALIBRATION
     shift = _shift(cfg, num_classes, "base10", "average", 1.0)
-    if node.STATISTICS:
-        dimension = _measured(cfg).column("fractal_dimension", num_classes, node.STATISTICS)
+    statistics, source = _measured(cfg)
+    if statistics is not None and (node.STATISTICS or not _train_sets_here(cfg)):
+        dimension = statistics.column("fractal_dimension", num_classes, source)
     else:
         dimension = dataset_dimensions(tuple(cfg.DATASETS.TRAIN), num_classes)
+    measured = {"fractal_dimension": dimension.tolist()}
     if activation == "sigmoid":
-        return FracalSigmoid(shift, dimension, node.POWER)
-    return Shift(shift - node.POWER * dimension.log())
+        return FracalSigmoid(shift, dimension, node.POWER, measured)
+    return Shift(shift - node.POWER * dimension.log(), measured)
 
 
 def _logn(cfg: CfgNode, num_classes: int, activation: str) -> nn.Module:
-    path, measured = cfg.MODEL.BALANCE.CALIBRATION.STATISTICS, _measured(cfg)
-    fields = ("logit_mean", "logit_variance")
-    return LogN(*(measured.column(field, num_classes, path) for field in fields))
-
-
-def _measured(cfg: CfgNode) -> CalibrationStatistics:
-    node = cfg.MODEL.BALANCE.CALIBRATION
-    if not node.STATISTICS:
+    statistics, source = _measured(cfg)
+    if statistics is None or (statistics.logit_mean is None and source == cfg.MODEL.WEIGHTS):
+        if _train_sets_here(cfg):
+            return LogN()  # a training collects them at its end
         raise ValueError(
-            f"MODEL.BALANCE.CALIBRATION.NAME {node.NAME!r} needs MODEL.BALANCE.CALIBRATION."
-            "STATISTICS, which is empty; must be a file of `d2-balance calibrate`."
+            "MODEL.BALANCE.CALIBRATION.NAME 'logn' needs MODEL.BALANCE.CALIBRATION.STATISTICS, "
+            "which is empty; must be a file of `d2-balance calibrate`, as MODEL.WEIGHTS holds none."
         )
-    return CalibrationStatistics.load(node.STATISTICS)
+    return LogN(*(statistics.column(f, num_classes, source) for f in FIELDS[1:]))
+
+
+def _train_sets_here(cfg: CfgNode) -> bool:
+    """Whether the training sets are here, and counts of a checkpoint are not asked for."""
+    here = [name in DatasetCatalog for name in cfg.DATASETS.TRAIN]
+    return bool(here) and all(here) and cfg.MODEL.BALANCE.CLASS_COUNTS_FILE != FROM_CHECKPOINT
+
+
+def _measured(cfg: CfgNode) -> tuple[CalibrationStatistics | None, str]:
+    """Statistics of STATISTICS, else those saved with MODEL.WEIGHTS, and the file that has them."""
+    path, weights = cfg.MODEL.BALANCE.CALIBRATION.STATISTICS, cfg.MODEL.WEIGHTS
+    saved = ModelClasses.of_weights(weights)
+    found = saved is not None and saved.calibration is not None
+    if path and (PathManager.isfile(path) or not found):
+        return CalibrationStatistics.load(path), path
+    if saved is None or saved.calibration is None:
+        return None, ""
+    return CalibrationStatistics.of_values(saved.names, saved.calibration, weights), weights
 
 
 _CALIBRATIONS = {"logit_adjustment": _logit_adjustment, "fracal": _fracal, "logn": _logn}

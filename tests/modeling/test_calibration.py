@@ -11,13 +11,18 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import box_iou
 
 from d2_balance.data.class_counts import ClassCounts
-from d2_balance.modeling.postprocess.calibration import class_shift
+from d2_balance.modeling.postprocess.calibration import LogitStatistics, LogN, class_shift
 from d2_balance.modeling.postprocess.norcal import norcal
 from d2_balance.modeling.postprocess.soft_nms import soft_nms
-from d2_balance.modeling.postprocess.statistics import CalibrationStatistics, logit_statistics
+from d2_balance.modeling.postprocess.statistics import (
+    CalibrationStatistics,
+    logit_statistics,
+    measured_logits,
+)
 from d2_balance.modeling.roi_heads.cosine import CosineLinear, NormalizedConv2d
 
 from ..conftest import CLASSES, make_inputs, small_cfg
+from ..two_ranks import results_of_two_ranks
 
 NODE = "MODEL.BALANCE.CALIBRATION."
 NAME = NODE + "NAME"
@@ -62,6 +67,8 @@ def test_a_model_without_it_and_with_it(counts_file):
         ([NODE + "LINK", "cube"], "CALIBRATION.LINK is 'cube'; must be one of '', 'raw', 'base2'"),
         ([NODE + "COUNT", "boxes"], "COUNT is 'boxes'; must be one of 'images', 'objects'"),
         ([NODE + "REFERENCE", "two"], "REFERENCE is 'two'; must be one of 'none', 'one'"),
+        ([NODE + "MOMENTUM", 1.0], r"CALIBRATION.MOMENTUM is 1.0; must be a number in \[0, 1\)"),
+        ([NODE + "MAX_ITER", -1], "CALIBRATION.MAX_ITER is -1; must be an integer of at least 0"),
         ([NODE + "TAU", -1.0], "CALIBRATION.TAU is -1.0; must be a number of at least 0"),
         ([NAME, "logn"], "'logn' needs MODEL.BALANCE.CALIBRATION.STATISTICS, which is empty"),
         ([NAME, "fracal"], "'fracal' counts on DATASETS.TRAIN, which is not here"),
@@ -197,7 +204,7 @@ def test_the_pass_collects_what_the_head_sees_and_changes_nothing():
     predictor = model.roi_heads.box_predictor
     hook = predictor.register_forward_hook(lambda m, i, out: seen.append(out[0][:, :CLASSES]))
     batches = [make_inputs(seed=0), make_inputs(seed=1, empty=(0,))]
-    statistics = logit_statistics(model, batches, CLASSES)
+    (statistics,) = logit_statistics(model, batches, CLASSES)
     hook.remove()
     every = torch.cat(seen).double()
     torch.testing.assert_close(statistics.mean, every.mean(0))
@@ -206,7 +213,74 @@ def test_the_pass_collects_what_the_head_sees_and_changes_nothing():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     with pytest.raises(ValueError, match="must be BalancedStandardROIHeads"):
-        logit_statistics(build_model(small_cfg("cascade")), batches, CLASSES)
+        logit_statistics(build_model(small_cfg("retinanet")), batches, CLASSES)
+
+
+def test_every_stage_of_a_cascade_has_statistics_of_its_own(tmp_path):
+    cfg = small_cfg("cascade")
+    model = build_model(cfg).train()
+    stages, seen = model.roi_heads.box_predictor, {0: [], 1: [], 2: []}
+    for number, stage in enumerate(stages):
+        torch.nn.init.constant_(stage.cls_score.bias, float(number))
+        stage.register_forward_hook(lambda m, i, out, n=number: seen[n].append(out[0][:, :CLASSES]))
+    found = logit_statistics(model, [make_inputs(seed=0), make_inputs(seed=1)], CLASSES)
+    for number, one in enumerate(found):
+        torch.testing.assert_close(one.mean, torch.cat(seen[number]).double().mean(0))
+    path = str(tmp_path / "calibration.json")
+    statistics = CalibrationStatistics(
+        tuple("abcdef"), DIMENSION, *map(_tuples, measured_logits(found).values())
+    )
+    statistics.save(path)
+    assert CalibrationStatistics.load(path) == statistics
+    cfg = small_cfg("cascade", NAME, "logn", NODE + "STATISTICS", path)
+    for one, stage in zip(found, build_model(cfg).roi_heads.box_predictor, strict=True):
+        torch.testing.assert_close(stage.calibration.mean, one.mean - one.mean.min())
+        torch.testing.assert_close(stage.calibration.std, one.variance.sqrt())
+    two = [values[:2] for values in (statistics.logit_mean, statistics.logit_variance)]
+    CalibrationStatistics(statistics.class_names, DIMENSION, *two).save(path)
+    with pytest.raises(ValueError, match="statistics of 2 cascade stages and the model has more"):
+        build_model(cfg)
+
+
+def _tuples(values):
+    return tuple(map(tuple, values))
+
+
+def test_logn_without_statistics_waits_for_those_of_the_training():
+    layer, logits = LogN(), torch.randn(4, 3)
+    with pytest.raises(
+        ValueError, match="the loaded weights hold no statistics of logits; set MOD"
+    ):
+        layer(logits)
+    layer.forget()
+    assert torch.equal(layer(logits), logits)
+    layer.fill(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([4.0, 0.0, 1.0]))
+    expected = (logits - torch.tensor([0.0, 2.0, 1.0])) / torch.tensor([2.0, 1.0, 1.0])
+    torch.testing.assert_close(layer(logits), expected)
+    assert layer(logits.half()).dtype == torch.float16 and not layer.state_dict()
+
+
+def batches_of(rank):
+    return torch.randn(5, 13, 4, generator=torch.Generator().manual_seed(rank))
+
+
+def collected(rank):
+    found = {}
+    for momentum in (None, 0.3):
+        statistics = LogitStatistics(4, momentum)
+        for batch in batches_of(rank) if rank != 1 or momentum else batches_of(rank)[:2]:
+            statistics.add(batch)
+        statistics.merge_ranks()
+        found[momentum] = statistics.mean, statistics.variance
+    return found
+
+
+def test_statistics_of_two_ranks_are_those_of_all_samples(tmp_path):
+    first, second = results_of_two_ranks(collected, tmp_path)
+    every = torch.cat([batches_of(0).flatten(0, 1), batches_of(1)[:2].flatten(0, 1)]).double()
+    for found in (first, second):
+        torch.testing.assert_close(found[None], (every.mean(0), every.var(0)))
+    torch.testing.assert_close(first[0.3], second[0.3])  # the first rank's, as the release saves
 
 
 SCORES = {"": "softmax", "SigmoidCE": "sigmoid", "GumbelCE": "gumbel"}
@@ -228,10 +302,11 @@ def test_weights_of_other_scores_are_refused_at_inference(own, other):
 
 @pytest.mark.parametrize("kind", ["faster", "cascade", "retinanet", "fcos"])
 def test_soft_nms_keeps_what_hard_nms_drops(kind):
-    keys = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 1000]
+    keys = ["TEST.DETECTIONS_PER_IMAGE", 10000]
     for node in ("ROI_HEADS", "RETINANET", "FCOS"):
         keys += [f"MODEL.{node}.NMS_THRESH_TEST", 0.05, f"MODEL.{node}.SCORE_THRESH_TEST", 0.0]
     hard = build_model(small_cfg(kind, *keys)).eval()
+    spread_boxes(hard)
     counts = {}
     for method in ("linear", "gaussian"):
         soft = build_model(small_cfg(kind, *keys, "MODEL.BALANCE.TEST_NMS.METHOD", method,
@@ -248,43 +323,41 @@ def test_soft_nms_keeps_what_hard_nms_drops(kind):
 
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
-def test_soft_nms_of_dense_heads_equals_the_loop(kind, method, monkeypatch):
-    node = kind.upper()
-    keys = [f"MODEL.{node}.SCORE_THRESH_TEST", 0.0, f"MODEL.{node}.NMS_THRESH_TEST", 1.0]
-    keys += ["TEST.DETECTIONS_PER_IMAGE", 4000, f"MODEL.{node}.TOPK_CANDIDATES_TEST", 60]
-    every = build_model(small_cfg(kind, *keys)).eval()
-    soft = build_model(small_cfg(kind, *keys, "MODEL.BALANCE.TEST_NMS.METHOD", method,
-                                 "MODEL.BALANCE.TEST_NMS.MIN_SCORE", 0.0,
-                                 "TEST.DETECTIONS_PER_IMAGE", 25)).eval()  # fmt: skip
-    torch.nn.init.normal_(every.head.cls_score.weight, std=0.05)
-    soft.load_state_dict(every.state_dict())
-    before = []
-    decode = type(every)._decode_multi_level_predictions
-    monkeypatch.setattr(
-        type(every),
-        "_decode_multi_level_predictions",
-        lambda self, *args: before.append(decode(self, *args)) or before[-1],
-    )
+def test_soft_nms_of_dense_heads_equals_the_loop(kind, method):
+    node = f"MODEL.{kind.upper()}."
+    keys = [node + "SCORE_THRESH_TEST", 0.0, node + "TOPK_CANDIDATES_TEST", 60]
+    keys += ["MODEL.BALANCE.TEST_NMS.METHOD", method, "MODEL.BALANCE.TEST_NMS.MIN_SCORE", 0.0]
+    model = build_model(small_cfg(kind, *keys, "TEST.DETECTIONS_PER_IMAGE", 25)).eval()
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.05)
+    spread_boxes(model)
+    before, after = [], []
+    decode, single = model._decode_multi_level_predictions, model.inference_single_image
+    model._decode_multi_level_predictions = lambda *a: before.append(decode(*a)) or before[-1]
+    model.inference_single_image = lambda *a: after.append(single(*a)) or after[-1]
     with torch.no_grad():
-        found = soft(make_inputs(images=1))[0]["instances"]
-    one = before[-1]
-    scores = one.scores.double().tolist()
-    boxes, classes = one.pred_boxes.tensor.double(), one.pred_classes.tolist()
+        model(make_inputs(images=1))
+    scores = before[0].scores.double().tolist()
+    boxes, classes = before[0].pred_boxes.tensor.double(), before[0].pred_classes.tolist()
+    iou = box_iou(boxes, boxes).nan_to_num().tolist()
     expected, left = [], set(range(len(scores)))
     while left:
         best = max(left, key=lambda i: scores[i])
         expected.append(scores[best])
         left.remove(best)
         for i in left:
-            if classes[i] != classes[best]:
-                continue
-            iou = float(box_iou(boxes[best : best + 1], boxes[i : i + 1]))
-            if method == "gaussian":
-                scores[i] *= math.exp(-iou * iou / 0.5)
-            elif iou > 0.3:
-                scores[i] *= 1 - iou
-    assert len(found) == 25
-    torch.testing.assert_close(found.scores.double(), torch.tensor(expected[:25]).double())
+            if classes[i] == classes[best] and method == "gaussian":
+                scores[i] *= math.exp(-(iou[best][i] ** 2) / 0.5)
+            elif classes[i] == classes[best] and iou[best][i] > 0.3:
+                scores[i] *= 1 - iou[best][i]
+    assert len(after[0]) == 25 < len(expected)
+    expected = torch.tensor(expected[:25])
+    torch.testing.assert_close(after[0].scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def spread_boxes(model):
+    """Let an untrained FCOS predict boxes that overlap."""
+    if type(model).__name__ == "BalancedFCOS":
+        torch.nn.init.constant_(model.head.bbox_pred.bias, 2.0)
 
 
 def test_soft_nms_and_maskness_are_refused_in_exports():

@@ -7,6 +7,7 @@ would run code is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import glob
 import logging
@@ -105,6 +106,11 @@ class BalancedCheckpointer(DetectionCheckpointer):
             if file_name == _FINAL:
                 raise RunStopped(message) from error
             logger.error(message)
+
+    def add_calibration(self, measured: Mapping[str, Any]) -> None:
+        """Save from now on what the calibration of the model was made from."""
+        if self._classes is not None:
+            self._classes = dataclasses.replace(self._classes, calibration=measured)
 
     def save_classes(self) -> None:
         """Write classes.json into the run's directory, on the first rank."""

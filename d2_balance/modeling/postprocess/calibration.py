@@ -23,14 +23,19 @@ Zhao et al., arXiv:2203.17020 (LogN).
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Reference = Literal["none", "one", "average"]
 REFERENCES = ("none", "one", "average")
+Measured = Mapping[str, Sequence[Any]]
+"""What was measured for a calibration, by the fields of `CalibrationStatistics`."""
+
 LINKS = ("raw", "base2", "base10", "smooth", "prob", "normit", "gombit")
 
 
@@ -131,12 +136,14 @@ class Shift(nn.Module):
 
     Args:
         shift: (K,).
+        measured: fractal dimensions that it was made from, to be saved with the model.
     """
 
     shift: Tensor
 
-    def __init__(self, shift: Tensor) -> None:
+    def __init__(self, shift: Tensor, measured: Measured | None = None) -> None:
         super().__init__()
+        self.measured = measured
         self.register_buffer("shift", shift.double(), persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -151,12 +158,15 @@ class FracalSigmoid(Shift):
         shift: (K,) s.
         dimension: (K,) D, at least 1.
         power: l, at least 0.
+        measured: see `Shift`.
     """
 
-    def __init__(self, shift: Tensor, dimension: Tensor, power: float) -> None:
+    def __init__(
+        self, shift: Tensor, dimension: Tensor, power: float, measured: Measured | None = None
+    ) -> None:
         log_power = power * dimension.double().log()
         q = (log_power.logsumexp(0) - log_power - math.log(len(log_power))) / math.log(10)
-        super().__init__(shift.double() + q)
+        super().__init__(shift.double() + q, measured)
 
     def forward(self, logits: Tensor) -> Tensor:
         log_prob = F.logsigmoid(logits) + F.logsigmoid(super().forward(logits))
@@ -166,23 +176,71 @@ class FracalSigmoid(Shift):
 class LogN(nn.Module):
     """Logit normalisation: every class has the same spread of logits on training images.
 
+    Without statistics it refuses to calibrate, or changes nothing where `waits` is set: those of a
+    training come at its end.
+
     Args:
-        mean: (K,) mean of the logits of each class.
-        variance: (K,) their variance; below 1e-11 it counts as 1.
+        mean: (K,) mean of the logits of each class, or (S, K) for the S stages of a cascade; None
+            if they are not known yet.
+        variance: their variance, likewise; below 1e-11 it counts as 1.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+    def __init__(self, mean: Tensor | None = None, variance: Tensor | None = None) -> None:
         super().__init__()
-        mean, variance = mean.double(), variance.double()
-        std = torch.where(variance < 1e-11, torch.ones_like(variance), variance).sqrt()
-        self.register_buffer("mean", mean - mean.min(), persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.waits = False
+        self.measured: Measured | None = None
+        self.stage = 0
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float64), persistent=False)
+        if mean is not None and variance is not None:
+            self.fill(mean, variance)
+
+    def fill(self, mean: Tensor, variance: Tensor) -> None:
+        """Take statistics as the constructor does; those of `stage` are used.
+
+        Raises:
+            ValueError: they are of fewer stages.
+        """
+        self.measured = {"logit_mean": mean.tolist(), "logit_variance": variance.tolist()}
+        if mean.dim() == 2:
+            if self.stage >= len(mean):
+                raise ValueError(
+                    f"LogN has statistics of {len(mean)} cascade stages and the model has more; "
+                    "run `d2-balance calibrate` with this model."
+                )
+            mean, variance = mean[self.stage], variance[self.stage]
+        mean, variance = (x.double().to(self.mean.device) for x in (mean, variance))
+        self.mean = mean - mean.min()
+        self.std = torch.where(variance < 1e-11, torch.ones_like(variance), variance).sqrt()
+
+    def forget(self) -> None:
+        """Drop the statistics and wait for new ones."""
+        self.waits, self.measured = True, None
+        self.mean, self.std = self.mean[:0], self.std[:0]
+
+    def of_stage(self, stage: int) -> None:
+        """Use the statistics of a cascade stage."""
+        self.stage = stage
+        if self.measured is not None:
+            self.fill(*(torch.tensor(v, dtype=torch.float64) for v in self.measured.values()))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Return calibrated logits of (..., K) logits."""
+        """Return calibrated logits of (..., K) logits.
+
+        Raises:
+            ValueError: there are no statistics.
+        """
+        if self.measured is None:
+            if self.waits:
+                return logits
+            raise ValueError(
+                "MODEL.BALANCE.CALIBRATION.NAME 'logn': the loaded weights hold no statistics of "
+                "logits; set MODEL.BALANCE.CALIBRATION.STATISTICS to a file of `d2-balance "
+                "calibrate`."
+            )
         return (logits - self.mean.to(logits.dtype)) / self.std.to(logits.dtype)
 
 
@@ -218,11 +276,26 @@ class LogitStatistics:
             self._mean.lerp_(mean, self.momentum)
             self._square.lerp_(deviation / (samples - 1), self.momentum)
             return
-        total = self._count + samples  # Chan et al.: sums of squares about a common mean
+        self._join(samples, mean, deviation)
+
+    def merge_ranks(self) -> None:
+        """Join what all ranks have seen; moving averages are those of the first rank.
+
+        Every rank must call this.
+        """
+        ranks = comm.all_gather((self._count, self._mean, self._square))
+        self._count, self._mean, self._square = ranks[0]
+        if self.momentum is None:
+            for count, mean, square in ranks[1:]:
+                self._join(count, mean, square)
+
+    def _join(self, count: int, mean: Tensor, square: Tensor) -> None:
+        """Take `count` more samples (Chan et al.: sums of squares about a common mean)."""
+        total = max(self._count + count, 1)
         delta = mean - self._mean
-        self._square += deviation + delta.square() * self._count * samples / total
-        self._mean += delta * samples / total
-        self._count = total
+        self._square = self._square + square + delta.square() * (self._count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self._count += count
 
     @property
     def mean(self) -> Tensor:

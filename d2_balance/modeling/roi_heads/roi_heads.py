@@ -44,6 +44,7 @@ from ..image_context import (
     number_objects,
     without_covered_background,
 )
+from ..postprocess.calibration import LogN
 from ..postprocess.soft_nms import maskness as masked_scores
 from ..scripting import Scriptable
 from .cosine import NormalizedConv2d
@@ -94,7 +95,9 @@ class BalancedROIHeads(Scriptable, ProposalSampling):
         self.proposal_sampler = proposal_sampler
         self.sampling_free, self.masks_per_image = sampling_free, masks_per_image
         self._features: list[Tensor] = []  # of the batch, for the mining pass
-        for layers in self._output_layers():
+        for stage, layers in enumerate(self._output_layers()):
+            if isinstance(layers.calibration, LogN):
+                layers.calibration.of_stage(stage)
             check_pairing(
                 "RoI heads",
                 layers.cls_loss,
