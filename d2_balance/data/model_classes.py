@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from d2_balance.data.model_classes import ModelClasses, read_checkpoint
 from d2_balance.data.priors.foreground import ForegroundPrior, PartCount
 from d2_balance.data.priors.sample_counts import PARTS, RPN
 
 _FILE, _THRESHOLDS = "MODEL.BALANCE.PRIOR_FILE", "MODEL.BALANCE.CLASS_THRESHOLDS"
 
+logger = logging.getLogger(__name__)
+
 
 def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
     """The counts of MODEL.BALANCE.PRIOR_FILE; None if that is empty.
+
+    None as well if the file is missing and MODEL.WEIGHTS were trained with a prior, which lies in
+    the bias of their classifiers.
 
     Raises:
         ValueError: the file cannot be read, or MODEL.BALANCE.CLASS_THRESHOLDS has none.
@@ -26,10 +34,29 @@ def load_prior(cfg: CfgNode) -> ForegroundPrior | None:
         if cfg.MODEL.BALANCE.CLASS_THRESHOLDS:
             raise _no_file()
         return None
+    if not PathManager.isfile(path) and _in_weights(cfg.MODEL.WEIGHTS):
+        logger.info(f"{_FILE}: {path} is not here; the prior is that of MODEL.WEIGHTS.")
+        return None
     try:
         return ForegroundPrior.load(path)
     except ValueError as error:
         raise ValueError(f"{_FILE}: {error}") from error
+
+
+def wanted_thresholds(cfg: CfgNode, prior: ForegroundPrior | None) -> bool | Sequence[float]:
+    """Whether classes have thresholds of their own, for `set_class_thresholds`.
+
+    Those that are saved with MODEL.WEIGHTS take the place of a file that is missing.
+    """
+    if not cfg.MODEL.BALANCE.CLASS_THRESHOLDS or prior is not None:
+        return bool(cfg.MODEL.BALANCE.CLASS_THRESHOLDS)
+    saved = ModelClasses.of_weights(cfg.MODEL.WEIGHTS)
+    return True if saved is None or saved.score_thresholds is None else saved.score_thresholds
+
+
+def _in_weights(weights: str) -> bool:
+    model = read_checkpoint(weights).get("model", {}) if weights.endswith(".pth") else {}
+    return any(name.endswith("foreground_prior") for name in model)
 
 
 def set_class_prior(
@@ -74,20 +101,36 @@ def set_softmax_prior(
 
 
 def set_class_thresholds(
-    owner: nn.Module, prior: ForegroundPrior | None, part: str, num_classes: int
+    owner: nn.Module,
+    wanted: bool | Sequence[float],
+    prior: ForegroundPrior | None,
+    part: str,
+    num_classes: int,
 ) -> None:
     """Replace `owner.test_score_thresh` by a (K,) buffer, which Detectron2 compares by columns.
 
     It belongs to this training set, not to the weights, and is not saved with them.
 
+    Args:
+        owner: the head.
+        wanted: False leaves the threshold, True takes those of `prior`, K numbers are taken.
+        prior: counts.
+        part: entry of `PARTS`.
+        num_classes: K.
+
     Raises:
         ValueError: there are no counts, or they do not fit.
     """
-    if prior is None:
-        raise _no_file()
-    _count(prior, part, num_classes)
+    if wanted is False:
+        return
+    if isinstance(wanted, bool):
+        if prior is None:
+            raise _no_file()
+        _count(prior, part, num_classes)
+        thresholds = prior.class_thresholds(part).float()
+    else:
+        thresholds = torch.tensor(wanted)
     del owner.test_score_thresh
-    thresholds = prior.class_thresholds(part).float()
     owner.register_buffer("test_score_thresh", thresholds, persistent=False)
 
 

@@ -12,6 +12,7 @@ from detectron2.engine import DefaultPredictor
 from PIL import Image
 
 from d2_balance import add_balance_config
+from d2_balance.data.priors.foreground import ForegroundPrior, PartCount
 from d2_balance.deploy import load
 from tests.deploy.conftest import IDS, NAMES, make_run
 
@@ -107,6 +108,27 @@ def test_norcal_takes_the_saved_counts(tmp_path, image):
     counts = torch.tensor([6.0, 5, 4, 3, 2, 1], dtype=torch.float64)
     for model in (predictor.model, stock_predictor(tmp_path).model):
         assert torch.equal(model.roi_heads.box_predictor.class_count, counts)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster"])
+def test_a_prior_whose_file_is_gone_lies_in_the_weights(tmp_path, image, kind):
+    count = PartCount(20, 100, 6)
+    parts = {"RetinaNet": count, "ROIHeads": count, "RPN": PartCount(5, 1000, 1)}
+    path = tmp_path / "prior.json"
+    ForegroundPrior(parts, (40, 30, 20, 6, 3, 1), tuple("abcdef"), 10, 10).save(str(path))
+    keys = ("MODEL.BALANCE.PRIOR_FILE", str(path), "MODEL.BALANCE.CLASS_THRESHOLDS", True)
+    model = make_run(tmp_path, kind, *keys, "MODEL.PROPOSAL_GENERATOR.NAME", "BalancedRPN")
+    thresholds = torch.tensor([0.08, 0.06, 0.04, 0.012, 0.006, 0.002])
+    path.unlink()
+    for predictor in (load(str(tmp_path / "run")), stock_predictor(tmp_path)):
+        saved = predictor.model.state_dict()
+        for name, value in saved.items():
+            assert torch.equal(value, model.state_dict()[name]), name
+        owner = predictor.model if kind == "retinanet" else predictor.model.roi_heads.box_predictor
+        found = torch.as_tensor(owner.test_score_thresh)
+        torch.testing.assert_close(found.expand(6), thresholds)
+    with pytest.raises(ValueError, match=r"MODEL\.BALANCE\.PRIOR_FILE: .*prior\.json"):
+        stock_predictor(tmp_path, "MODEL.WEIGHTS", "")
 
 
 def test_checkpoint_alone_is_enough(tmp_path, image):

@@ -40,6 +40,7 @@ from d2_balance.data.checks.images import check_image_sizes
 from d2_balance.data.class_counts import FROM_CHECKPOINT
 from d2_balance.data.columns import IMAGE_LABEL_KEYS
 from d2_balance.data.ignore_regions import region_files
+from d2_balance.data.priors.foreground import ForegroundPrior
 from d2_balance.data.records import objects_of
 from d2_balance.modeling.build import (
     build_anchor_sampler,
@@ -124,11 +125,26 @@ def check_step(cfg: CfgNode) -> None:
         )
 
 
+def check_prior(cfg: CfgNode) -> None:
+    """Check that MODEL.BALANCE.PRIOR_FILE, which a training starts from, can be read.
+
+    Raises:
+        ValueError: naming the key and the file.
+    """
+    path = cfg.MODEL.BALANCE.PRIOR_FILE
+    if path:
+        try:
+            ForegroundPrior.load(path)
+        except ValueError as error:
+            raise ValueError(f"MODEL.BALANCE.PRIOR_FILE: {error}") from error
+
+
 _OF_TRAINING: tuple[Callable[[CfgNode], Any], ...] = (
     check_step,
     check_sampler,
     check_norms,
     region_files,
+    check_prior,
     check_reference_batch,
     check_ema,
     check_validation_loss,

@@ -41,7 +41,7 @@ from ..image_context import (
     number_objects,
 )
 from ..postprocess.soft_nms import refuse_soft_nms, soft_nms
-from ..prior_init import load_prior, set_class_prior, set_class_thresholds
+from ..prior_init import load_prior, set_class_prior, set_class_thresholds, wanted_thresholds
 from ..scripting import Scriptable
 
 
@@ -54,6 +54,7 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
     fill_metadata(cfg)
     build_proposal_sampler(cfg, num_classes, head)  # raises: dense heads have no proposals
     _refuse_roi_keys(cfg, head)
+    prior = load_prior(cfg)
     return {
         "cls_loss": build_cls_loss(cfg, num_classes),
         "box_loss": build_box_loss(cfg, num_classes),
@@ -62,8 +63,8 @@ def loss_arguments(cfg: CfgNode, num_classes: int, head: str) -> dict[str, Any]:
         "box_weight": cfg.MODEL.BALANCE.BOX_LOSS_WEIGHT,
         "guided": build_guided(cfg),
         "anchor_sampler": build_anchor_sampler(cfg, num_classes),
-        "prior": load_prior(cfg),
-        "class_thresholds": cfg.MODEL.BALANCE.CLASS_THRESHOLDS,
+        "prior": prior,
+        "class_thresholds": wanted_thresholds(cfg, prior),
         "image_labels": ImageLabels(cfg.DATASETS.TRAIN, num_classes),
         "ignore_ioa": cfg.MODEL.BALANCE.IGNORE_IOA,
         "calibration": build_calibration(cfg, num_classes, "sigmoid"),
@@ -107,7 +108,8 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         guided: scales the classification loss to the size of the box loss; None leaves it.
         anchor_sampler: keeps some anchors by their classification loss; None keeps all.
         prior: counts that set the initial bias of the classifier; None leaves that of the head.
-        class_thresholds: whether the counts also set a score threshold for each class at test time.
+        class_thresholds: whether the counts also set a score threshold for each class at test time;
+            or K thresholds.
         image_labels: turns the inputs' LVIS image-level labels into a mask; None gives no mask.
         ignore_ioa: background anchors of which a region of the input's `ignore_boxes` holds that
             fraction of the area do not count, in (0, 1].
@@ -147,7 +149,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         guided: GuidedScale | None = None,
         anchor_sampler: AnchorSampler | None = None,
         prior: ForegroundPrior | None = None,
-        class_thresholds: bool = False,
+        class_thresholds: bool | Sequence[float] = False,
         image_labels: ImageLabels | None = None,
         ignore_ioa: float = 0.5,
         calibration: nn.Module | None = None,
@@ -180,8 +182,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
         check_class_quantities(self.cls_loss, self.num_classes)
         if prior is not None:
             set_class_prior(self, self.head.cls_score, prior, self.head_name, self.num_classes)
-        if class_thresholds:
-            set_class_thresholds(self, prior, self.head_name, self.num_classes)
+        set_class_thresholds(self, class_thresholds, prior, self.head_name, self.num_classes)
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Sequence[list[Tensor]]

@@ -41,7 +41,13 @@ from ..compatibility import check_pairing
 from ..criterion import LossHead, PositiveNormalizer, SampleNormalizer, box_inputs
 from ..postprocess.norcal import norcal
 from ..postprocess.soft_nms import refuse_soft_nms, soft_nms_detections
-from ..prior_init import load_prior, set_class_prior, set_class_thresholds, set_softmax_prior
+from ..prior_init import (
+    load_prior,
+    set_class_prior,
+    set_class_thresholds,
+    set_softmax_prior,
+    wanted_thresholds,
+)
 from ..scripting import Scriptable, without_attributes
 from .cosine import CosineLinear
 from .disalign import DisAlign
@@ -65,7 +71,8 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
             (as is the classification loss, whose own scale drops out); None leaves it.
         prior_prob: initial probability of every class outside of a softmax, in (0, 1).
         prior: counts that set the initial bias instead of prior_prob, of softmax losses as well.
-        class_thresholds: whether the counts also set a score threshold for each class at test time.
+        class_thresholds: whether the counts also set a score threshold for each class at test time;
+            or K thresholds.
         norcal_gamma: exponent of the calibration at test time (see `norcal`), 0 is off.
         class_count: (K,) training images of each class, needed if norcal_gamma is above 0.
         calibration: changes the class logits at test time, see `build_calibration`; None is off.
@@ -98,7 +105,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         guided: GuidedScale | None = None,
         prior_prob: float = 0.001,
         prior: ForegroundPrior | None = None,
-        class_thresholds: bool = False,
+        class_thresholds: bool | Sequence[float] = False,
         background_column: bool = True,
         norcal_gamma: float = 0.0,
         class_count: Tensor | None = None,
@@ -152,8 +159,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         elif prior is not None:
             arguments = (prior, ROI_HEADS, self.num_classes, self.cls_loss.logit)
             set_class_prior(self, self.cls_score, *arguments)
-        if class_thresholds:
-            set_class_thresholds(self, prior, ROI_HEADS, self.num_classes)
+        set_class_thresholds(self, class_thresholds, prior, ROI_HEADS, self.num_classes)
 
         # see `_load_from_state_dict`; the name is that of versions with two kinds of scores
         form = torch.tensor(ACTIVATIONS.index(self.cls_loss.activation), dtype=torch.uint8)
@@ -190,7 +196,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         ret["guided"] = build_guided(cfg)
         ret["prior_prob"] = cfg.MODEL.BALANCE.PRIOR_PROB
         ret["prior"] = load_prior(cfg)
-        ret["class_thresholds"] = cfg.MODEL.BALANCE.CLASS_THRESHOLDS
+        ret["class_thresholds"] = wanted_thresholds(cfg, ret["prior"])
         ret["background_column"] = cfg.MODEL.BALANCE.BACKGROUND_COLUMN
         ret["norcal_gamma"] = cfg.MODEL.BALANCE.NORCAL.GAMMA
         activation = "softmax" if ret["cls_loss"] is None else ret["cls_loss"].activation
