@@ -283,7 +283,7 @@ METHODS = (
         ("DISALIGN",),
         "rare classes, second stage",
         ("2103.16370",),
-        "configs/quick_schedules/faster_rcnn_R_18_disalign_mini_lvis.yaml",
+        f"{LVIS1}/mask_rcnn_R_50_FPN_disalign.yaml",
         "LVIS v1 mask AP 18.3 -> 21.3 (R-50 1x)",
         "d2_balance/modeling/roi_heads/disalign.py",
     ),

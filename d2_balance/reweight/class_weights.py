@@ -23,10 +23,12 @@ from torch import Tensor
 
 from d2_balance.losses import Samples
 from d2_balance.losses._base import check
+from d2_balance.utils.distributed import sum_across_ranks
 
 from .base import REWEIGHTERS, Reweighter
 
 METHODS = ("effective", "inverse", "list")
+DENOMINATORS = ("samples", "weights")
 TARGETS = ("samples", "positives", "negatives", "both")
 
 
@@ -71,6 +73,9 @@ class ClassWeights(Reweighter):
         normalize: whether weights are divided by their mean over classes.
         target: what is weighted: "samples", all columns of a sample by its label; or, without a
             softmax, the entries of each class: "positives", "negatives" or "both".
+        denominator: "samples" leaves the denominator of the head; "weights" divides by the sum of
+            the weights in its place, a weighted mean over the samples of all ranks (DisAlign), with
+            target "samples".
 
     Raises:
         ValueError: an argument is out of range.
@@ -89,6 +94,7 @@ class ClassWeights(Reweighter):
         background_weight: float = 1.0,
         normalize: bool = True,
         target: Literal["samples", "positives", "negatives", "both"] = "samples",
+        denominator: Literal["samples", "weights"] = "samples",
     ) -> None:
         super().__init__()
         count = torch.as_tensor(instance_count, dtype=torch.float64)
@@ -100,7 +106,12 @@ class ClassWeights(Reweighter):
         known = background_weight >= 0
         check(self, "background_weight", background_weight, known, "a number of at least 0")
         check(self, "target", target, target in TARGETS, f"one of {', '.join(TARGETS)}")
+        rule = f"one of {', '.join(DENOMINATORS)}"
+        check(self, "denominator", denominator, denominator in DENOMINATORS, rule)
+        fits = denominator == "samples" or target == "samples"
+        check(self, "denominator", denominator, fits, f"samples with target {target}")
         self.target, self.needs_entries = target, target != "samples"
+        self.denominator = denominator
         seen = count > 0
         if method == "list":
             weight, background_weight = self._listed(values, len(count), background_weight)
@@ -128,7 +139,8 @@ class ClassWeights(Reweighter):
     def forward(self, samples: Samples, cls: Tensor, box: Tensor) -> tuple[Tensor, None]:
         weight = self.weight.to(cls.dtype)
         if self.target == "samples":
-            return weight[samples.labels], None
+            own = weight[samples.labels]
+            return (self._of_mean_one(own) if self.denominator == "weights" else own), None
         weight = weight[:-1].expand(len(samples.labels), -1)  # (R, K), without a copy
         if self.target == "both":
             return weight, None
@@ -136,6 +148,20 @@ class ClassWeights(Reweighter):
         one = torch.ones_like(cls)
         chosen = positive if self.target == "positives" else ~positive
         return torch.where(chosen, weight, one), None
+
+    def _of_mean_one(self, weight: Tensor) -> Tensor:
+        """Weights (R,) divided by their mean over the samples of all ranks.
+
+        Every rank must call this in training, an empty batch included.
+        """
+        parts = [weight.double().sum(), weight.new_full((), len(weight), dtype=torch.float64)]
+        if self.training:
+            total, count = sum_across_ranks(parts)
+            assert total is not None and count is not None
+        else:
+            total, count = parts
+        mean = torch.where(total > 0, total / count.clamp(min=1), 1.0)
+        return weight / mean.to(weight.dtype)
 
     def log_values(self) -> dict[str, Tensor]:
         return {"weight": self.weight}

@@ -7,11 +7,16 @@ import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
 
+from d2_balance.data.samplers import repeat_factors
+from d2_balance.data.training_set import training_records
+from d2_balance.engine import BalancedTrainer, read_config
 from d2_balance.engine.resume import data_stream as train_stream
 from d2_balance.engine.resume.data_stream import TrainStream, build_train_stream
 from d2_balance.engine.resume.random_state import seed_everything, seeded
+from d2_balance.utils.config_files import get_config_file
 
-from .conftest import run_cfg
+from ..conftest import CLASSES
+from .conftest import TRAIN, run_cfg
 
 SIZES = [(64, 48), (48, 64), (50, 50), (80, 20), (20, 80), (30, 40), (40, 30)]
 
@@ -119,6 +124,23 @@ def test_the_order_of_images_is_the_same_whether_samplers_draw_or_take_a_seed(
     assert names == [r["file_name"] for b in take(build_train_stream(cfg), 6) for r in b]
     build_train_stream(run_cfg(tmp_path, "SEED", "-1"))
     assert seeds[1] >= 0 and seeds[1] != seeds[0]
+
+
+@pytest.mark.parametrize("form", ["irfs", "eirfs"])
+def test_quick_schedules_of_repeat_forms_train_a_step(dataset, form, tmp_path):
+    cfg = read_config(get_config_file(f"quick_schedules/faster_rcnn_R_18_{form}_mini_lvis.yaml"))
+    cfg.OUTPUT_DIR, cfg.MODEL.DEVICE, cfg.LOG.IMAGES = str(tmp_path), "cpu", 0
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 1, ()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), ()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = CLASSES
+    factors = repeat_factors(
+        training_records(cfg), cfg.DATALOADER.REPEAT_THRESHOLD, form, cfg.DATALOADER.REPEAT_ALPHA
+    )
+    assert factors.max() > 1
+    trainer = BalancedTrainer(cfg)
+    trainer.train()
+    assert trainer.iter == 1
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 
 
 def test_a_batch_size_of_zero_is_refused(dataset, tmp_path):

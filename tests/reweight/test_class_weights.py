@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from d2_balance.losses import FocalLoss, SigmoidCELoss, SmoothL1Loss, SoftmaxCELoss
+from d2_balance.losses import FocalLoss, Samples, SigmoidCELoss, SmoothL1Loss, SoftmaxCELoss
 from d2_balance.modeling.compatibility import check_pairing
-from d2_balance.modeling.criterion import PositiveEMA, detection_losses
+from d2_balance.modeling.criterion import PositiveEMA, SampleNormalizer, detection_losses
 from d2_balance.reweight import ISR, ClassWeights
+from d2_balance.utils.distributed import sum_across_ranks
 
 from ..losses.test_contract import K, make
+from ..two_ranks import results_of_two_ranks
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "class_balanced_weights.npz"
 COUNT = [900.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.0]
@@ -105,7 +107,7 @@ def test_softmax_losses_are_weighted_by_label():
 def test_entries_of_a_softmax_are_refused_before_training():
     weights = ClassWeights(instance_count=COUNT, target="negatives")
     with pytest.raises(
-        ValueError, match="CLASSWEIGHTS.TARGET negatives .* SoftmaxCE has no sigmoid"
+        ValueError, match="CLASSWEIGHTS.TARGET negatives .* SoftmaxCE has no loss for each class"
     ):
         check_pairing("RoI heads", SoftmaxCELoss(), SmoothL1Loss(), [weights])
     check_pairing("RoI heads", SigmoidCELoss(), SmoothL1Loss(), [weights])
@@ -149,3 +151,66 @@ def test_arguments_out_of_range_are_named(name, value):
 def test_a_list_that_does_not_fit_is_refused(values):
     with pytest.raises(ValueError, match="ClassWeights: values is .*; must be 2 numbers"):
         ClassWeights(instance_count=[1.0, 2.0], method="list", values=values)
+
+
+def disalign_reference():
+    path = Path(__file__).parents[1] / "reference" / "disalign.npz"
+    with np.load(path) as file:
+        return {k: torch.from_numpy(np.asarray(v)) for k, v in file.items()}
+
+
+@pytest.mark.parametrize("form", ["plain", "cosine"])
+def test_the_weighted_mean_equals_disaligns(form):
+    f = disalign_reference()
+    part = ClassWeights(
+        instance_count=f["instance_count"], method="inverse", power=0.8, denominator="weights"
+    )
+    torch.testing.assert_close(part.weight, f["grw_weight"], rtol=1e-6, atol=1e-12)
+    logits = f[f"{form}_logits"].clone().requires_grad_()
+    samples = Samples(logits=logits, labels=f[f"{form}_labels"], num_classes=8)
+    cls = SoftmaxCELoss().compute(samples)
+    value = (part(samples, cls, None)[0] * cls).sum() / len(logits)
+    torch.testing.assert_close(value, f[f"{form}_loss"], rtol=1e-6, atol=1e-12)
+    (grad,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(grad, f[f"{form}_grad_logits"], rtol=1e-6, atol=1e-12)
+
+
+def weighted(ranks):
+    """Gradient of the weighted mean over the samples of some ranks; rank 1 has few or none."""
+    part = ClassWeights(instance_count=[9, 3, 0], method="inverse", denominator="weights")
+    grads = []
+    for step in range(2):
+        sizes = {0: 30, 1: (7, 0)[step]}
+        logits = torch.cat([
+            torch.randn(sizes[r], 4, generator=torch.Generator().manual_seed(r)) for r in ranks
+        ]).double().requires_grad_()  # fmt: skip
+        labels = torch.cat([torch.arange(sizes[r]) % 4 for r in ranks])
+        samples = Samples(logits=logits, labels=labels, num_classes=3)
+        normalizer = SampleNormalizer()
+        cls = SoftmaxCELoss().compute(samples)
+        (count,) = sum_across_ranks([normalizer.count(samples)])
+        normalizer.update(count)
+        value = (part(samples, cls, None)[0] * cls).sum() / normalizer.value()
+        grads.append(torch.autograd.grad(value, logits)[0])
+    return grads
+
+
+def of_rank(rank):
+    return weighted([rank])
+
+
+def test_the_weighted_mean_is_that_of_all_ranks(tmp_path):
+    first, second = results_of_two_ranks(of_rank, tmp_path)
+    for one, two, joined in zip(first, second, weighted([0, 1]), strict=True):
+        torch.testing.assert_close(torch.cat([one, two]) / 2, joined)  # DDP averages
+
+
+def test_the_weighted_mean_is_of_samples():
+    with pytest.raises(
+        ValueError, match="denominator is 'weights'; must be samples with target bo"
+    ):
+        ClassWeights(instance_count=[1, 2], target="both", denominator="weights")
+    with pytest.raises(
+        ValueError, match="denominator is 'images'; must be one of samples, weights"
+    ):
+        ClassWeights(instance_count=[1, 2], denominator="images")
