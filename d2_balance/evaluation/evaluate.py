@@ -338,7 +338,7 @@ def _able(tasks: Sequence[str] | None, predictions: Predictions) -> list[str]:
     able = []
     has = {"bbox": ~np.isnan(predictions.box[:, 0]), "segm": predictions.has_mask}
     for task, given in has.items():
-        if given.all() and (len(given) or task == "bbox"):
+        if given.all() and (len(given) or task in (tasks or ("bbox",))):
             able.append(task)
         elif tasks is not None and task in tasks:
             name = {"bbox": "bbox", "segm": "segmentation"}[task]

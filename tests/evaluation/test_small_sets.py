@@ -144,6 +144,14 @@ def test_every_figure_speaks_of_the_same_objects_and_detections(tmp_path, task, 
             assert 100 * np.mean(report.curves["all"].precision) == pytest.approx(ap50, abs=1e-9)
 
 
+def test_masks_that_are_asked_for_are_0_without_a_detection(tmp_path):
+    dataset = small_dataset(np.random.default_rng(1), lvis=False)
+    assert any(not ann["iscrowd"] for ann in dataset["annotations"])
+    truth, predictions = read(tmp_path, dataset, [], False)
+    results = measure(truth, predictions, tasks=["segm"]).evaluation.results
+    assert list(results) == ["segm"] and results["segm"]["AP"] == 0
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_dropping_an_object_that_does_not_count_changes_no_figure(tmp_path, chunk):
     for seed in seeds(chunk):
