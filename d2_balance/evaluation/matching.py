@@ -22,7 +22,7 @@ from hotcoco import mask as mask_api
 
 from d2_balance.data.annotations import Annotations
 from d2_balance.data.checks.annotations import NO_MASK
-from d2_balance.utils.arrays import unique
+from d2_balance.utils.arrays import positions, unique
 
 from .predictions import Predictions
 
@@ -288,7 +288,7 @@ def select(
         per_class: detections of a class over all images, AP-fixed's limit; 0: all.
     """
     image = truth.position[predictions.image]
-    category = np.searchsorted(truth.class_ids, predictions.category)
+    category = positions(np.asarray(truth.class_ids), predictions.category).astype(np.int64)
     rows = np.flatnonzero(image >= 0)
     if max_dets is not None:
         group = image if truth.federated else truth.key(image, category)

@@ -28,6 +28,7 @@ import numpy as np
 
 from d2_balance.data.annotations import Annotations
 from d2_balance.data.rle import all_fill, rle_problem
+from d2_balance.utils.arrays import positions
 from d2_balance.utils.files import read_json
 from d2_balance.utils.progress import progress
 
@@ -181,7 +182,8 @@ def _read_typed(path: str, truth: Annotations, classes: Annotations) -> Predicti
         np.concatenate(parts) for parts in zip(*columns, strict=True)
     )
     predictions = Predictions(path, image, category, score, box, has_mask)
-    return predictions if np.isin(predictions.category, classes.category_id).all() else None
+    known = positions(classes.category_id, predictions.category) >= 0
+    return predictions if known.all() else None
 
 
 class _Index:
@@ -189,18 +191,13 @@ class _Index:
 
     def __init__(self, ids: np.ndarray) -> None:
         self._ids, self._places = ids, {i: n for n, i in enumerate(ids.tolist())}
-        self._order = np.argsort(ids, kind="stable") if ids.dtype.kind == "i" else None
 
     def __call__(self, given: list[int | str]) -> np.ndarray:
-        if self._order is None or not len(self._ids):
+        if self._ids.dtype.kind != "i":
             return np.fromiter((self._places.get(i, -1) for i in given), np.int32, len(given))
         if str in set(map(type, given)):
             return np.full(len(given), -1, np.int32)  # numpy would take "7" for 7
-        wanted = np.fromiter(given, np.int64, len(given))
-        at = np.searchsorted(self._ids, wanted, sorter=self._order).clip(max=len(self._ids) - 1)
-        image = self._order[at].astype(np.int32)
-        image[self._ids[image] != wanted] = -1
-        return image
+        return positions(self._ids, np.fromiter(given, np.int64, len(given)))
 
 
 def _sound_masks(masks: Sequence[_Mask], image: np.ndarray, truth: Annotations) -> bool:
