@@ -95,7 +95,7 @@ class BoundaryMatcher(Matcher):
         self.truth, self.detections, self.iou_thresholds = truth, detections, iou_thresholds
         shape = len(AREAS), len(iou_thresholds), len(detections)
         self._object = np.full(shape[1:], -1, dtype=np.int64)  # of all sizes
-        # unmatched: wrong if of the size, and looked for exhaustively
+        # unmatched: wrong if of the size and of a class that is annotated exhaustively
         low, high = np.array(AREAS).T[:, :, None, None]
         outside = (detections.area < low) | (detections.area > high)  # (A, 1, D)
         outside |= truth.partial(detections.image, detections.category)
