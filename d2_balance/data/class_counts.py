@@ -198,9 +198,9 @@ class ClassCounts:
         Raises:
             ValueError: naming the file and the field, if it cannot be read or lacks a count.
         """
-        saved = read_counts(path)
-        counts = (torch.tensor(c, dtype=torch.int64) for c in saved[:2])
-        return cls(*counts, *saved[2:])
+        images, instances, *others = read_counts(path)
+        counts = [torch.tensor(c, dtype=torch.int64) for c in (images, instances)]
+        return cls(counts[0], counts[1], *others)  # type: ignore[arg-type]
 
 
 def _count_files(paths: Sequence[str], filter_empty: bool, masks: bool) -> ClassCounts:

@@ -422,10 +422,10 @@ def _annotation_columns(
     references.finish()
     if not ids:
         empty = _chunk_columns([], image_index, categories.index, path)
-        none = np.zeros(0, np.uint8), np.zeros(0, np.int8), np.zeros(0, bool), np.zeros(0, np.int64)
+        kinds = (np.uint8, np.int8, bool, np.int64)
         columns = {name: [column] for name, column in empty.items()}
-        for name, nothing in zip(more, none, strict=True):
-            more[name] = [nothing]
+        for name, dtype in zip(more, kinds, strict=True):
+            more[name] = [np.zeros(0, dtype)]
     result: dict[str, Any] = {n: np.concatenate(c) for n, c in (columns | more).items()}
     length = result.pop("length")
     result["mask_offsets"] = np.concatenate([[0], length.cumsum()])

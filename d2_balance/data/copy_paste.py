@@ -93,7 +93,7 @@ class _Placed:
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     """Return x0 y0 x1 y1 (exclusive) of the pixels of a mask (h, w) bool, None without any."""
-    rows, columns = mask.any(axis=1), mask.any(axis=0)
+    rows, columns = (np.asarray(mask.any(axis=axis)) for axis in (1, 0))
     if not rows.any():
         return None
     height, width = mask.shape
@@ -207,7 +207,7 @@ class CopyPaste:
         ignore_value: int = 255,
     ) -> None:
         self._records, self._max_objects = records, max_objects
-        self._scale, self._limits = scale, {"max_shift": max_shift, "min_pixels": min_pixels}
+        self._scale, self._max_shift, self._min_pixels = scale, max_shift, min_pixels
         self._use_masks, self._format, self._flip = use_masks, image_format, flip
         self._raw_ids, self._ignore_value = raw_ids, ignore_value
         objects = objects_of(records)
@@ -271,8 +271,8 @@ class CopyPaste:
         box, rest = tight_box(mask), tight_box(visible)
         if box is None or rest is None:
             return False
-        near = np.abs(np.subtract(box, rest)).max() <= self._limits["max_shift"]
-        return bool(near or np.count_nonzero(visible) > self._limits["min_pixels"])
+        near = np.abs(np.subtract(box, rest)).max() <= self._max_shift
+        return bool(near or np.count_nonzero(visible) > self._min_pixels)
 
     def _place(self, record: dict[str, Any]) -> list[_Placed]:
         count = np.random.randint(self._max_objects + 1)
@@ -322,7 +322,14 @@ class CopyPaste:
         """Objects of the image that stay, then those that were pasted."""
         boxes = own.gt_boxes.tensor.numpy().astype(np.float64)
         masks = own.gt_masks.tensor.numpy() if own.has("gt_masks") else None
-        stays = cut_objects(boxes, masks, covered, windows, **self._limits)
+        stays = cut_objects(
+            boxes,
+            masks,
+            covered,
+            windows,
+            max_shift=self._max_shift,
+            min_pixels=self._min_pixels,
+        )
         own.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
         own = own[torch.from_numpy(stays)]
         if not seen:
@@ -387,8 +394,10 @@ class CopyPaste:
         except UNREADABLE as error:
             image = f"{type(error).__name__}: {error}"
         for number in numbers:
-            crop = image
-            if not isinstance(image, str):
+            crop: _Crop | str | None
+            if isinstance(image, str):
+                crop = image
+            else:
                 crop = _cut_out(image, record, record["annotations"][number - first])
             self._cached_bytes += _bytes(crop) - _bytes(self._cache.pop(number, None))
             self._cache[number] = crop

@@ -217,7 +217,7 @@ class BalancedDense(LossHead, Scriptable, LabelledImages, nn.Module):
                 anchors, box_cls, box_delta, image_size
             )
             return stock
-        found = self._decode_multi_level_predictions(
+        found = self._decode_multi_level_predictions(  # type: ignore[operator]
             anchors,
             box_cls,
             box_delta,

@@ -94,7 +94,7 @@ class CalibrationStatistics:
         Raises:
             ValueError: a field does not have a number for each class; names the file and the field.
         """
-        columns = {}
+        columns: dict[str, Any] = {}
         for field in FIELDS:
             values = data.get(field)
             if values is None:
@@ -229,7 +229,7 @@ def logit_statistics(
     return statistics
 
 
-def measured_logits(statistics: Sequence[LogitStatistics]) -> dict[str, list]:
+def measured_logits(statistics: Sequence[LogitStatistics]) -> dict[str, list[Any]]:
     """Return `logit_mean` and `logit_variance` as `CalibrationStatistics` has them."""
     columns = {
         "logit_mean": [one.mean.tolist() for one in statistics],

@@ -216,7 +216,7 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
     ) -> None:
         """Notice weights that were trained for other scores; weights of others do not tell."""
         key = prefix + "sigmoid_scores"
-        own = self.sigmoid_scores
+        own: Tensor = self.sigmoid_scores
         trained = ACTIVATIONS[int(state_dict.get(key, own))]
         self._other_scores = "" if trained == self.cls_loss.activation else trained
         state_dict[key] = own.clone()
