@@ -428,7 +428,8 @@ class _Workers:
         self._waiting.append(self._pool.submit(_run, job))
         done = []
         while self._waiting and (len(self._waiting) > self._limit or self._waiting[0].done()):
-            done.append(self._waiting.popleft().result())
+            done.append(self._waiting[0].result())  # a signal while it waits must not lose it
+            self._waiting.popleft()
         return done
 
     def drain(self) -> list[_Done]:
