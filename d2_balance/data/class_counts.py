@@ -198,9 +198,14 @@ class ClassCounts:
         Raises:
             ValueError: naming the file and the field, if it cannot be read or lacks a count.
         """
-        images, instances, *others = read_counts(path)
-        counts = [torch.tensor(c, dtype=torch.int64) for c in (images, instances)]
-        return cls(counts[0], counts[1], *others)  # type: ignore[arg-type]
+        saved = read_counts(path)
+        return cls(
+            torch.tensor(saved.image_count, dtype=torch.int64),
+            torch.tensor(saved.instance_count, dtype=torch.int64),
+            saved.num_images,
+            saved.class_names,
+            saved.file_groups,
+        )
 
 
 def _count_files(paths: Sequence[str], filter_empty: bool, masks: bool) -> ClassCounts:
