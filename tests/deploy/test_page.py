@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from d2_balance.cli.main import main
-from tests.deploy.conftest import make_run
+from tests.deploy.conftest import NAMES, make_run
 from tests.deploy.test_load import LOW
 
 PAGE = (Path(__file__).parents[2] / "docs" / "use.md").read_text(encoding="utf-8")
@@ -66,6 +66,9 @@ def test_code(directory, number):
     if number:
         exec(every[number], names)
     assert len(names["instances"])
+    if "result" in names:  # of SAHI
+        found = names["result"].object_prediction_list
+        assert {each.category.name for each in found} <= set(NAMES)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,6 +1,11 @@
 """`d2-balance predict`: what it writes, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -180,6 +185,31 @@ def test_ctrl_c_keeps_what_the_workers_have_begun(run, images, tmp_path, monkeyp
     assert predict(run, [images], tmp_path / "out", "--workers", "2") == 130
     names = [image["file_name"] for image in read(tmp_path / "out", "images.json")["images"]]
     assert names == ["a.jpg", "b.png"]
+
+
+def test_sigterm_to_workers_too_keeps_what_was_done(run, images, tmp_path):
+    for number in range(300):
+        os.link(images / "b.png", images / f"{number}.png")
+    output = tmp_path / "out"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "d2_balance", "predict", str(images), "--model", run, "--output",
+         str(output), "--workers", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        while started.poll() is None and not list((output / "drawn").glob("*.png")):
+            time.sleep(0.01)
+        os.killpg(started.pid, signal.SIGTERM)  # as schedulers do it
+        text, _ = started.communicate(timeout=100)
+    finally:
+        started.kill()
+    assert started.returncode == 143, text
+    assert "Traceback" not in text and "images that were done" in text
+    done = {image["file_name"] for image in read(output, "images.json")["images"]}
+    assert 0 < len(done) < 303
+    drawn = {path.name for path in (output / "drawn").iterdir()}
+    assert {name.replace(".jpg", ".png") for name in done} == drawn
 
 
 def test_workers_write_what_one_process_writes(run, images, tmp_path):
