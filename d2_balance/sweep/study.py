@@ -149,11 +149,13 @@ class Study:
         Two workers that start at once may both add one; `trials` shows the first of them only.
         """
         known = {self.key(t) for t in self.trials()}
-        pairs = [(self.reference, seed) for seed in self.seeds]
-        pairs += [(r, s) for s in self.seeds for r in self.remedies if r != self.reference]
-        for remedy, seed in pairs:
+        for remedy, seed in self._order():
             if (remedy, seed) not in known:
                 self._add(remedy, seed, {})
+
+    def _order(self) -> list[tuple[str, int]]:
+        pairs = [(self.reference, seed) for seed in self.seeds]
+        return pairs + [(r, s) for s in self.seeds for r in self.remedies if r != self.reference]
 
     def _add(self, remedy: str, seed: int, attributes: Mapping[str, Any]) -> None:
         self.study.add_trial(
@@ -187,8 +189,10 @@ class Study:
 
     def claim(self) -> FrozenTrial | None:
         """Take the next trial that waits, None if there is none."""
-        for trial in self.trials():
-            if trial.state == TrialState.WAITING and self._set(trial, TrialState.RUNNING):
+        waiting = {self.key(t): t for t in self.trials() if t.state == TrialState.WAITING}
+        # one whose worker died was added again, behind all others
+        for trial in (waiting[pair] for pair in self._order() if pair in waiting):
+            if self._set(trial, TrialState.RUNNING):
                 self._note(trial, "worker", self.worker)
                 self.beat(trial, force=True)
                 return trial

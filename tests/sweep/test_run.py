@@ -263,6 +263,14 @@ def test_the_worker_of_another_process_that_lives_is_not_taken_for_dead(tmp_path
     assert Study.key(other.claim()) == ("a", 1)
 
 
+def test_a_trial_whose_worker_died_is_the_next_again(tmp_path):
+    study = Study(open_storage(None, str(tmp_path)), "s", "f", ["baseline", "a", "b"], [1, 2])
+    first, second = study.claim(), study.claim()
+    assert [Study.key(t) for t in (first, second)] == [("baseline", 1), ("baseline", 2)]
+    assert study.put_back(first, "its worker died")
+    assert [Study.key(study.claim()) for _ in range(3)] == [("baseline", 1), ("a", 1), ("b", 1)]
+
+
 def test_a_trial_is_put_back_three_times_at_most(tmp_path):
     study = Study(open_storage(None, str(tmp_path)), "s", "f", ["a"], [1])
     attempts = 0
