@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # datumaro 1.13.12: a mask with a hole comes back from COCO to COCO without its hole.
 #
-# Guess: an object with an RLE and iscrowd 0 comes back as an RLE (with iscrowd 1, as datumaro writes its own
+# Expected: an object with an RLE and iscrowd 0 comes back as an RLE (with iscrowd 1, as datumaro writes its own
 # masks), and every pixel of it stays.
 # Seen: the import makes polygons of RLEs with iscrowd 0, of the outer borders only, along the pixels' centres:
 # a ring is a disk afterwards, a pixel smaller at the right and lower edge, and `area` is that of

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.14.1: on a CPU the gradient of layer_norm's bias is summed in half precision.
 #
-# Guess: the bias of layer_norm gets a gradient that is summed in float32 and rounded once, as the biases
+# Expected: the bias of layer_norm gets a gradient that is summed in float32 and rounded once, as the biases
 # of linear, conv2d and group_norm do: 5,000 for 5,000 gradients of one, 4,992 in bfloat16.
 # Seen: 2,048 in float16 and 256 in bfloat16: from there on adding one changes nothing. A ViTDet that is
 # trained or tested in bfloat16 on a CPU moves the biases of its norms too little, in silence: one
