@@ -24,9 +24,8 @@ from d2_balance.data.preparing import (
     counts_of_training,
     run_script,
     with_counts,
-    write_annotations,
 )
-from d2_balance.utils.files import read_json
+from d2_balance.utils.files import read_json, write_json
 
 SYNSETS = Path(__file__).with_name("coco_synsets.json")
 
@@ -73,7 +72,7 @@ def convert(args: argparse.Namespace) -> str:
         instances = Counter(a["category_id"] for a in annotations)
         categories = with_counts(categories, Counter(c for _, c in shown), instances)
     result = {"images": images, "annotations": annotations, "categories": categories}
-    write_annotations(data | result, args.output)
+    write_json(args.output, {**data, **result})
     found = {category["id"] for category in matched.values()}
     lacking = [c["name"] for c in categories if c["id"] not in found]
     lines = [

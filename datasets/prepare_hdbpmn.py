@@ -29,8 +29,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from d2_balance.data.preparing import run_script, with_counts, write_annotations
-from d2_balance.utils.files import atomic_path
+from d2_balance.data.preparing import run_script, with_counts
+from d2_balance.utils.files import atomic_path, write_json
 
 SHAPE = "{http://www.omg.org/spec/BPMN/20100524/DI}BPMNShape"
 BOUNDS = "{http://www.omg.org/spec/DD/20100524/DC}Bounds"
@@ -198,7 +198,7 @@ def _write_all(
             )
         path = os.path.join(output, f"instances_{split}.json")
         data = {"info": INFO, "images": entries, "annotations": numbered, "categories": counted}
-        write_annotations(data, path)
+        write_json(path, data)
         lines.append(f"{path}: {len(entries):,} images, {len(numbered):,} boxes")
     return "\n".join(lines)
 

@@ -18,7 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from tqdm import tqdm
 
 from d2_balance.data.checks.images import image_size
-from d2_balance.data.preparing import add_output, run_script, write_annotations
+from d2_balance.data.preparing import add_output, run_script
+from d2_balance.utils.files import write_json
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -176,7 +177,7 @@ def convert(args: argparse.Namespace) -> str:
             annotations.append(annotation | ({"ignore": 1} if difficult else {}))
     categories = [{"id": k, "name": name} for name, k in class_id.items()]
     data = {"images": images, "annotations": annotations, "categories": categories}
-    write_annotations(data, args.output)
+    write_json(args.output, data)
     counts = f"{len(images):,} images, {len(annotations):,} objects, {len(names)} classes"
     return f"{args.output}: {counts}"
 
