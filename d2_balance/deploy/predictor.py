@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2_balance.data.model_classes import ModelClasses, class_activation, class_thresholds
 from d2_balance.utils.names import closest
-from d2_balance.utils.workers import leave_signals
+from d2_balance.utils.workers import leave_signals_for_a_while
 
 _Item = tuple[int, dict[str, Any] | str]  # index, and inputs of the model or why there are none
 _AHEAD = 4  # batches of other sizes that wait until they are full
@@ -229,7 +229,7 @@ class Predictor:
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=2 * batch_size if num_workers else None,
-            worker_init_fn=leave_signals,
+            worker_init_fn=leave_signals_for_a_while,
         )
         for prediction in self._predict(items, batch_size, paste_masks):
             image = images[prediction.index]

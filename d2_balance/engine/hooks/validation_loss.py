@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from d2_balance.data.unreadable import SKIPPED, SkipUnreadable
 from d2_balance.utils.distributed import MicroBatches
-from d2_balance.utils.workers import leave_signals
+from d2_balance.utils.workers import leave_signals_for_a_while
 
 from ..errors import RunStopped
 from ..resume.random_state import seed_everything, seeded
@@ -139,7 +139,7 @@ class ValidationLoss(HookBase):
                 num_workers=self._num_workers,
                 generator=generator,
                 collate_fn=_as_it_is,
-                worker_init_fn=leave_signals,
+                worker_init_fn=leave_signals_for_a_while,
             )
         )
 

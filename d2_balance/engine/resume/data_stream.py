@@ -34,7 +34,7 @@ from d2_balance.data.samplers import (
 )
 from d2_balance.data.training_set import sources, training_records
 from d2_balance.utils.config_tree import changed
-from d2_balance.utils.workers import leave_signals
+from d2_balance.utils.workers import leave_signals_for_a_while
 
 from ..errors import RunStopped
 from .random_state import seeded
@@ -139,7 +139,7 @@ class TrainStream:
             batch_sampler=itertools.islice(self.batches(), start, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=leave_signals,
+            worker_init_fn=leave_signals_for_a_while,
             # Without one of its own, a loader draws from the global generator when it starts, and
             # the first step of a resumed run would see other random numbers.
             generator=torch.Generator().manual_seed(self._seed),
