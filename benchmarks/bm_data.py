@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from memory import peak_gib
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -293,7 +293,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         seconds = MEASUREMENTS[args.measure](args.file)
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(seconds, peak_gib())
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(args.file or os.path.join(directory, "train.json"))

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import peak_gib
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -196,16 +197,6 @@ def child(name: str, truth: str, detections: str) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "metrics": metrics}
     print(json.dumps(figures | {"gib": peak_gib()}))
-
-
-def peak_gib() -> float:
-    """Peak memory of this process.
-
-    ru_maxrss would also count what the parent held when it started this process.
-    """
-    with open("/proc/self/status") as file:
-        kib = next(line.split()[1] for line in file if line.startswith("VmHWM"))
-    return int(kib) / 2**20
 
 
 def measure(name: str, *paths: Path) -> dict:

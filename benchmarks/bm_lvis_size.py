@@ -28,6 +28,7 @@ from pathlib import Path
 import bm_data
 import bm_evaluation
 import numpy as np
+from memory import peak_gib
 from tabulate import tabulate
 
 MAIN = """
@@ -112,10 +113,9 @@ def run(command: list[str], directory: Path, **env: str) -> Usage:
             stdin=subprocess.DEVNULL,
             env={**os.environ, "D2_BALANCE_CACHE": str(directory / "cache"), **env},
         )
-    peak = 0
+    peak = 0.0
     while True:
-        # ru_maxrss of a child also counts what its parent held when it started it
-        peak = max(peak, _high_water(child.pid))
+        peak = max(peak, peak_gib(child.pid))
         found, status, used = os.wait4(child.pid, os.WNOHANG)
         if found:
             break
@@ -124,15 +124,7 @@ def run(command: list[str], directory: Path, **env: str) -> Usage:
     if status:
         raise RuntimeError(f"{' '.join(command)[:300]}: status {status}\n{text[-2000:]}")
     wall = time.perf_counter() - begin
-    return Usage(used.ru_utime + used.ru_stime, peak / 2**20, wall, text)
-
-
-def _high_water(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
-            return next((int(s.split()[1]) for s in file if s.startswith("VmHWM")), 0)
-    except OSError:
-        return 0
+    return Usage(used.ru_utime + used.ru_stime, peak, wall, text)
 
 
 def ours(*arguments: object) -> list[str]:

@@ -328,7 +328,7 @@ def groups_of(
     rows = np.lexsort((-detections.score, key))
     own = truth.key(truth.image, truth.category)
     objects = np.argsort(own, kind="stable")
-    both = np.intersect1d(key, own)
+    both = np.intersect1d(unique(key), unique(own), assume_unique=True)
     keys = key[rows], own[objects]
     starts = [np.searchsorted(k, both).tolist() for k in keys]
     ends = [np.searchsorted(k, both, side="right").tolist() for k in keys]
