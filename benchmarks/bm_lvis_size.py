@@ -392,7 +392,8 @@ def draw(rows: list[dict[str, object]], path: str) -> None:
     axes.set_yticks(range(len(shown)), [str(row["what"]) for row in shown])
     axes.set_xscale("log")
     axes.set_xlabel("CPU seconds, user and system (log scale)")
-    axes.legend(loc="lower right")
+    axes.set_xlim(right=5 * axes.get_xlim()[1])  # room for the names beside the bars
+    figure.legend(loc="outside upper center", ncols=len(series))
     figure.savefig(path, dpi=110, format="png")
 
 
