@@ -32,25 +32,9 @@ def run_lengths(counts: str | Sequence[int]) -> np.ndarray:
             raise ValueError("its counts are not integers")
         return np.array(counts, dtype=np.int64)
     numbers, _ = _numbers(counts.encode("utf-8"))
-    _add_up(numbers, np.zeros(1, dtype=np.int64))
+    for begin in (1, 2):
+        numbers[begin::2] = numbers[begin::2].cumsum()
     return numbers
-
-
-def _add_up(numbers: np.ndarray, first: np.ndarray) -> None:
-    """Runs from the numbers of masks' texts, in place.
-
-    Args:
-        numbers: (n,) of all masks, one after the other.
-        first: (m,) place of the first number of each mask.
-    """
-    count = np.diff(first, append=len(numbers))
-    within = np.arange(len(numbers)) - np.repeat(first, count)
-    for begin in (1, 2):  # from the second and from the third number on, every other one
-        at = np.flatnonzero((within >= begin) & ((within - begin) % 2 == 0))
-        sums = numbers[at].cumsum()
-        own = np.maximum(count - begin + 1, 0) // 2  # of each mask
-        before = np.concatenate([[0], sums])[own.cumsum() - own]
-        numbers[at] = sums - np.repeat(before, own)
 
 
 def _numbers(text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -63,15 +47,21 @@ def _numbers(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     if data[-1] >= 32:
         raise ValueError("its counts are cut off")
     ends = np.flatnonzero(data < 32)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    length = ends - starts + 1
-    if length.max() > LONGEST:
-        raise ValueError("its counts have a number of more than 40 bits")
-    found = (data[starts] & 31).astype(np.int64)
-    for place in range(1, int(length.max())):
-        at = np.flatnonzero(length > place)
-        found[at] += (data[starts[at] + place] & 31).astype(np.int64) << 5 * place
-    return found - np.where(data[ends] & 16, 1 << 5 * length, 0), ends  # the highest bit: a sign
+    low = data & np.uint8(31)
+    signed = ((low ^ np.uint8(16)) - np.uint8(16)).view(np.int8)  # the highest bit: a sign
+    found = signed[ends].astype(np.int64)
+    several = np.flatnonzero(np.diff(ends, prepend=-1) > 1)  # numbers of more than one character
+    if len(several):
+        start = np.where(several > 0, ends[several - 1], -1) + 1
+        more = ends[several] - start
+        if more.max() >= LONGEST:
+            raise ValueError("its counts have a number of more than 40 bits")
+        value = found[several] << 5 * more
+        for place in range(int(more.max())):
+            at = np.flatnonzero(more > place)
+            value[at] += low[start[at] + place].astype(np.int64) << 5 * place
+        found[several] = value
+    return found, ends
 
 
 def rle_problem(counts: str | Sequence[int], size: Sequence[int]) -> str:
@@ -94,14 +84,26 @@ def all_fill(counts: Sequence[str], pixels: Sequence[int]) -> bool:
         counts: texts.
         pixels: height times width of each.
     """
-    length = np.array([len(text) for text in counts])
+    length = np.fromiter(map(len, counts), np.int64, len(counts))
     try:
-        runs, ends = _numbers("".join(counts).encode("ascii"))
+        numbers, ends = _numbers("".join(counts).encode("ascii"))
     except ValueError:
         return False
     last = np.searchsorted(ends, length.cumsum() - 1)  # the last number of each mask
     if not length.all() or (ends[last] != length.cumsum() - 1).any():
         return False
     first = np.concatenate([[0], last[:-1] + 1])
-    _add_up(runs, first)
-    return bool((runs >= 0).all() and (np.add.reduceat(runs, first) == pixels).all())
+    total = numbers[first]  # a sum of its own: neither of the two that follow contains it
+    if (total < 0).any():
+        return False
+    numbers[first] = 0
+    for parity in (0, 1):
+        # the running sums of a mask are those of all masks without what was before it
+        sums = np.append(numbers[parity::2].cumsum(), 0)
+        begin = (first + 1 - parity) // 2
+        own = np.diff(begin, append=len(sums) - 1)
+        before = np.where(begin > 0, sums[begin - 1], 0)
+        if (sums[:-1] < np.repeat(before, own)).any():
+            return False
+        total += np.where(own > 0, np.add.reduceat(sums, begin) - own * before, 0)
+    return bool((total == pixels).all())

@@ -37,7 +37,7 @@ _CHUNK = 1 << 22  # bytes that are parsed at once
 _GAP = re.compile(r"\s*(,?)\s*")
 _BETWEEN = re.compile(rb"\}\s*,\s*\{")
 _SPACE = re.compile(rb"[\s,]*")
-_MASKS = 128  # masks whose runs are checked together
+_MASKS = 512  # masks whose runs are checked together
 _SHOWN = 5
 _NOTHING = (math.nan,) * 4  # the box of a detection without one
 
@@ -69,7 +69,8 @@ class Predictions:
     @functools.cached_property
     def span(self) -> np.ndarray:
         """(D, 2) int64 first byte and end of each detection in the file."""
-        return np.array(_spans(self.path), np.int64).reshape(-1, 2)
+        found = _spans_by_braces(self.path, self.has_mask)
+        return np.array(_spans(self.path), np.int64).reshape(-1, 2) if found is None else found
 
     def load_masks(self) -> None:
         """Keep all masks in memory, for a file that goes away."""
@@ -252,6 +253,30 @@ def _inner(content: mmap.mmap) -> tuple[int, int]:
     while start < end and content[start] in b" \t\r\n":
         start += 1
     return start, end
+
+
+def _spans_by_braces(path: str, has_mask: np.ndarray) -> np.ndarray | None:
+    """First byte and end of each entry, (D, 2), of a file that has been read before.
+
+    Every entry has a pair of braces, and a second one if it has a mask. A file with as many braces
+    as that has none in a string or in another field, so that their order tells what they are.
+
+    Returns:
+        None for a file with other braces.
+    """
+    pairs = 1 + has_mask.astype(np.int64)
+    places = []
+    with _mapped(path) as content:
+        for brace in b"{}":
+            found = [np.zeros(0, np.int64)]
+            for start in range(0, len(content), _CHUNK):
+                block = np.frombuffer(content[start : start + _CHUNK], np.uint8)
+                found.append(start + np.flatnonzero(block == brace))
+            places.append(np.concatenate(found))
+    if any(len(found) != pairs.sum() for found in places):
+        return None
+    last = pairs.cumsum() - 1
+    return np.column_stack([places[0][last - pairs + 1], places[1][last] + 1])
 
 
 def _spans(path: str) -> list[tuple[int, int]]:

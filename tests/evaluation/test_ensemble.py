@@ -12,7 +12,12 @@ import pytest
 from d2_balance.cli import main as cli
 from d2_balance.data.annotations import read_annotations
 from d2_balance.evaluation.merge.ensemble import METHODS, cluster, overlap
-from d2_balance.evaluation.predictions import _spans, read_objects, read_predictions
+from d2_balance.evaluation.predictions import (
+    _spans,
+    _spans_by_braces,
+    read_objects,
+    read_predictions,
+)
 
 REFERENCE = Path(__file__).parents[1] / "reference/ensemble_boxes.npz"
 IMAGES = [{"id": i, "height": 60, "width": 80} for i in (3, 5, 9)]
@@ -307,3 +312,24 @@ def test_one_detection_of_a_model_joins_a_cluster():
     # the third fits the second better (8/9) than the first (8/10); the fourth finds the first free
     assert cluster(boxes, [4, 3, 2, 1], [0, 0, 1, 1], 0.5, False) == [[0, 3], [1, 2]]
     assert overlap([0, 0, 0, 5], [0, 0, 0, 5]) == 1 and overlap([0, 0, 0, 5], [0, 0, 5, 5]) == 0
+
+
+@pytest.mark.parametrize("note", [None, "}, {", {"a": 1}])
+@pytest.mark.parametrize("layout", [None, 1])
+def test_entries_are_where_their_braces_are(tmp_path, monkeypatch, note, layout):
+    monkeypatch.setattr("d2_balance.evaluation.predictions._CHUNK", 37)
+    detections = draw(6)
+    for detection in detections[::2]:
+        del detection["segmentation"]
+    detections[3] |= {} if note is None else {"note": note}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(detections, indent=layout))
+    has_mask = np.array(["segmentation" in d for d in detections])
+    spans = _spans_by_braces(str(path), has_mask)
+    if note is None:
+        assert list(map(tuple, spans.tolist())) == _spans(str(path))
+    else:
+        assert spans is None
+    (tmp_path / "truth.json").write_text(json.dumps(TRUTH))
+    columns = read_predictions(str(path), read_annotations(str(tmp_path / "truth.json")))
+    assert columns.span.tolist() == list(map(list, _spans(str(path))))
