@@ -203,10 +203,11 @@ class _Index:
 
 def _sound_masks(masks: Sequence[_Mask], image: np.ndarray, truth: Annotations) -> bool:
     """Whether masks have the sizes of their images, and runs that fill them."""
-    sizes = np.array([m.size for m in masks], dtype=np.int64).reshape(-1, 2)
+    sizes = np.fromiter(chain.from_iterable(map(attrgetter("size"), masks)), np.int64)
+    sizes = sizes.reshape(-1, 2)
     if (sizes != truth.size[image]).any():
         return False
-    pixels, counts = np.prod(sizes, axis=1).tolist(), [m.counts for m in masks]
+    pixels, counts = sizes[:, 0] * sizes[:, 1], list(map(attrgetter("counts"), masks))
     return all(
         all_fill(counts[a : a + _MASKS], pixels[a : a + _MASKS])
         for a in range(0, len(counts), _MASKS)
