@@ -132,3 +132,16 @@ def counts_file(tmp_path):
     path = tmp_path / "statistics.json"
     ClassCounts(counts, counts * 2, 1000, names).save(str(path))
     return str(path)
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster: a head without processors and two nodes with one each."""
+    pytest.importorskip("ray", reason="pip install 'd2-balance[cluster]'")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield cluster, nodes
+    cluster.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_executor_arguments, executor_of
 from .main import CommandError
 
 
@@ -16,15 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file, or its name, such as recipes/mini_lvis.yaml")
     parser.add_argument("--output", metavar="DIRECTORY", help="in place of the recipe's `output`")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes of each training")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="stages that run side by side, if they can (default 1)"
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="processes of each training, a GPU for each where there are GPUs",
     )
+    add_executor_arguments(parser, "stages")
     parser.add_argument("--check", action="store_true", help="check the recipe, run nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe."""
+    from contextlib import ExitStack
+
     from detectron2.data import DatasetCatalog
 
     import d2_balance.data  # noqa: F401  registers the built-in sets
@@ -33,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from d2_balance.recipes.runner import Runner, check_names
     from d2_balance.recipes.stages import StageError
     from d2_balance.recipes.training import check_configs
+    from d2_balance.utils.executors import visible_gpus
 
     recipe = Recipe.read(find_config(args.recipe))
     if args.check:
@@ -44,9 +51,16 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     output = args.output or recipe.output
-    runner = Runner(recipe, output, resume=args.resume, gpus=args.num_gpus, jobs=args.jobs)
-    try:
-        print(runner.run())
-    except StageError as error:
-        raise CommandError(str(error)) from error
+    runner = Runner(recipe, output, resume=args.resume, gpus=args.num_gpus)
+    with ExitStack() as stack:
+        executor = None
+        cluster = args.ray is not None or args.slurm is not None
+        if cluster or args.jobs != 1:
+            gpus = args.num_gpus if cluster or visible_gpus() else 0
+            executor = executor_of(args, gpus, runner.jobs)
+            stack.callback(executor.close)
+        try:
+            print(runner.run(executor))
+        except StageError as error:
+            raise CommandError(str(error)) from error
     return 0

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from .arguments import add_executor_arguments, executor_of
+
 if TYPE_CHECKING:
     from d2_balance.sweep.run import Sweep
 
@@ -20,19 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP.yaml", help="base config, remedies and seeds")
     parser.add_argument("--output", metavar="DIRECTORY", help="default: output/sweep-NAME")
     parser.add_argument("--resume", action="store_true", help="go on with the sweep in --output")
-    parser.add_argument("--jobs", type=int, default=1, help="trials side by side (default 1)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of a trial (default 0)")
-    parser.add_argument("--cpus", type=int, default=1, help="processors of a trial on a cluster")
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const="auto",
-        metavar="ADDRESS",
-        help="run the trials on a Ray cluster: its address, or the one that runs here",
-    )
-    parser.add_argument(
-        "--slurm", metavar="PARTITION", help="run the trials on SLURM through submitit"
-    )
+    add_executor_arguments(parser, "trials")
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -54,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
     from d2_balance.sweep.report import write_report
     from d2_balance.sweep.run import run_sweep
     from d2_balance.sweep.spec import read_sweep
-    from d2_balance.utils.executors import make_executor
     from d2_balance.utils.lock import directory_lock
 
     spec = with_suggested(read_sweep(args.sweep))
@@ -73,14 +63,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if args.storage is None:
             stack.enter_context(directory_lock(output))
-        executor = make_executor(
-            args.jobs,
-            ray=args.ray,
-            slurm=args.slurm,
-            gpus=args.gpus,
-            cpus=args.cpus,
-            directory=os.path.join(output, "jobs"),
-        )
+        executor = executor_of(args, args.gpus, os.path.join(output, "jobs"))
         stack.callback(executor.close)
         progress = stack.enter_context(Progress(sys.stdout))
         sweep: Sweep = run_sweep(

@@ -8,6 +8,7 @@ A training works in its own directory, whose checkpoints `train_net.py --resume`
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Callable, Container
 from typing import Any
 
+from d2_balance.utils.executors import Executor
 from d2_balance.utils.files import read_json, write_json
 from d2_balance.utils.lock import LOCK_FILE, directory_lock
 
@@ -27,6 +29,8 @@ from .training import check_configs, check_second_files, external_names, read_tr
 from .workers import Result, Workers
 
 DONE, STARTED = "done.json", "started.json"
+JOBS = ".jobs"
+STARTS = 3  # of a stage whose machine goes away
 
 
 def check_names(recipe: Recipe, known: Container[str]) -> None:
@@ -61,8 +65,7 @@ class Runner:
         recipe: the recipe.
         output: directory of all stages.
         resume: go on in a directory that holds stages.
-        gpus: processes of a training.
-        jobs: stages that run side by side, each in a process of its own, if it is above 1.
+        gpus: processes of a training; 0 is one that asks a cluster for no GPU.
         say: receives one line for each stage.
 
     Raises:
@@ -79,13 +82,10 @@ class Runner:
         *,
         resume: bool = False,
         gpus: int = 1,
-        jobs: int = 1,
         say: Callable[[str], None] = print,
     ):
-        if jobs < 1:
-            raise ValueError(f"--jobs is {jobs}; must be at least 1")
         self.recipe, self.output, self.gpus, self.say = recipe, os.path.abspath(output), gpus, say
-        self.jobs = jobs
+        self.jobs = os.path.join(self.output, JOBS)
         self.datasets = DataSets(recipe.datasets)
         present = set(os.listdir(output)) if os.path.isdir(output) else set()
         if present - {LOCK_FILE} and not resume:
@@ -108,8 +108,11 @@ class Runner:
             if stage.name not in self.done:
                 check_class_maps(stage, recipe, lists)
 
-    def run(self) -> str:
+    def run(self, executor: Executor | None = None) -> str:
         """Run what is not done yet; the report is written after each stage.
+
+        Args:
+            executor: runs stages side by side; None runs one after another in this process.
 
         Returns:
             The report, report.md; report.html lies beside it.
@@ -126,9 +129,9 @@ class Runner:
                     f"another run has finished {', '.join(sorted(new))} in {self.output} "
                     "meanwhile: start again with --resume"
                 )
-            return self._run_all()
+            return self._run_all(executor)
 
-    def _run_all(self) -> str:
+    def _run_all(self, executor: Executor | None) -> str:
         os.makedirs(os.path.join(self.output, "logs"), exist_ok=True)
         waiting = []
         for stage in self.recipe.stages:
@@ -137,7 +140,7 @@ class Runner:
                 add_sets(stage, self._directory(stage), self.datasets)
             else:
                 waiting.append(stage)
-        with Workers(self.jobs) as workers:
+        with Workers(executor, self.jobs) as workers:
             failed = self._run_waiting(waiting, workers)
         if failed:
             raise StageError("; ".join(failed))
@@ -150,16 +153,22 @@ class Runner:
             What failed, a sentence for each stage.
         """
         failed: list[str] = []
+        starts = collections.Counter[str]()
         while waiting or workers.running:
             ready = [s for s in waiting if all(name in self.done for name in s.needs)]
             if ready and not failed and workers.free:
                 waiting.remove(ready[0])
+                starts[ready[0].name] += 1
                 self.say(f"{self._label(ready[0])} ...")
                 workers.start(self._begin(ready[0]))
                 continue
             if not workers.running:
                 break
             result = workers.wait()
+            if result.lost and starts[result.work.stage.name] < STARTS:
+                self.say(f"{self._label(result.work.stage)}: {result.error}; it starts again")
+                waiting.append(result.work.stage)
+                continue
             try:
                 self._end(result)
             except (StageError, OSError) as error:

@@ -46,7 +46,7 @@ class Work:
         datasets: datasets known so far.
         directories: stage name to directory, of the stages that are done.
         log: its log file.
-        gpus: processes of a training.
+        gpus: processes of a training; 0 is one that asks a cluster for no GPU.
     """
 
     stage: Stage
@@ -129,7 +129,7 @@ def _train(work: Work) -> None:
     _register(config, work.datasets.entries())
     path = work.path("config.yaml")
     _write_yaml(path, config)
-    _train_process(work, "--resume", "--config-file", path, "--num-gpus", str(work.gpus))
+    _train_process(work, "--resume", "--config-file", path, "--num-gpus", str(max(work.gpus, 1)))
 
 
 def _predict(work: Work) -> None:

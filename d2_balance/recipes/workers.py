@@ -1,16 +1,29 @@
-"""Stages at work: in this process, one after another, or side by side in processes of their own."""
+"""Stages at work: in this process, one after another, or side by side as jobs of an executor.
+
+`python -m d2_balance.recipes.workers DIRECTORY` is such a job: DIRECTORY holds a pickled `Work`,
+and the reason why it failed is written there.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import pickle
+import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 
+from d2_balance.utils.executors import Executor, Job, JobLostError, Running, stop_all
+from d2_balance.utils.files import atomic_path, write_text
+from d2_balance.utils.lock import directory_lock
+
 from .stages import StageError, Work, run_stage
+
+POLL_SECONDS = 0.2
+_WORK, _REASON = "work.pickle", "reason.txt"
 
 
 @dataclass(frozen=True)
@@ -20,30 +33,26 @@ class Result:
     Attributes:
         work: the stage.
         error: why it failed, or None.
+        lost: whether its machine went away, so that the stage may be started again.
     """
 
     work: Work
     error: str | None
+    lost: bool = False
 
 
-@dataclass
-class _Running:
-    work: Work
-    process: SpawnProcess
-    result: Connection
-
-
-@dataclass
 class Workers:
-    """Up to `jobs` stages side by side; leaving the block ends those that still run.
+    """Stages side by side; leaving the block ends those that still run.
 
     Args:
-        jobs: 1 runs a stage in this process as soon as it is started.
+        executor: where they run; None runs a stage in this process as soon as it is started.
+        directory: where jobs find their stage, on a file system that all machines see.
     """
 
-    jobs: int
-    _running: list[_Running] = field(default_factory=list)
-    _ended: list[Result] = field(default_factory=list)
+    def __init__(self, executor: Executor | None, directory: str) -> None:
+        self.executor, self.directory = executor, directory
+        self._running: dict[int, tuple[Work, Running]] = {}  # by slot
+        self._ended: list[Result] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -54,10 +63,7 @@ class Workers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for running in self._running:
-            running.process.terminate()
-        for running in self._running:
-            running.process.join()
+        stop_all([running for _, running in self._running.values()])
 
     @property
     def running(self) -> bool:
@@ -67,46 +73,55 @@ class Workers:
     @property
     def free(self) -> bool:
         """Whether another stage can be started."""
-        return len(self._running) + len(self._ended) < self.jobs
+        slots = self.executor.slots if self.executor else 1
+        return len(self._running) + len(self._ended) < slots
 
     def start(self, work: Work) -> None:
         """Start a stage."""
-        if self.jobs == 1:
+        if self.executor is None:
             self._ended.append(Result(work, _error_of(work)))
             return
-        context = multiprocessing.get_context("spawn")
-        result, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(work, sender), name=work.stage.name)
-        process.start()
-        sender.close()
-        self._running.append(_Running(work, process, result))
+        directory = self._directory(work)
+        with atomic_path(os.path.join(directory, _WORK)) as path, open(path, "wb") as file:
+            pickle.dump(work, file)
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(directory, _REASON))
+        job = Job([sys.executable, "-m", "d2_balance.recipes.workers", directory], work.log)
+        slot = next(n for n in range(self.executor.slots) if n not in self._running)
+        self._running[slot] = work, self.executor.start(job, slot)
 
     def wait(self) -> Result:
         """Wait for the next stage to end."""
-        if self._ended:
-            return self._ended.pop()
-        ready = set(wait([running.process.sentinel for running in self._running]))
-        ended = next(r for r in self._running if r.process.sentinel in ready)
-        self._running.remove(ended)
-        ended.process.join()
-        try:
-            error = ended.result.recv()
-        except EOFError:  # killed, for example for its memory
-            error = f"its process ended with status {ended.process.exitcode}; see {ended.work.log}"
-        return Result(ended.work, error)
+        while not self._ended:
+            for slot, (work, running) in list(self._running.items()):
+                try:
+                    status = running.poll()
+                except JobLostError as error:
+                    self._end(slot, Result(work, f"its machine went away ({error})", lost=True))
+                    continue
+                if status is not None:
+                    self._end(slot, Result(work, self._reason(work, status)))
+            if not self._ended:
+                time.sleep(POLL_SECONDS)
+        return self._ended.pop(0)
 
+    def _end(self, slot: int, result: Result) -> None:
+        del self._running[slot]
+        if not result.lost:  # a machine that was given up may still hold the lock there
+            shutil.rmtree(self._directory(result.work), ignore_errors=True)
+        self._ended.append(result)
 
-def _run(work: Work, sender: Connection) -> None:
-    """Run a stage in a process of its own, and send why it failed."""
-    signal.signal(signal.SIGTERM, _stop)  # so that the training of the stage is ended too
-    try:
-        sender.send(_error_of(work))
-    except KeyboardInterrupt:  # the command says so
-        sys.exit(128 + signal.SIGINT)
+    def _directory(self, work: Work) -> str:
+        return os.path.join(self.directory, work.stage.name)
 
-
-def _stop(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
+    def _reason(self, work: Work, status: int) -> str | None:
+        if status == 0:
+            return None
+        path = os.path.join(self._directory(work), _REASON)
+        with suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+            return file.read()
+        # killed, for example for its memory
+        return f"its process ended with status {status}; see {work.log}"
 
 
 def _error_of(work: Work) -> str | None:
@@ -115,3 +130,28 @@ def _error_of(work: Work) -> str | None:
     except (StageError, ValueError, OSError) as error:
         return str(error)
     return None
+
+
+def _stop(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def main(directory: str) -> int:
+    """Run the stage of a directory; return the exit status."""
+    import d2_balance.data  # noqa: F401  registers the built-in sets
+
+    signal.signal(signal.SIGTERM, _stop)  # so that the training of the stage is ended too
+    with open(os.path.join(directory, _WORK), "rb") as file:
+        work = pickle.load(file)
+    try:
+        with directory_lock(directory):
+            error = _error_of(work)
+    except ValueError as held:
+        error = str(held)
+    if error is not None:
+        write_text(os.path.join(directory, _REASON), error)
+    return int(error is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

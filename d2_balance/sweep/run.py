@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from d2_balance.utils.config_tree import merge
-from d2_balance.utils.executors import Executor, Job, JobLostError, Running
+from d2_balance.utils.executors import Executor, Job, JobLostError, Running, stop_all
 
 from . import trial as trials
 from .intervals import Intervals
@@ -113,8 +113,7 @@ class Sweep:
                 self.tick(self)
                 time.sleep(POLL_SECONDS)
         finally:
-            for active in self.active.values():
-                active.running.stop()
+            stop_all([active.running for active in self.active.values()])
 
     def directory(self, trial: FrozenTrial) -> str:
         """Return the directory of a trial."""

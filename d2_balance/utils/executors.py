@@ -8,17 +8,21 @@ again. Neither Ray nor submitit is imported before it is asked for.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+# Where data lie: a Ray node has the environment that Ray was started with there.
+_TOLD = ("DETECTRON2_DATASETS", "D2_BALANCE_CACHE")
 STOP_SECONDS = 40.0  # from SIGTERM to SIGKILL: a training saves a checkpoint first
 
 
@@ -29,12 +33,14 @@ class Job:
     Args:
         command: program and arguments.
         log: file that standard output and error are appended to.
-        env: environment variables on top of those of this process.
+        env: environment variables on top of those of the process that runs it.
+        directory: what relative paths of the command refer to.
     """
 
     command: Sequence[str]
     log: str
     env: Mapping[str, str] = field(default_factory=dict)
+    directory: str = field(default_factory=os.getcwd)
 
 
 class JobLostError(Exception):
@@ -66,6 +72,12 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release what the executor holds."""
+
+
+def stop_all(running: Sequence[Running]) -> None:
+    """Stop jobs side by side, for each may take its time to save a checkpoint."""
+    with ThreadPoolExecutor(max(len(running), 1)) as threads:
+        list(threads.map(lambda one: one.stop(), running))
 
 
 def make_executor(
@@ -145,6 +157,7 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env},
+                cwd=job.directory,
                 start_new_session=True,  # Ctrl-C reaches the sweep, which stops its jobs in turn
                 preexec_fn=_ends_with_this_process() if sys.platform == "linux" else None,
             )
@@ -187,7 +200,7 @@ def _ends_with_this_process() -> Callable[[], None]:
 
 def _check_gpus(slots: int, gpus: int) -> None:
     """Raise ValueError if fewer GPUs are visible than the slots need."""
-    if gpus and (visible := _visible_gpus()) < slots * gpus:
+    if gpus and (visible := visible_gpus()) < slots * gpus:
         raise ValueError(
             f"--jobs {slots} with {gpus} GPUs each needs {slots * gpus} GPUs, and {visible} "
             "are visible; lower --jobs or --gpus"
@@ -208,7 +221,8 @@ def _gpu_names() -> list[str]:
     return [name for name in names.split(",") if name]
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
+    """Return the number of GPUs that this process may use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         return len(_gpu_names())
     import torch
@@ -270,11 +284,12 @@ class RayExecutor:
         self._started = not ray.is_initialized()
         if self._started:
             try:
-                ray.init(
-                    address=None if address == "local" else address,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
+                with _own_sigterm():
+                    ray.init(
+                        address=None if address == "local" else address,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"--ray {address}: no cluster can be reached there ({error})"
@@ -282,11 +297,23 @@ class RayExecutor:
         self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(run_job)
 
     def start(self, job: Job, slot: int) -> Running:
-        return _RayTask(self._ray, self._task.remote(job))
+        told = {name: os.environ[name] for name in _TOLD if name in os.environ}
+        return _RayTask(self._ray, self._task.remote(replace(job, env={**told, **job.env})))
 
     def close(self) -> None:
         if self._started:
             self._ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray 2.60 sets its own, which ends a command with status 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not in the main thread, where Ray sets none either
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _check_address(address: str) -> None:

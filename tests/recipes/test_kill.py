@@ -15,7 +15,7 @@ from .recipes import ROOT, contents, recipe, with_second_files
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "d2_balance.cli.main", "challenge", "recipe.yaml", *arguments]
+    command = [sys.executable, "-m", "d2_balance", "challenge", "recipe.yaml", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -27,22 +28,11 @@ def wait(running, seconds=60):
     raise AssertionError("the job has not ended")
 
 
-@pytest.fixture
-def cluster():
-    """A head without processors and two nodes with one each."""
-    pytest.importorskip("ray", reason="pip install 'd2-balance[cluster]'")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cluster.wait_for_nodes()
-    yield cluster, nodes
-    cluster.shutdown()
-
-
 def test_ray_runs_jobs_and_returns_their_status(cluster, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
     executor = make_executor(2, ray=cluster[0].address)
     try:
+        assert signal.getsignal(signal.SIGTERM) is handler  # Ray has one of its own
         good = executor.start(job(tmp_path, "good"), 0)
         bad = executor.start(job(tmp_path, "bad", code="import sys; sys.exit(5)"), 1)
         assert wait(good) == 0 and wait(bad) == 5
