@@ -33,6 +33,7 @@ from .ghm import GHMCLoss, GHMRLoss, ghm_c_loss, ghm_r_loss
 from .gumbel import GOLLoss, GumbelCELoss, gumbel_ce_loss
 from .iou import CIoULoss, DIoULoss, GIoULoss, ciou_loss, diou_loss, giou_loss
 from .loce import LOCELoss, equilibrium_loss
+from .max_size import max_size_loss
 from .quality_focal import QFLLoss, VFLLoss, quality_focal_loss, varifocal_loss
 from .rank_sort import RankSortLoss, rank_sort_loss
 from .seesaw import SeesawFocalLoss, SeesawLoss, seesaw_ce_loss, seesaw_focal_loss
@@ -105,6 +106,7 @@ __all__ = [
     "giou_loss",
     "group_softmax_loss",
     "gumbel_ce_loss",
+    "max_size_loss",
     "quality_focal_loss",
     "rank_sort_loss",
     "seesaw_ce_loss",
