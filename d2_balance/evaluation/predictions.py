@@ -527,6 +527,10 @@ class DetectionTexts:
         start, end = self._spans[row].tolist()
         return self._map[start:end]
 
+    def texts(self, rows: np.ndarray) -> list[bytes]:
+        """Return `text` of many detections."""
+        return [self._map[start:end] for start, end in self._spans[rows].tolist()]
+
     def changed(self, row: int, **fields: Any) -> bytes:
         """Return detection `row` with other values in some fields."""
         text = self.text(row)

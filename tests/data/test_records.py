@@ -90,7 +90,7 @@ def test_records_equal_those_of_detectron2_in_content_and_types(dataset, names):
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 4])
 def test_batches_equal_those_of_plain_dicts(dataset, sampler, workers, monkeypatch):
     import d2_balance.engine.resume.data_stream as module
 

@@ -224,11 +224,15 @@ class Ensemble:
             for, score, box, and whether that is another.
         """
         edges = np.flatnonzero(np.diff(group[rows])) + 1
+        starts = np.append(0, edges)
+        single = self._single(part, rows, starts)
+        best = rows[starts[single]]
         score, model = self._score[part][rows].tolist(), self._model[part][rows].tolist()
         box, category = self._box[part][rows].tolist(), self._category[part][rows].tolist()
         masks = self._has_mask[part][rows].tolist()
         merged: list[tuple[int, int, float, list[float] | None]] = []
-        for a, b in pairwise([0, *edges.tolist(), len(rows)]):
+        ends = np.append(edges, len(rows))
+        for a, b in np.column_stack([starts, ends])[~single].tolist():
             clusters = cluster(box[a:b], score[a:b], model[a:b], self.iou, self.method == "wbf")
             for found in clusters:
                 members = [a + n for n in found]
@@ -237,10 +241,39 @@ class Ensemble:
                     if leader != row and new_box is None:
                         new_box = box[row]
                     merged.append((leader, row, new_score, new_box))
-        leaders, places = rows[[m[0] for m in merged]], rows[[m[1] for m in merged]]
-        boxes = np.array([m[3] or (0.0,) * 4 for m in merged]).reshape(-1, 4)
-        moved = np.array([m[3] is not None for m in merged], dtype=bool)
-        return leaders, places, np.array([m[2] for m in merged]), boxes, moved
+        chosen = np.array([m[:2] for m in merged], dtype=np.int64).reshape(-1, 2)
+        leaders, places = (np.append(best, rows[chosen[:, k]]) for k in (0, 1))
+        scores = np.append(self._score[part][best], [m[2] for m in merged])
+        boxes = np.zeros((len(scores), 4))
+        boxes[len(best) :] = np.array([m[3] or (0.0,) * 4 for m in merged]).reshape(-1, 4)
+        moved = np.zeros(len(scores), dtype=bool)
+        moved[len(best) :] = [m[3] is not None for m in merged]
+        return leaders, places, scores, boxes, moved
+
+    def _single(self, part: slice, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Groups that are one cluster of which "nms" keeps the best detection as it is.
+
+        Args:
+            part: the detections.
+            rows: (n,) some of them, group by group.
+            starts: (m,) where each group begins in `rows`.
+
+        Returns:
+            (m,) bool, groups of one detection of each model, all of which overlap with the best;
+            if any of them has a mask, so has the best.
+        """
+        if self.method != "nms":
+            return np.zeros(len(starts), dtype=bool)
+        size = np.diff(starts, append=len(rows))
+        first = np.repeat(starts, size)
+        box, mask = self._box[part][rows], self._has_mask[part][rows]
+        model = self._model[part][rows].astype(np.int64)
+        alike = (_overlaps(box, box[first]) > self.iou) & (mask[first] | ~mask)
+        single = np.logical_and.reduceat(alike, starts)
+        keys = np.sort(np.repeat(np.arange(len(starts)), size) * len(self.members) + model)
+        twice = keys[1:][keys[1:] == keys[:-1]]
+        single[twice // len(self.members)] = False
+        return single
 
     def _masked(self, masks: Sequence[bool], members: Sequence[int], leader: int) -> int:
         """The best member with a mask, the leader where there is none (members of soft-NMS)."""
@@ -269,28 +302,26 @@ class Ensemble:
 
     def texts(self, merged: Merged, sources: Sequence[DetectionTexts]) -> list[bytes]:
         """The result as JSON texts; untouched detections keep theirs to the letter."""
-        lines = []
-        columns = (
-            merged.score,
-            merged.category,
-            merged.moved,
-            merged.box,
-            merged.model,
-            merged.row,
-        )
-        for score, category, moved, box, model, row in zip(
-            *(c.tolist() for c in columns), strict=True
-        ):
-            source = self.members[model].columns
-            fields: dict[str, object] = {}
-            if score != source.score[row]:
-                fields["score"] = score
-            if category != source.category[row]:
-                fields["category_id"] = category
-            if moved:
-                fields["bbox"] = box
-            texts = sources[model]
-            lines.append(texts.changed(row, **fields) if fields else texts.text(row))
+        lines: list[bytes] = [b""] * len(merged.row)
+        for model, (member, source) in enumerate(zip(self.members, sources, strict=True)):
+            at = np.flatnonzero(merged.model == model)
+            rows = merged.row[at]
+            scored = merged.score[at] != member.columns.score[rows]
+            other = merged.category[at] != member.columns.category[rows]
+            untouched = ~(scored | other | merged.moved[at])
+            texts = source.texts(rows[untouched])
+            for n, text in zip(at[untouched].tolist(), texts, strict=True):
+                lines[n] = text
+            for k in np.flatnonzero(~untouched).tolist():
+                n = at[k]
+                fields: dict[str, object] = {}
+                if scored[k]:
+                    fields["score"] = float(merged.score[n])
+                if other[k]:
+                    fields["category_id"] = int(merged.category[n])
+                if merged.moved[n]:
+                    fields["bbox"] = merged.box[n].tolist()
+                lines[n] = source.changed(int(rows[k]), **fields)
         return lines
 
 
@@ -311,15 +342,19 @@ def _close(box: np.ndarray, model: np.ndarray, group: np.ndarray, iou: float) ->
         left = left[group[left] == group[left + step]]
         a = left[model[left] != model[left + step]]
         b = a + step
-        one, other = box[a], box[b]
-        inner = np.minimum(one[:, :2] + one[:, 2:], other[:, :2] + other[:, 2:])
-        inner = (inner - np.maximum(one[:, :2], other[:, :2])).clip(0).prod(axis=1)
-        union = one[:, 2] * one[:, 3] + other[:, 2] * other[:, 3] - inner
-        # a division as in `overlap`, so that a value on the threshold is the same
-        hit = (one == other).all(axis=1)
-        hit |= np.divide(inner, union, out=np.zeros(len(a)), where=inner > 0) > iou
+        hit = _overlaps(box[a], box[b]) > iou
         close[a[hit]] = close[b[hit]] = True
     return close
+
+
+def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`overlap` of (n, 4) boxes with (n, 4) others, by the same operations; (n,)."""
+    inner = np.minimum(one[:, :2] + one[:, 2:], other[:, :2] + other[:, 2:])
+    inner = (inner - np.maximum(one[:, :2], other[:, :2])).clip(0).prod(axis=1)
+    union = one[:, 2] * one[:, 3] + other[:, 2] * other[:, 3] - inner
+    found = np.divide(inner, union, out=np.zeros(len(one)), where=inner > 0)
+    found[(one == other).all(axis=1)] = 1.0
+    return found
 
 
 def cluster(
