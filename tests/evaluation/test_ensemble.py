@@ -11,7 +11,7 @@ import pytest
 
 from d2_balance.cli import main as cli
 from d2_balance.data.annotations import read_annotations
-from d2_balance.evaluation.merge.ensemble import METHODS, cluster, overlap
+from d2_balance.evaluation.merge.ensemble import METHODS, Ensemble, cluster, overlap
 from d2_balance.evaluation.predictions import (
     _spans,
     _spans_by_braces,
@@ -134,6 +134,27 @@ def test_the_order_of_the_models_makes_no_difference(merge, method):
     first, second = merge(a, b, c, options=options), merge(c, a, b, options=options)
     assert first == second and 0 < len(first) <= 60
     assert as_set(first) != as_set(a)
+
+
+@pytest.mark.parametrize("masks", ["all", "some", "none"])
+@pytest.mark.parametrize("iou", [0.2, 0.5])
+def test_groups_of_one_cluster_merge_as_the_loop_merges_them(merge, monkeypatch, iou, masks):
+    models = [draw(seed, count) for seed, count in enumerate((10, 12, 14))]
+    for n, detection in enumerate([d for found in models for d in found]):
+        if masks == "none" or (masks == "some" and n % 3 == 0):
+            del detection["segmentation"]
+    options, single = ["--iou", str(iou)], []
+    original = Ensemble._single
+
+    def counted(*args):
+        single.append(original(*args))
+        return single[-1]
+
+    monkeypatch.setattr(Ensemble, "_single", counted)
+    quick = merge(*models, options=options)
+    assert sum(found.sum() for found in single) > 0
+    monkeypatch.setattr(Ensemble, "_single", lambda *args: np.zeros_like(original(*args)))
+    assert quick == merge(*models, options=options)
 
 
 def reference_case(name):
