@@ -77,7 +77,7 @@ def rle_problem(counts: str | Sequence[int], size: Sequence[int]) -> str:
     return ""
 
 
-def all_fill(counts: Sequence[str], pixels: Sequence[int]) -> bool:
+def all_fill(counts: Sequence[str], pixels: Sequence[int] | np.ndarray) -> bool:
     """Whether `rle_problem` finds nothing in any of many masks, in a fraction of its time.
 
     Args:
