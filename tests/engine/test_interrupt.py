@@ -1,17 +1,24 @@
-"""SIGINT and SIGTERM save the iteration reached; the resumed run ends bit-equal to a whole one."""
+"""SIGINT and SIGTERM save the iteration reached; the resumed run ends bit-equal to a whole one.
+
+The iterations are other ones in every run of the tests. A failure names the seed that they come
+from; `SEED_VARIABLE=<seed> pytest ...` chooses them again.
+"""
 
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from .test_kill import LENGTH, config, differences, final, lines, run  # noqa: F401  the fixture
 
-PLACES = ("before the step", "before the optimizer", "in an evaluation")
+PLACES = ("before the step", "before the optimizer", "in an evaluation", "at any moment")
+EVALUATED = 9  # iteration after which the first evaluation comes; then every 10
+SEED_VARIABLE = "D2_BALANCE_TEST_SEED"
 
 
 def plant(iteration, place, number):
@@ -20,14 +27,20 @@ def plant(iteration, place, number):
 
     from d2_balance.engine import BalancedTrainer
 
+    def send():
+        os.kill(os.getpid(), number)
+
+    later = threading.Timer(random.uniform(0, 0.05), send)
+    senders = {PLACES[0]: send, PLACES[3]: later.start}
+
     class Signal(HookBase):
         def before_step(self):
-            if place == PLACES[0] and self.trainer.iter == iteration:
-                os.kill(os.getpid(), number)
+            if place in senders and self.trainer.iter == iteration:
+                senders[place]()
 
         def after_backward(self):
             if place == PLACES[1] and self.trainer.iter == iteration:
-                os.kill(os.getpid(), number)
+                send()
 
     build, make, test = BalancedTrainer.build_hooks, BalancedTrainer.__init__, BalancedTrainer.test
 
@@ -37,39 +50,52 @@ def plant(iteration, place, number):
 
     def tested(cfg, model, *others):
         if place == PLACES[2]:
-            os.kill(os.getpid(), number)
+            send()
             time.sleep(20)  # the signal leaves this at once
         return test(cfg, model, *others)
 
     BalancedTrainer.__init__ = started
     BalancedTrainer.build_hooks = lambda self: [*build(self), Signal()]
-    BalancedTrainer.test = tested
+    BalancedTrainer.test = staticmethod(tested)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_leave_no_trace(config, tmp_path, ranks):  # noqa: F811
+    seed = int(os.environ.get(SEED_VARIABLE, 0)) or random.SystemRandom().randrange(1, 10**6)
+    chosen = random.Random(seed)
+    # not those whose signal would reach the evaluation, or the end, by way of the other rank
+    free = [i for i in range(1, LENGTH - 4) if i % 10 not in (7, 8, 9)]
+    iterations = sorted(chosen.sample(free, 3))
+    places = [PLACES[0], PLACES[1], PLACES[3]]
+    chosen.shuffle(places)
+    signals = [chosen.choice((signal.SIGINT, signal.SIGTERM)) for _ in places]
+    stops = [*zip(iterations, places, signals, strict=True)]
+    stops.append((EVALUATED, PLACES[2], chosen.choice((signal.SIGINT, signal.SIGTERM))))
+
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(ranks, whole, config) == [0] * ranks
-    chosen = random.Random(ranks)
-    first, last = sorted(chosen.sample([i for i in range(1, LENGTH - 4) if i not in (8, 9)], 2))
-    stops = [(first, PLACES[0], signal.SIGINT), (9, PLACES[2], signal.SIGTERM)]
-    stops += [(last, PLACES[1], signal.SIGTERM)]
-    # an evaluation comes after iteration 9; a run that has not got there yet stops before it
-    for count, (iteration, place, number) in enumerate(sorted(stops, key=lambda stop: stop[0])):
+    reached = -1
+    for iteration, place, number in sorted(stops):
+        stop = f"{number.name} {place} of iteration {iteration}; {SEED_VARIABLE}={seed}"
+        if iteration <= reached:
+            continue  # "at any moment" may come as late as the next stop
         codes = run(
-            ranks, parts, config, *["--resume"] * bool(count), kill=(iteration, place, number),
+            ranks, parts, config, *["--resume"] * (reached >= 0), kill=(iteration, place, number),
             plant_in=plant, everywhere=place == PLACES[2],
         )  # fmt: skip
-        assert codes[-1] == 128 + number, (iteration, place, codes)
+        assert codes[-1] == 128 + number, f"{codes}: {stop}"
         named = (parts / "last_checkpoint").read_text()
+        reached = int(named.removeprefix("model_").removesuffix(".pth"))
         # other ranks learn of it with the next backward pass
-        done = iteration + (ranks > 1 and place == PLACES[1])
-        assert named == f"model_{done:07d}.pth" and (parts / named).exists(), place
-        assert not (parts / "model_final.pth").exists()
-    assert run(ranks, parts, config, "--resume") == [0] * ranks
-    assert differences(final(whole), final(parts)) == []
-    assert lines(parts) == lines(whole)
+        late = ranks > 1 and place == PLACES[1]
+        allowed = range(iteration, iteration + 3) if place == PLACES[3] else [iteration + late]
+        assert reached in allowed and (parts / named).exists(), f"{named}: {stop}"
+        assert not (parts / "model_final.pth").exists(), stop
+    assert run(ranks, parts, config, "--resume") == [0] * ranks, stops
+    of = f"stops {stops}; {SEED_VARIABLE}={seed}"
+    assert differences(final(whole), final(parts)) == [], of
+    assert lines(parts) == lines(whole), of
 
 
 SCRIPT = """
@@ -131,3 +157,49 @@ def test_a_signal_to_the_command_reaches_the_processes_that_it_has_started(
     assert "Traceback" not in rest, rest[-2000:]
     named = (out / "last_checkpoint").read_text()
     assert (out / named).exists() and not (out / "model_final.pth").exists()
+
+
+SLOW = """
+import sys, time
+from d2_balance.cli.main import main
+from d2_balance.data.unreadable import SkipUnreadable
+
+call = SkipUnreadable.__call__
+
+def slowly(self, record):
+    time.sleep(0.5)
+    return call(self, record)
+
+SkipUnreadable.__call__ = slowly
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_workers_too_leaves_an_evaluation_without_traceback(
+    config,  # noqa: F811
+    tmp_path,
+    number,
+):
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "--config-file", str(config), "OUTPUT_DIR", str(out),
+         "TEST.EVAL_PERIOD", "2", "DATALOADER.NUM_WORKERS", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        for line in started.stdout:
+            if "Start inference on" in line:
+                time.sleep(0.5)
+                break
+        os.killpg(started.pid, number)  # as terminals and schedulers do it
+        rest, _ = started.communicate(timeout=100)
+    finally:
+        started.kill()
+    assert started.returncode == 128 + number, rest[-2000:]
+    assert "the same command with --resume goes on from there" in rest
+    assert "Traceback" not in rest, rest[-2000:]
+    assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert "\x1b" not in (out / "log.txt").read_text()
