@@ -50,9 +50,9 @@ def images(tmp_path):
     return paths
 
 
-def trained(tmp_path, name):
+def trained(tmp_path, name, *overrides):
     kind, loss = MODELS[name]
-    make_run(tmp_path, kind, "MODEL.BALANCE.CLS_LOSS", loss, *FEW)
+    make_run(tmp_path, kind, "MODEL.BALANCE.CLS_LOSS", loss, *FEW, *overrides)
     predictor = load(str(tmp_path / "run"))
     # scores that lie apart, so that no two detections change places by rounding
     with torch.no_grad():
@@ -90,6 +90,28 @@ def test_exported_model_is_the_eager_one(tmp_path, images, name, model_format):
         *(["masks"] if "mask" in name else []),
     ]
     assert labels["difference"]["images"] == 4
+
+
+@pytest.mark.parametrize("model_format", [TRACE, SCRIPT, ONNX])
+def test_exported_model_takes_any_number_of_proposals(tmp_path, images, model_format):
+    # no limit is reached, so that NMS leaves another number of proposals in each image
+    limits = ("MODEL.RPN.PRE_NMS_TOPK_TEST", 1000, "MODEL.RPN.POST_NMS_TOPK_TEST", 1000)
+    predictor = trained(tmp_path, "faster", *limits)
+    with torch.no_grad():  # scores of 1 are ties, which NMS may keep in any order
+        predictor.model.roi_heads.box_predictor.cls_score.weight.mul_(0.01)
+    counts = []
+    hook = predictor.model.proposal_generator.register_forward_hook(
+        lambda module, inputs, output: counts.append(len(output[0][0]))
+    )
+    for path in images:
+        predictor(np.asarray(Image.open(path)))
+    hook.remove()
+    assert len(set(counts)) > 1
+    difference = export(predictor, model_format, str(tmp_path / "model"), images)
+    assert difference.images == 4
+    assert difference.detections > 0
+    if model_format == TRACE:
+        assert difference.boxes == difference.scores == 0
 
 
 @pytest.mark.parametrize("name", ["mask EQL", "faster", "faster BAGS", "retinanet"])

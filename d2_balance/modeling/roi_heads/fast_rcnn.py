@@ -368,7 +368,9 @@ class BalancedFastRCNNOutputLayers(LossHead, Scriptable, FastRCNNOutputLayers):
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
     ) -> list[Tensor]:
         """Class probabilities, (R_i, K + 1) for each image, the last column background."""
-        return list(self.probabilities(predictions[0]).split([len(p) for p in proposals]))
+        # len() would turn the numbers of the traced image into constants of an exported model
+        sizes = [p.__len__() for p in proposals]
+        return list(self.probabilities(predictions[0]).split(sizes))
 
     def __prepare_scriptable__(self) -> nn.Module:
         if self.align is not None:
