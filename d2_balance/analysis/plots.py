@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .tail import RepeatFactors
 
 NAMED = 60  # classes whose names fit below an axis
-GREY, LIGHT = "#555555", "#BBBBBB"
+LIGHT = "#BBBBBB"
 
 
 def box_sizes(found: Analysis) -> tuple[np.ndarray, str]:

@@ -192,7 +192,7 @@ def check_cuda() -> Finding:
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding("CUDA", f"{torch.version.cuda}, {len(devices)} device(s): {devices}")
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    remedy = "train_net.py takes the CPU then; other scripts need MODEL.DEVICE cpu"
+    remedy = "d2-balance train takes the CPU then; other scripts need MODEL.DEVICE cpu"
     if shutil.which("nvidia-smi"):
         remedy = "nvidia-smi is here but torch sees no device; install a torch for this driver"
     return Finding("CUDA", f"no device ({built})", remedy)

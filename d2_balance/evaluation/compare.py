@@ -141,7 +141,7 @@ def read_run(path: str, name: str = "", dataset: str = "") -> Run:
     if not runs:
         raise ValueError(
             f"{path} holds no evaluation (inference/evaluation_*.json); evaluate it with "
-            "train_net.py --eval-only, or its predictions with `d2-balance eval --json`"
+            "`d2-balance train --eval-only`, or its predictions with `d2-balance eval --json`"
         )
     chosen = [run for run in runs if dataset in ("", run.found.dataset)]
     if len(chosen) != 1:

@@ -42,8 +42,6 @@ from ..predictions import DetectionTexts, Predictions, read_predictions
 METHODS = ("nms", "soft-nms", "wbf")
 _BLOCK = 1 << 19  # detections that are merged at once
 
-Box = tuple[float, float, float, float]
-
 
 @dataclass
 class Member:
