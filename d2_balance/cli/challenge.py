@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_executor_arguments, executor_of
+from .arguments import add_executor_arguments, at_least, executor_of
 from .main import CommandError
 
 
@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument(
         "--num-gpus",
-        type=int,
+        type=at_least(0),
         default=1,
-        help="processes of each training, a GPU for each where there are GPUs",
+        help="processes of each training; 0 is one that asks a cluster for no GPU",
     )
     add_executor_arguments(parser, "stages")
     parser.add_argument("--check", action="store_true", help="check the recipe, run nothing")

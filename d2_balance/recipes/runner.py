@@ -165,7 +165,7 @@ class Runner:
             if not workers.running:
                 break
             result = workers.wait()
-            if result.lost and starts[result.work.stage.name] < STARTS:
+            if result.lost and not failed and starts[result.work.stage.name] < STARTS:
                 self.say(f"{self._label(result.work.stage)}: {result.error}; it starts again")
                 waiting.append(result.work.stage)
                 continue

@@ -237,6 +237,9 @@ def test_a_stage_that_fails_beside_another_is_named(directory, capsys):
     error = capsys.readouterr().err
     assert "stage none: " in error and "leaves a part empty" in error
     assert Path("out/parts/done.json").is_file()  # what ran beside it is kept
-    with pytest.raises(SystemExit):
-        run("--jobs", "0")
-    assert "0 is not an integer of at least 1" in capsys.readouterr().err
+    for option, least in (("--jobs", 1), ("--num-gpus", 0)):
+        with pytest.raises(SystemExit) as end:
+            run(option, str(least - 1))
+        assert end.value.code == 2
+        message = f"argument {option}: {least - 1} is not an integer of at least {least}"
+        assert message in capsys.readouterr().err
