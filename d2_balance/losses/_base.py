@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from d2_balance.utils.distributed import sum_across_ranks
 from d2_balance.utils.registry import Named, Registry
 
-from ._samples import Samples
+from ._samples import Samples, upcast
 
 Activation = Literal["sigmoid", "softmax", "gumbel"]
 
@@ -225,8 +225,7 @@ class BoxLoss(_Loss):
         Returns:
             (P, 4) or (P,) if elementwise, else a 0-d tensor.
         """
-        if pred.dtype in (torch.float16, torch.bfloat16):
-            pred = pred.float()
+        pred = upcast(pred)
         return self._forward(pred, target.to(pred.dtype))
 
 

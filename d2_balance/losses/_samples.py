@@ -21,6 +21,9 @@ from torch import Tensor
 CHECK_LABELS = "D2_BALANCE_CHECK_LABELS"
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Predictions and targets of one head for one batch.
@@ -190,13 +193,17 @@ class Samples:
 
     def upcast(self) -> Samples:
         """The same samples with half and bfloat16 predictions raised to float32."""
-        half = (torch.float16, torch.bfloat16)
         changed = {
             name: value.float()
             for name in ("logits", "pred_deltas")
-            if (value := getattr(self, name)) is not None and value.dtype in half
+            if (value := getattr(self, name)) is not None and value.dtype in _HALF
         }
         return dataclasses.replace(self, **changed) if changed else self
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Raise half precision and bfloat16 to float32; other tensors are returned as they are."""
+    return x.float() if x.dtype in _HALF else x
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._samples import upcast
+
 
 def largest_proposals(
     boxes: Tensor, image_index: Tensor, num_images: int, *, skip_last: bool = True
@@ -35,6 +37,7 @@ def largest_proposals(
     Returns:
         (N,) int64 in [0, R], R for an image without proposals.
     """
+    boxes = upcast(boxes)  # in half precision areas above 65,504 would all be the same
     place = torch.arange(len(boxes), device=boxes.device)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if skip_last:
@@ -75,6 +78,9 @@ def max_size_loss(
     Returns:
         (N,), 0 for an image without proposals or without labels.
 
+    Raises:
+        ValueError: there are more classes than columns.
+
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 2.0, 2.0]])
         >>> logits = torch.tensor([[2.0, -1.0], [0.0, 0.0]])
@@ -82,8 +88,12 @@ def max_size_loss(
         >>> max_size_loss(logits, boxes, torch.tensor([0, 0]), labels)
         tensor([0.4402])
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    if image_labels.shape[1] > logits.shape[1]:
+        raise ValueError(
+            f"image_labels has {image_labels.shape[1]} classes; must be at most the "
+            f"{logits.shape[1]} columns of logits."
+        )
+    logits = upcast(logits)
     chosen = largest_proposals(boxes, image_index, len(image_labels), skip_last=skip_last)
     given = image_labels.any(dim=1) & (chosen < len(logits))
     # one more sample for the images without proposals: the graph stays, with a gradient of zero

@@ -107,6 +107,17 @@ def test_images_without_proposals_or_labels_keep_a_graph_with_a_zero_gradient():
     assert not logits.grad.any()
 
 
+def test_more_classes_than_columns_are_refused():
+    boxes, labels = torch.zeros(1, 4), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="image_labels has 3 classes; must be at most the 2"):
+        max_size_loss(torch.zeros(1, 2), boxes, torch.tensor([0]), labels)
+
+
+def test_areas_of_boxes_in_half_precision_do_not_overflow():
+    boxes = torch.tensor([[0, 0, 300, 300], [0, 0, 500, 500]], dtype=torch.float16)
+    assert largest_proposals(boxes, torch.tensor([0, 0]), 1, skip_last=False).tolist() == [1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_raised(dtype):
     logits = torch.tensor([[20.0, -3.0, 1.0]], dtype=dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2_balance.losses._base import check
+from d2_balance.losses._samples import upcast
 
 
 def normalized(x: Tensor, dim: int | tuple[int, ...], power: float, eps: float) -> Tensor:
@@ -38,11 +39,6 @@ def normalized(x: Tensor, dim: int | tuple[int, ...], power: float, eps: float) 
     norm = torch.where(zero, torch.ones_like(square), square).sqrt()
     factor = 1 / ((norm if power == 1 else norm.pow(power)) + eps)
     return x * factor.masked_fill(zero, 0)
-
-
-def _full(x: Tensor) -> Tensor:
-    """Half precision raised to float32: in bfloat16 logits would move by up to 0.13."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _Temperature(nn.Module):
@@ -110,8 +106,9 @@ class CosineLinear(nn.Linear, _Temperature):
     def forward(self, x: Tensor) -> Tensor:
         """Return (R, outputs) logits of (R, d) features."""
         with torch.autocast(x.device.type, enabled=False):
-            weight = normalized(_full(self.weight), 1, self.power, self.eps)
-            x = normalized(_full(x), 1, self.power, self.eps) * self.tau.to(weight.dtype)
+            # in bfloat16 logits would move by up to 0.13
+            weight = normalized(upcast(self.weight), 1, self.power, self.eps)
+            x = normalized(upcast(x), 1, self.power, self.eps) * self.tau.to(weight.dtype)
             return F.linear(x.to(weight.dtype), weight, self.bias)
 
 
@@ -157,7 +154,7 @@ class NormalizedConv2d(nn.Conv2d, _Temperature):
         """Return (N, outputs, H', W') of (N, C, H, W)."""
         with torch.autocast(x.device.type, enabled=False):
             dims = (1, 2, 3) if self.over_kernel else 1
-            weight = normalized(_full(self.weight), dims, self.power, self.eps)
-            x = normalized(_full(x), 1, self.power, self.eps) * self.tau.to(weight.dtype)
+            weight = normalized(upcast(self.weight), dims, self.power, self.eps)
+            x = normalized(upcast(x), 1, self.power, self.eps) * self.tau.to(weight.dtype)
             out: Tensor = self._conv_forward(x.to(weight.dtype), weight, self.bias)
             return out
